@@ -1,0 +1,32 @@
+"""The words of EmojiScenes: names, keywords, the base / novel split, and synonyms no training text contains."""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Word:
+    """One pictogram: its character, its CLDR short name (the label), its CLDR keywords, `base` or `novel`."""
+
+    char: str
+    name: str
+    keywords: tuple[str, ...]
+    split: str
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads(Path(__file__).with_name("emoji_words.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def all_words() -> tuple[Word, ...]:
+    """Every word, in code-point order; an index into this tuple is a word's id everywhere in EmojiScenes."""
+    return tuple(Word(w["char"], w["name"], tuple(w["keywords"]), w["split"]) for w in _table()["words"])
+
+
+def synonyms() -> dict[str, str]:
+    """{word never trained: name of the pictogram it should find}; all of them name base words."""
+    return dict(_table()["synonyms"])

@@ -1,0 +1,73 @@
+"""The words of EmojiScenes as the locked text tower sees them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from ovsam.checkpoints import find_checkpoint
+from ovsam.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
+from ovsam.scenes.words import all_words
+
+
+def text_config() -> dict:
+    """The shape of all-MiniLM-L6-v2."""
+    return {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+        "vocab_size": 30522,
+    }
+
+
+@torch.no_grad()
+def embed_texts(texts: list[str], folder: Path | None = None) -> Tensor:
+    """[K, D], L2-normalised, by the text tower inside the checkpoint `folder` (default: the embedded one)."""
+    folder = folder or find_checkpoint("ovsam-tiny")
+    side = DualEncoderSide(DualEncoderConfig(text_config=text_config())).eval()
+    state = load_file(folder / "text_model.safetensors")
+    state = {name.removeprefix("clip.text_model."): tensor.float() for name, tensor in state.items()}
+    side.text_model.load_state_dict(state)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chunks = []
+    for start in tqdm(range(0, len(texts), 256), desc="words -> text tower"):
+        tokens = tokenizer(texts[start : start + 256], padding=True, return_tensors="pt")
+        chunks.append(side.encode_text(tokens["input_ids"], tokens["attention_mask"]))
+    return torch.cat(chunks)
+
+
+@dataclass
+class WordTable:
+    """`names` [W, D] of all words, `keywords` [Kw, D], `has_keyword` [W, Kw] bool, `is_base` [W] bool."""
+
+    names: Tensor
+    keywords: Tensor
+    has_keyword: Tensor
+    is_base: Tensor
+
+
+def word_table(max_words_per_keyword: int = 40) -> WordTable:
+    """Names and keywords, embedded. A keyword that says little (it fits too many pictograms) is left out, and so is
+    one that only novel words have: nothing of those may reach training."""
+    words = all_words()
+    names = {word.name for word in words}
+    counts: dict[str, int] = {}
+    for word in words:
+        if word.split == "base":
+            for keyword in word.keywords:
+                counts[keyword] = counts.get(keyword, 0) + 1
+    keywords = sorted(k for k, count in counts.items() if count <= max_words_per_keyword and k not in names)
+    position = {keyword: i for i, keyword in enumerate(keywords)}
+    has_keyword = torch.zeros(len(words), len(keywords), dtype=torch.bool)
+    for row, word in enumerate(words):
+        for keyword in word.keywords:
+            if keyword in position:
+                has_keyword[row, position[keyword]] = True
+    embeddings = embed_texts([word.name for word in words] + keywords)
+    is_base = torch.tensor([word.split == "base" for word in words])
+    return WordTable(embeddings[: len(words)], embeddings[len(words) :], has_keyword, is_base)
