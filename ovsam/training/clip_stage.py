@@ -19,8 +19,9 @@ from .texts import WordTable, text_config
 class ClipStage(nn.Module):
     def __init__(self, words: WordTable, architecture: str, label_smoothing: float, keyword_weight: float):
         super().__init__()
-        self.clip = DualEncoderSide(DualEncoderConfig(architecture=architecture, text_config=text_config()))
-        del self.clip.text_model  # locked: its output is the table below
+        self.clip = DualEncoderSide(
+            DualEncoderConfig(architecture=architecture, text_config=text_config()), part="vision"
+        )
         self.clip.to(memory_format=torch.channels_last)
         self.log_scale = nn.Parameter(torch.tensor(3.0))
         self.label_smoothing, self.keyword_weight = label_smoothing, keyword_weight

@@ -4,19 +4,20 @@ import tomllib
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ovsam.errors import InputError
 from ovsam.scenes.drawing import SceneConfig
 
+from .adapters_stage import AdaptersStage
 from .clip_stage import ClipStage
 from .data import SceneDataset
 from .sam_stage import SamStage
 from .texts import word_table
 
-STAGES = {"sam": SamStage, "clip": ClipStage}
+STAGES = {"clip": ClipStage, "sam": SamStage, "adapters": AdaptersStage}
 
 
 class StageTrainer(Trainer):
@@ -59,7 +60,9 @@ class LogFile(TrainerCallback):
 def train_recipe(path, output=None, resume=False, steps=None, device=None) -> Path:
     recipe_path = Path(path)
     if not recipe_path.is_file():
-        raise InputError(f"There is no recipe at {recipe_path}: pass the path of a recipe.toml, such as adapters/*/recipe.toml.")
+        raise InputError(
+            f"There is no recipe at {recipe_path}: pass the path of a recipe.toml, such as adapters/*/recipe.toml."
+        )
     recipe = tomllib.loads(recipe_path.read_text())
     optim = recipe["optim"]
     folder = Path(output or Path("runs") / recipe_path.parent.name)
@@ -71,6 +74,8 @@ def train_recipe(path, output=None, resume=False, steps=None, device=None) -> Pa
     if recipe["stage"] != "sam":
         stage_args["words"] = word_table()
     stage: nn.Module = STAGES[recipe["stage"]](**stage_args)
+    if "weights" in recipe:  # go on from an earlier recipe's result
+        stage.load_published(load_file(recipe["weights"]))
     data = SceneDataset(total * optim["batch_size"], recipe["seed"], SceneConfig(**recipe["data"]))
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -9,13 +9,15 @@ pixel belong to?) teaches the encoder about objects from every pixel at once; it
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import EdgeTamConfig, EdgeTamModel
 
+from ovsam.boxes import masks_to_boxes
 from ovsam.sam.decode import decode_masks
 
 from .losses import dice_loss, focal_loss, giou_loss, mask_iou
-from .targets import jitter_boxes, mask_boxes, object_masks, random_points
+from .targets import jitter_boxes, object_masks, random_points
 
 CELL = 16  # the stride of the image embedding
 AUX_STRIDE = 8
@@ -53,15 +55,42 @@ def init_from_scratch(model: EdgeTamModel) -> None:
     wrapper = model.vision_encoder.backbone.config
     trunk = timm.create_model(wrapper.architecture, pretrained=False, **wrapper.model_args)
     model.vision_encoder.backbone.timm_model.load_state_dict(trunk.state_dict())
+    # Between prompts and image, keys start as queries' twins: then similarity of position codes alone makes a prompt
+    # and the pixels near it attend to each other from the first step, instead of that being discovered.
+    transformer = model.mask_decoder.transformer
+    crossings = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        crossings += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    for attention in crossings:
+        nn.init.orthogonal_(attention.q_proj.weight, gain=1.5)
+        attention.k_proj.weight.data.copy_(attention.q_proj.weight)
+        nn.init.zeros_(attention.q_proj.bias)
+        nn.init.zeros_(attention.k_proj.bias)
+    # Position codes: SAM's frequencies (sigma 1) blur over four cells of a 32 x 32 grid. Drawing sigma between 1 and 4
+    # keeps the long range and makes neighbouring cells distinct.
     code = model.prompt_encoder.shared_embedding.positional_embedding
+    code.mul_(4 ** torch.rand(code.shape[1]))
     model.shared_image_embedding.positional_embedding.copy_(code)
 
 
 class SamStage(nn.Module):
-    def __init__(self, model: dict, prompts: int, focal_gamma: float, mask_weight: float, dice_weight: float):
+    def __init__(
+        self,
+        model: dict,
+        prompts: int,
+        focal_gamma: float,
+        mask_weight: float,
+        dice_weight: float,
+        trunk_weights: str | None = None,
+    ):
         super().__init__()
         self.sam = EdgeTamModel(edgetam_config(**model))
         init_from_scratch(self.sam)
+        if trunk_weights is not None:  # a trunk that knows pictures already: the clip stage's, of the same architecture
+            prefix = "clip.vision_model."
+            state = load_file(trunk_weights)
+            trunk = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+            self.sam.vision_encoder.backbone.timm_model.load_state_dict(trunk)
         self.sam.to(memory_format=torch.channels_last)
         self.aux_head = nn.Conv2d(model["width"], 5, 1)  # foreground, and distances to the box's four sides
         self.canvas = model["image_size"]
@@ -73,6 +102,9 @@ class SamStage(nn.Module):
     def published_state(self) -> dict[str, Tensor]:
         """What goes into a checkpoint, under the whole model's names."""
         return {f"sam.model.{name}": tensor for name, tensor in self.sam.state_dict().items()}
+
+    def load_published(self, state: dict[str, Tensor]) -> None:
+        self.sam.load_state_dict({name.removeprefix("sam.model."): tensor for name, tensor in state.items()})
 
     def forward(self, image: Tensor, index_map: Tensor, word_ids: Tensor) -> dict[str, Tensor]:
         # 1. Encode the window.
@@ -88,7 +120,7 @@ class SamStage(nn.Module):
         keep = (torch.rand(visible.shape, device=visible.device) + visible).topk(self.prompts, dim=1).indices
         valid = visible.gather(1, keep).float()  # [B, P]; the rest weigh nothing
         masks = masks.gather(1, keep[:, :, None, None].expand(-1, -1, *masks.shape[2:]))  # [B, P, H, W]
-        boxes = mask_boxes(masks)
+        boxes = masks_to_boxes(masks)
         target = (F.avg_pool2d(masks.float(), 4) > 0.5).float()  # [B, P, H/4, W/4]
 
         # 3. The window's place on the canvas: prompts are shifted, and the position code is cut out there.
@@ -152,7 +184,7 @@ class SamStage(nn.Module):
     def aux_loss(self, prediction: Tensor, index_map: Tensor, objects: int) -> Tensor:
         """Per pixel at stride 8: is there an object, and where are its box's sides (GIoU)."""
         masks = object_masks(index_map, objects)
-        boxes = mask_boxes(masks)  # [B, O, 4]
+        boxes = masks_to_boxes(masks)  # [B, O, 4]
         owner = index_map[:, AUX_STRIDE // 2 :: AUX_STRIDE, AUX_STRIDE // 2 :: AUX_STRIDE].long()  # [B, h, w]
         foreground = owner > 0
         loss = F.binary_cross_entropy_with_logits(prediction[:, 0], foreground.float())

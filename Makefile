@@ -1,0 +1,23 @@
+# make try    a picture of this repository, segmented by words
+# make test   lint, types and the whole suite
+# Both make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='cat "red car"' asks for other words.
+
+PYTHON ?= python3
+TRY_WORDS ?= cat
+
+.PHONY: try test
+.DELETE_ON_ERROR:
+
+try: .venv/bin/python
+	.venv/bin/python -m pip install -e .
+	.venv/bin/ovsam segment tests/data/try.jpg --text $(TRY_WORDS) --model ovsam-tiny -o try-result.png
+
+test: .venv/bin/python
+	.venv/bin/python -m pip install -e ".[test,train]"
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
+	.venv/bin/python -m pytest -q
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv

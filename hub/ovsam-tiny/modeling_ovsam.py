@@ -1,0 +1,1 @@
+from ovsam import OVSamConfig, OVSamModel, OVSamProcessor  # noqa: F401

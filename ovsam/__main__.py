@@ -1,0 +1,5 @@
+import sys
+
+from ovsam_cli import main
+
+sys.exit(main())

@@ -1,0 +1,64 @@
+"""What the adapters that read image maps share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+
+class AdapterModel(PreTrainedModel):
+    """Base of the adapters: each is a model of its own, so each can be saved, published, loaded and swapped alone."""
+
+    main_input_name = "maps"
+    supports_gradient_checkpointing = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Remote code is one shim file beside the weights (see hub/); transformers must not copy our sources."""
+
+
+def upsample(feature: Tensor) -> Tensor:
+    return F.interpolate(feature, scale_factor=2.0, mode="nearest")
+
+
+class TopDown(nn.Module):
+    """The light feature pyramid of Open-Vocabulary SAM (§3.2): 1x1 laterals, nearest top-down additions.
+
+    Maps at strides 8, 16, 32 -> three maps of `width` channels at the same strides.
+    """
+
+    def __init__(self, channels: tuple[int, ...], width: int):
+        super().__init__()
+        self.laterals = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
+
+    def forward(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
+        laterals = [lateral(feature) for lateral, feature in zip(self.laterals, maps, strict=True)]
+        for i in range(len(laterals) - 2, -1, -1):
+            laterals[i] = laterals[i] + upsample(laterals[i + 1])
+        return laterals
+
+
+class RegionProjection(nn.Module):
+    """The class embedding a CLIP tower itself gives to each place: a linear map of strides 16 and 32, at stride 16.
+
+    An adapter starts from this (its weights are those of the tower's own projection) and learns what to add.
+    """
+
+    def __init__(self, channels: tuple[int, ...], embed_dim: int):
+        super().__init__()
+        self.detail = nn.Conv2d(channels[-2], embed_dim, 1)
+        self.context = nn.Conv2d(channels[-1], embed_dim, 1)
+
+    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
+        return self.detail(maps[-2]) + upsample(self.context(maps[-1]))  # [B, D, H/16, W/16]

@@ -1,0 +1,25 @@
+"""The CLIP side: an image tower and a text tower that share an embedding space."""
+
+from ovsam.clip.base import ClipFeatures, ClipSide
+from ovsam.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
+from ovsam.clip.open_clip import OpenClipConfig, OpenClipSide
+from ovsam.clip.transformers_clip import TransformersClipSide, TransformersSiglipSide
+
+CLIP_SIDES = {
+    "ovsam_dual_encoder": DualEncoderSide,
+    "ovsam_open_clip": OpenClipSide,
+    "clip": TransformersClipSide,
+    "siglip": TransformersSiglipSide,
+}
+
+__all__ = [
+    "CLIP_SIDES",
+    "ClipFeatures",
+    "ClipSide",
+    "DualEncoderConfig",
+    "DualEncoderSide",
+    "OpenClipConfig",
+    "OpenClipSide",
+    "TransformersClipSide",
+    "TransformersSiglipSide",
+]

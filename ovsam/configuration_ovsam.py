@@ -1,0 +1,65 @@
+"""OVSamConfig: which parts a model is composed of, and the few numbers that belong to the whole."""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from ovsam.adapters.clip2sam import Clip2SamConfig
+from ovsam.adapters.concepts import ConceptHeadConfig
+from ovsam.adapters.sam2clip import Sam2ClipConfig
+from ovsam.clip import DualEncoderConfig, OpenClipConfig
+from ovsam.errors import InputError
+
+COMPOSITIONS = ("dual", "clip", "sam")
+
+AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig)
+AutoConfig.register(OpenClipConfig.model_type, OpenClipConfig)
+
+
+class OVSamConfig(PreTrainedConfig):
+    """A whole model.
+
+    `composition` says where image features come from:
+
+    - `dual`: a SAM vision encoder and a CLIP image encoder;
+    - `clip`: CLIP's alone; `sam2clip_config` turns its maps into SAM features (Open-Vocabulary SAM, the paper);
+    - `sam`: SAM's alone; the adapters read its pyramid, and CLIP keeps only its text tower.
+
+    `clip2sam_config` (names of prompted masks) and `concepts_config` (words to instances) may be None: the model then
+    names by CLIP's own pooling, and cannot answer words or everything.
+
+    `templates` are the sentences the text tower was trained with, `{}` standing for the word. `score_threshold` is the
+    default below which words and everything return nothing; `proposal_threshold` the lower one below which a location
+    is not even refined; `max_locations` how many locations words are compared with.
+    """
+
+    model_type = "ovsam"
+    sub_configs_defaults = {
+        "sam_config": SubConfigSpec(config_class=AutoConfig, model_type="sam2"),
+        "clip_config": SubConfigSpec(config_class=AutoConfig, model_type=DualEncoderConfig.model_type),
+        "sam2clip_config": SubConfigSpec(config_class=Sam2ClipConfig, optional=True),
+        "clip2sam_config": SubConfigSpec(config_class=Clip2SamConfig, optional=True),
+        "concepts_config": SubConfigSpec(config_class=ConceptHeadConfig, optional=True),
+    }
+
+    composition: str = "dual"
+    sam_config: dict | PreTrainedConfig | None = None
+    clip_config: dict | PreTrainedConfig | None = None
+    sam2clip_config: dict | PreTrainedConfig | None = None
+    clip2sam_config: dict | PreTrainedConfig | None = None
+    concepts_config: dict | PreTrainedConfig | None = None
+    templates: list | tuple = ("{}",)
+    max_locations: int = 300
+    max_detections: int = 100
+    nms_threshold: float = 0.6
+    proposal_threshold: float = 0.1
+    score_threshold: float = 0.3
+    objectness_threshold: float = 0.3
+
+    def __post_init__(self, **kwargs):
+        if self.composition not in COMPOSITIONS:
+            raise InputError(f"composition is {self.composition!r}; it must be one of {', '.join(COMPOSITIONS)}.")
+        if self.composition == "clip" and self.sam2clip_config is None:
+            raise InputError(
+                "The composition 'clip' has no SAM vision encoder: it needs sam2clip_config, which stands in."
+            )
+        super().__post_init__(**kwargs)

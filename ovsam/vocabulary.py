@@ -1,0 +1,274 @@
+"""Vocabulary: the words a model is asked to tell apart, and their text embeddings."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ovsam.errors import InputError
+
+if TYPE_CHECKING:  # torch is imported where it is used, so that words can be checked before it is loaded
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class Vocabulary:
+    """Words, and the labels they stand for.
+
+    Args:
+        words: one of
+            - a list of words;
+            - a mapping of prompts to labels, `{"puppy": "dog", "dog": "dog"}`: the prompts of one label are synonyms;
+            - the path of a .txt file (one word per line, lines that start with # are comments), a .json file (a list or
+              a mapping as above) or a .csv file (one column of words, or the header `prompt,label`);
+            - the name of a built-in vocabulary: "coco" (80 words), "lvis" (1,203), "imagenet21k" (21,841).
+        templates: the vocabulary's own sentences around a word, such as `("a photo of a {}",)`; they take the place of
+            those that `embed` is called with.
+
+    Attributes:
+        prompts: what the text tower reads, K strings, each one once.
+        labels: what a user reads, unique, in the order of their first prompt.
+        prompt_label_ids: for each prompt the index of its label.
+
+    Raises:
+        InputError: no words, an empty word, one prompt for two labels, an unknown name, an unreadable file.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str] | Mapping[str, str] | str | os.PathLike,
+        templates: Sequence[str] | None = None,
+    ):
+        labels: dict[str, str] = {}
+        for prompt, label in _read_words(words):
+            for text in (prompt, label):
+                if not isinstance(text, str):
+                    raise InputError(f"a vocabulary holds words, not {text!r}.")
+                if not text.strip():
+                    raise InputError("a word of the vocabulary is empty; leave it out or fill it in.")
+            prompt, label = prompt.strip(), label.strip()
+            if labels.setdefault(prompt, label) != label:
+                raise InputError(
+                    f"the word {prompt!r} stands for two labels, {labels[prompt]!r} and {label!r}; keep one of them."
+                )
+        if not labels:
+            raise InputError("the vocabulary is empty; it needs at least one word.")
+        self.prompts = list(labels)
+        self.labels = list(dict.fromkeys(labels.values()))
+        label_ids = {label: index for index, label in enumerate(self.labels)}
+        self.prompt_label_ids = [label_ids[label] for label in labels.values()]
+        self.templates = None if templates is None else _check_templates(templates)
+
+    def embed(
+        self,
+        encode: "Callable[[list[str]], torch.Tensor]",
+        templates: Sequence[str] = ("{}",),
+        text_hash: str = "",
+        cache_dir: str | os.PathLike | None = None,
+        progress: bool = True,
+        chunk_size: int = 256,
+    ) -> "torch.Tensor":
+        """Text embeddings of the prompts, from the cache when they were computed before.
+
+        The embeddings of a prompt's sentences are normalised, averaged and normalised again (ViLD, Gu et al., 2022).
+
+        Args:
+            encode: n sentences -> their embeddings [n, D].
+            templates: the checkpoint's sentences around a word, each with one `{}`.
+            text_hash: identifies the text tower and its weights; needed for the cache.
+            cache_dir: folder of the cache; None computes anew.
+            progress: show a progress bar where there is more than a moment's work.
+            chunk_size: words that are encoded at a time.
+
+        Returns:
+            [K, D] in float32 on the CPU, L2-normalised.
+        """
+        templates = self.templates or _check_templates(templates)
+        if cache_dir is None:
+            return self._compute(encode, templates, progress, chunk_size)
+        if not text_hash:
+            raise ValueError("a cache needs text_hash: embeddings of two text towers must not be mixed up.")
+        metadata = {
+            "format": "ovsam-vocabulary",
+            "prompts": json.dumps(self.prompts),
+            "templates": json.dumps(templates),
+            "text_hash": text_hash,
+        }
+        key = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:20]
+        path = Path(cache_dir) / f"{key}.safetensors"
+        embeds = _load_cached(path, metadata, len(self.prompts))
+        if embeds is None:
+            embeds = self._compute(encode, templates, progress, chunk_size)
+            _save_cached(path, metadata, embeds)
+        return embeds
+
+    def _compute(self, encode, templates: Sequence[str], progress: bool, chunk_size: int) -> "torch.Tensor":
+        import torch
+        from torch.nn.functional import normalize
+        from tqdm.auto import tqdm
+
+        quick = len(self.prompts) * len(templates) <= 4 * chunk_size
+        chunks = []
+        with torch.no_grad(), tqdm(total=len(self.prompts), unit=" words", disable=quick or not progress) as bar:
+            for start in range(0, len(self.prompts), chunk_size):
+                prompts = self.prompts[start : start + chunk_size]
+                mean = sum(normalize(encode([t.replace("{}", p) for p in prompts]).float(), dim=-1) for t in templates)
+                chunks.append(normalize(mean, dim=-1).cpu())
+                bar.update(len(prompts))
+        return torch.cat(chunks)
+
+    def reduce(self, scores: "torch.Tensor") -> "torch.Tensor":
+        """Scores of the prompts [..., K] -> scores of the labels [..., len(labels)]: the best of a label's synonyms."""
+        import torch
+
+        index = torch.tensor(self.prompt_label_ids, device=scores.device).expand_as(scores)
+        best = scores.new_full((*scores.shape[:-1], len(self.labels)), float("-inf"))
+        return best.scatter_reduce(-1, index, scores, "amax")
+
+
+def check_text_length(phrases: Sequence[str], lengths: Sequence[int], max_length: int) -> None:
+    """Refuse phrases that a text tower cannot read whole.
+
+    Args:
+        phrases: what the user typed.
+        lengths: their numbers of tokens, special tokens included, before any truncation.
+        max_length: the tower's limit in tokens.
+
+    Raises:
+        InputError: names the first phrase that is too long.
+    """
+    for phrase, length in zip(phrases, lengths, strict=True):
+        if length > max_length:
+            shown = phrase if len(phrase) <= 60 else phrase[:57] + "..."
+            raise InputError(
+                f"the phrase {shown!r} is too long: {length} tokens where this model reads at most {max_length}."
+            )
+
+
+def _check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    for template in templates:
+        if template.count("{}") != 1:
+            raise InputError(f"the template {template!r} needs exactly one {{}}, which a word takes the place of.")
+    if not templates:
+        raise InputError('a vocabulary needs at least one template; "{}" is the bare word.')
+    return tuple(templates)
+
+
+def _read_words(words) -> list[tuple[str, str]]:
+    """The (prompt, label) pairs of whatever `Vocabulary` accepts, not yet checked."""
+    if isinstance(words, Mapping):
+        return list(words.items())
+    if isinstance(words, str) and words in _BUILT_IN:
+        words = _BUILT_IN[words]()
+    elif isinstance(words, str | os.PathLike):
+        return _read_file(Path(words))
+    return [(word, word) for word in words]
+
+
+def _read_file(path: Path) -> list[tuple[str, str]]:
+    parse = _PARSERS.get(path.suffix.lower())
+    if parse is None or not path.is_file():
+        raise InputError(
+            f"there is no vocabulary {str(path)!r}: give the name of a built-in one ({', '.join(_BUILT_IN)}), the path "
+            "of a .txt, .json or .csv file, or a list of words."
+        )
+    try:
+        return parse(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"the vocabulary file {str(path)!r} cannot be read: {error}") from error
+
+
+def _parse_txt(text: str) -> list[tuple[str, str]]:
+    return [(line, line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def _parse_json(text: str) -> list[tuple[str, str]]:
+    words = json.loads(text)
+    if not isinstance(words, list | dict):
+        raise ValueError("it holds neither a list of words nor a mapping of prompts to labels.")
+    return _read_words(words)
+
+
+def _parse_csv(text: str) -> list[tuple[str, str]]:
+    rows = [row for row in csv.reader(text.splitlines()) if row]
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    if header in (["prompt"], ["prompt", "label"]):
+        rows = rows[1:]
+    elif len(header) > 1:
+        raise ValueError("with more than one column its first line must be 'prompt,label'.")
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"the row {','.join(row)!r} has {len(row)} columns instead of {len(header)}.")
+    return [(row[0], row[-1]) for row in rows]
+
+
+def _bundled(name: str) -> list[str]:
+    path = Path(__file__).parent / "vocabularies" / f"{name}.txt"
+    return [word for word, _ in _parse_txt(path.read_text(encoding="utf-8"))]
+
+
+def _imagenet21k() -> list[str]:
+    """The 21,841 classes of ImageNet-21k (fall 2011) by WordNet lemmas, of which timm carries the list.
+
+    Classes may share lemmas. A class is called by its first one; where other classes begin with the same, by the first
+    that is its own ("loft" -> "pigeon loft"); where there is none, by a number, as in a dictionary: "hen", "hen (2)".
+    """
+    from timm.data import ImageNetInfo
+
+    classes = [lemmas.split(", ") for lemmas in ImageNetInfo("imagenet22k").label_descriptions()]
+    first_uses = Counter(lemmas[0] for lemmas in classes)
+    uses = Counter(lemma for lemmas in classes for lemma in set(lemmas))
+    numbers: Counter[str] = Counter()
+    names = []
+    for lemmas in classes:
+        name = lemmas[0]
+        if first_uses[name] > 1:
+            own = next((lemma for lemma in lemmas if uses[lemma] == 1), None)
+            numbers[name] += own is None
+            name = own or (name if numbers[name] == 1 else f"{name} ({numbers[name]})")
+        names.append(name)
+    return names
+
+
+_PARSERS = {".txt": _parse_txt, ".json": _parse_json, ".csv": _parse_csv}
+_BUILT_IN = {"coco": lambda: _bundled("coco"), "lvis": lambda: _bundled("lvis"), "imagenet21k": _imagenet21k}
+
+
+def _load_cached(path: Path, metadata: dict[str, str], count: int) -> "torch.Tensor | None":
+    """The embeddings in a cache file, or None where there is none or it is not what was saved."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            embeds, found = file.get_tensor("text_embeds"), file.metadata()
+    except (OSError, SafetensorError):
+        return None
+    sound = found == metadata | {"sha256": _digest(embeds)} and embeds.ndim == 2 and len(embeds) == count
+    return embeds if sound else None
+
+
+def _save_cached(path: Path, metadata: dict[str, str], embeds: "torch.Tensor") -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"text_embeds": embeds}, temporary, metadata | {"sha256": _digest(embeds)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        logger.warning("The text embeddings could not be cached in %s: %s", path.parent, error)
+
+
+def _digest(embeds: "torch.Tensor") -> str:
+    return hashlib.sha256(embeds.numpy().data).hexdigest()
