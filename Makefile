@@ -10,7 +10,7 @@ TRY_WORDS ?= cat
 
 try: .venv/bin/python
 	.venv/bin/python -m pip install -e .
-	.venv/bin/ovsam segment tests/data/try.jpg --text $(TRY_WORDS) --model ovsam-tiny -o try-result.png
+	.venv/bin/ovsam segment tests/data/emojiscenes-val/images/$(TRY_IMAGE) --text $(TRY_WORDS) --model ovsam-tiny -o try-result.png
 
 test: .venv/bin/python
 	.venv/bin/python -m pip install -e ".[test,train]"

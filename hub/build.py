@@ -30,6 +30,7 @@ from ovsam.training.texts import text_config  # noqa: E402
 IMAGE_SIZE = 512
 TRAINED_SHARD = "vision_model.safetensors"  # not model.safetensors, which would be taken for the whole
 CHANNELS = [32, 64, 96, 960]  # MobileNetV4-S at strides 4, 8, 16, 32
+PARTS = ("clip-tiny", "sam-tiny-512", "adapters-tiny-512")  # where two hold a tensor, the later one's counts
 SHIM = """from ovsam import OVSamConfig, OVSamModel, OVSamProcessor  # noqa: F401
 """
 AUTO_MAP = {"AutoConfig": "modeling_ovsam.OVSamConfig", "AutoModel": "modeling_ovsam.OVSamModel"}
@@ -71,7 +72,7 @@ def write_adapter(folder: Path, config, state: dict[str, Tensor]) -> None:
 def build_tiny(runs: Path, folder: Path, thresholds: dict) -> None:
     config = tiny_config(thresholds)
     state: dict[str, Tensor] = {}
-    for part in ("clip-tiny", "sam-tiny", "adapters-tiny"):
+    for part in PARTS:
         state |= load_file(runs / part / "model.safetensors")
 
     # Every tensor of the model is in the shards, and nothing else is.
@@ -104,7 +105,7 @@ def build_tiny(runs: Path, folder: Path, thresholds: dict) -> None:
 
     for name, part_config in (("clip2sam", config.clip2sam_config), ("concepts", config.concepts_config)):
         own = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
-        target = ROOT / "adapters" / "adapters-tiny" / name
+        target = ROOT / "adapters" / "adapters-tiny-512" / name
         target.mkdir(parents=True, exist_ok=True)
         write_adapter(target, part_config, own)
 

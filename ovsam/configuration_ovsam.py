@@ -8,6 +8,7 @@ from ovsam.adapters.concepts import ConceptHeadConfig
 from ovsam.adapters.sam2clip import Sam2ClipConfig
 from ovsam.clip import DualEncoderConfig, OpenClipConfig
 from ovsam.errors import InputError
+from ovsam.remote_code import RemoteCodeConfig
 
 COMPOSITIONS = ("dual", "clip", "sam")
 
@@ -15,8 +16,8 @@ AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig)
 AutoConfig.register(OpenClipConfig.model_type, OpenClipConfig)
 
 
-class OVSamConfig(PreTrainedConfig):
-    """A whole model.
+class OVSamConfig(RemoteCodeConfig):
+    """A whole model. The configurations of its parts may also be given as dictionaries.
 
     `composition` says where image features come from:
 
@@ -33,6 +34,7 @@ class OVSamConfig(PreTrainedConfig):
     """
 
     model_type = "ovsam"
+    auto_classes = {"AutoModel": "OVSamModel", "AutoModelForMaskGeneration": "OVSamModel"}
     sub_configs_defaults = {
         "sam_config": SubConfigSpec(config_class=AutoConfig, model_type="sam2"),
         "clip_config": SubConfigSpec(config_class=AutoConfig, model_type=DualEncoderConfig.model_type),
@@ -42,11 +44,11 @@ class OVSamConfig(PreTrainedConfig):
     }
 
     composition: str = "dual"
-    sam_config: dict | PreTrainedConfig | None = None
-    clip_config: dict | PreTrainedConfig | None = None
-    sam2clip_config: dict | PreTrainedConfig | None = None
-    clip2sam_config: dict | PreTrainedConfig | None = None
-    concepts_config: dict | PreTrainedConfig | None = None
+    sam_config: PreTrainedConfig | None = None
+    clip_config: PreTrainedConfig | None = None
+    sam2clip_config: Sam2ClipConfig | None = None
+    clip2sam_config: Clip2SamConfig | None = None
+    concepts_config: ConceptHeadConfig | None = None
     templates: list | tuple = ("{}",)
     max_locations: int = 300
     max_detections: int = 100

@@ -10,12 +10,14 @@ candidates, K words, L locations, D CLIP width, C SAM width, Q prototypes.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ovsam.adapters.clip2sam import Clip2SamAdapter
@@ -70,15 +72,26 @@ class OVSamPreTrainedModel(PreTrainedModel):
     base_model_prefix = "ovsam"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules: list[str] = []
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fills what a checkpoint lacks of the modules that belong to no model of their own, such as timm's: whatever
+        is passed over here stays uninitialised memory, also buffers that are not saved."""
+        for parameter in module.parameters(recurse=False):
+            init.normal_(parameter, std=0.02)
+        super()._init_weights(module)
+        if hasattr(module, "init_non_persistent_buffers"):  # a convention of timm
+            module.init_non_persistent_buffers()
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Remote code is one shim file beside the weights (see hub/); transformers must not copy our sources."""
 
 
-def _sam_part(config: OVSamConfig, part: str) -> nn.Module:
+def _sam_part(config: OVSamConfig, part: Literal["all", "vision", "decoder"]) -> nn.Module:
     return SAM_SIDES[config.sam_config.model_type](config.sam_config, part=part)
 
 
@@ -86,7 +99,7 @@ class OVSamVisionModel(OVSamPreTrainedModel):
     """Image -> OVSamFeatures, without concepts. Loads from the whole model's folder; module paths are the whole's."""
 
     _keys_to_ignore_on_load_unexpected = [
-        r"^clip\..*text.*",
+        r"^clip\.(model\.)?(text|logit)",
         r"^(clip2sam|concepts)\.",
         r"^sam\.model\.(prompt_encoder|shared_image_embedding|mask_decoder)\.",
     ]
@@ -123,18 +136,20 @@ class OVSamMaskDecoder(OVSamPreTrainedModel):
         return self.sam.select_masks(self.sam.decode(features, **prompts), multimask_output)
 
 
-def _clip_part(config: OVSamConfig, part: str) -> nn.Module:
+def _clip_part(config: OVSamConfig, part: Literal["all", "vision", "text"]) -> nn.Module:
     return CLIP_SIDES[config.clip_config.model_type](config.clip_config, part=part)
 
 
 def encode_image(model, pixel_values: Tensor, clip_pixel_values: Tensor | None = None) -> OVSamFeatures:
     """The image side of the figure, for the whole model and for its vision part alone."""
+    pixel_values = pixel_values.to(model.dtype)
+    clip_pixel_values = pixel_values if clip_pixel_values is None else clip_pixel_values.to(model.dtype)
     if model.config.composition == "sam":
         sam = model.sam.encode(pixel_values)
         # SAM's pyramid ends at stride 16; the adapters' fourth map is its stride-16 map, halved.
         maps = (*sam.pyramid, F.avg_pool2d(sam.pyramid[-1], 2))
         return OVSamFeatures(sam=sam, maps=maps)
-    clip = model.clip.encode_image(pixel_values if clip_pixel_values is None else clip_pixel_values)
+    clip = model.clip.encode_image(clip_pixel_values)
     sam = model.sam2clip(clip.maps) if model.config.composition == "clip" else model.sam.encode(pixel_values)
     return OVSamFeatures(sam=sam, clip=clip, maps=clip.maps)
 
@@ -161,9 +176,11 @@ class OVSamModel(OVSamPreTrainedModel):
             features.concepts = self.concepts(features.maps)
         return features
 
-    def get_image_embeddings(self, pixel_values: Tensor, **kwargs) -> OVSamFeatures:
-        """`encode` under the name that transformers' mask-generation pipeline calls."""
-        return self.encode(pixel_values)
+    def get_image_embeddings(self, pixel_values: Tensor) -> list[Tensor]:
+        """What SAM 2's own method of this name gives, maps at strides 4, 8 and 16, to be passed back in as
+        `image_embeddings` for masks without names. transformers' mask-generation pipeline works that way."""
+        sam = encode_image(self, pixel_values).sam
+        return [*sam.high_res, sam.embedding]
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [K, T] -> [K, D], L2-normalised."""
@@ -179,6 +196,7 @@ class OVSamModel(OVSamPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         text_embeds: Tensor | None = None,
+        text_mask: Tensor | None = None,
         negative_input_ids: Tensor | None = None,
         negative_attention_mask: Tensor | None = None,
         negative_embeds: Tensor | None = None,
@@ -187,7 +205,7 @@ class OVSamModel(OVSamPreTrainedModel):
         input_labels: Tensor | None = None,
         input_boxes: Tensor | None = None,
         input_masks: Tensor | None = None,
-        image_embeddings: OVSamFeatures | None = None,
+        image_embeddings: list[Tensor] | None = None,
         multimask_output: bool = False,
         everything: bool = False,
         refine: bool = True,
@@ -196,10 +214,12 @@ class OVSamModel(OVSamPreTrainedModel):
     ) -> OVSamOutput:
         """
         Args:
-            pixel_values: [B, 3, H, W]; or `features` of an earlier call (`image_embeddings` is the same thing under
-                the name SAM uses).
+            pixel_values: [B, 3, H, W]; or `features` of an earlier call; or, for masks without names,
+                `image_embeddings` from get_image_embeddings().
             clip_pixel_values: [B, 3, H', W'], where CLIP has a geometry of its own.
             input_ids, attention_mask: the words [K, T]; or `text_embeds` [K, D], L2-normalised.
+            text_mask: [B, K] bool, which words each image is asked about, where that differs. Other words' logits are
+                the least there is.
             negative_input_ids, negative_attention_mask, negative_embeds: words to be told apart from, likewise.
             text_labels: the words as strings; ride along for post-processing, unused here.
             input_points: [B, P, N, 2] xy in pixels of the model input; input_labels [B, P, N]: 1 inside, 0 outside, -10
@@ -214,7 +234,9 @@ class OVSamModel(OVSamPreTrainedModel):
         Raises:
             InputError: neither pixels nor features; or no prompts and no ConceptHead.
         """
-        features = features if features is not None else image_embeddings
+        if features is None and image_embeddings is not None:
+            *high_res, embedding = image_embeddings
+            features = OVSamFeatures(sam=SamFeatures(embedding=embedding, high_res=tuple(high_res)))
         if features is None and pixel_values is None:
             raise InputError("Pass pixel_values, or features of an earlier call to encode().")
         if features is None:
@@ -231,10 +253,10 @@ class OVSamModel(OVSamPreTrainedModel):
             "input_masks": input_masks,
         }
         if any(prompt is not None for prompt in prompts.values()):
-            return self._what(features, prompts, text_embeds, negative_embeds, multimask_output)
-        return self._where(features, text_embeds, negative_embeds, everything, refine, proposal_threshold)
+            return self._what(features, prompts, text_embeds, text_mask, negative_embeds, multimask_output)
+        return self._where(features, text_embeds, text_mask, negative_embeds, everything, refine, proposal_threshold)
 
-    def _what(self, features, prompts, text_embeds, negative_embeds, multimask_output) -> OVSamOutput:
+    def _what(self, features, prompts, text_embeds, text_mask, negative_embeds, multimask_output) -> OVSamOutput:
         """Prompts -> masks and their class embeddings."""
         decoded = self.sam.select_masks(self.sam.decode(features.sam, **prompts), multimask_output)
         best = decoded.iou.argmax(-1, keepdim=True)  # [B, P, 1]; the mask that is named
@@ -247,13 +269,15 @@ class OVSamModel(OVSamPreTrainedModel):
             iou_scores=decoded.iou,
             pred_boxes=boxes,
             class_embeds=naming.embeds,
-            logits=naming.logits(text_embeds),
+            logits=naming.logits(text_embeds, text_mask),
             negative_logits=naming.logits(negative_embeds),
             valid=torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device),
             features=features,
         )
 
-    def _where(self, features, text_embeds, negative_embeds, everything, refine, proposal_threshold) -> OVSamOutput:
+    def _where(
+        self, features, text_embeds, text_mask, negative_embeds, everything, refine, proposal_threshold
+    ) -> OVSamOutput:
         """Words, or nothing -> the ConceptHead's locations -> instances."""
         concepts = features.concepts
         if concepts is None:
@@ -264,7 +288,7 @@ class OVSamModel(OVSamPreTrainedModel):
         if not refine and concepts.prototypes is None:
             raise InputError("refine=False needs prototype masks, which this model's ConceptHead does not give.")
         threshold = self.config.proposal_threshold if proposal_threshold is None else proposal_threshold
-        index, valid = self._propose(concepts, None if everything else text_embeds, threshold)  # [B, I]
+        index, valid = self._propose(concepts, None if everything else text_embeds, text_mask, threshold)  # [B, I]
         boxes = _take(concepts.boxes, index)  # [B, I, 4]
         masks = torch.einsum("biq,bqhw->bihw", _take(concepts.coefficients, index), concepts.prototypes)
         masks = crop(masks, boxes / self._mask_stride(masks))
@@ -281,7 +305,7 @@ class OVSamModel(OVSamPreTrainedModel):
             iou_scores=iou,
             pred_boxes=boxes,
             class_embeds=naming.embeds,
-            logits=naming.logits(text_embeds),
+            logits=naming.logits(text_embeds, text_mask),
             negative_logits=naming.logits(negative_embeds),
             objectness=concepts.objectness.gather(1, index).sigmoid(),
             valid=valid,
@@ -290,7 +314,9 @@ class OVSamModel(OVSamPreTrainedModel):
 
     # ---- its steps --------------------------------------------------------------------------------------------
 
-    def _propose(self, concepts: ConceptOutput, words: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+    def _propose(
+        self, concepts: ConceptOutput, words: Tensor | None, text_mask: Tensor | None, threshold: float
+    ) -> tuple[Tensor, Tensor]:
         """Which locations become instances: the most object-like, those that a word fits, less their duplicates.
 
         Returns index [B, I] into the locations, best first, and valid [B, I]; I is the most any image has.
@@ -299,7 +325,8 @@ class OVSamModel(OVSamPreTrainedModel):
         objectness, top = concepts.objectness.sigmoid().topk(count, dim=1)  # [B, 300]
         score = objectness
         if words is not None:
-            score = instance_scores(self._concept_naming(concepts, top).logits(words).amax(-1), objectness)
+            best = self._concept_naming(concepts, top).logits(words, text_mask).amax(-1)
+            score = instance_scores(best, objectness)
         score, order = score.sort(dim=1, descending=True)
         top = top.gather(1, order)
         kept = []
@@ -311,8 +338,9 @@ class OVSamModel(OVSamPreTrainedModel):
         return index.clamp(min=0), index >= 0
 
     def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> "Naming":
-        """The class embedding of each mask: the adapter's, else the best-matching locations', else CLIP's own."""
-        if self.clip2sam is not None:
+        """The class embedding of each mask: the adapter's, else the best-matching locations', else CLIP's own; none
+        where the features are SAM's alone."""
+        if self.clip2sam is not None and features.maps is not None:
             embeds = self.clip2sam(features.maps, boxes, masks.sigmoid(), tokens)
             return Naming(embeds, self.clip2sam.log_scale.exp(), self.clip2sam.logit_shift)
         if features.concepts is not None:
@@ -321,7 +349,7 @@ class OVSamModel(OVSamPreTrainedModel):
             best = (overlap * concepts.objectness.sigmoid()[:, None]).argmax(-1)  # [B, P]
             return self._concept_naming(concepts, best)
         if features.clip is not None:
-            embeds = self.clip.pool(features.clip, masks=masks.sigmoid(), boxes=boxes)
+            embeds = self.clip.pool(features.clip, masks=masks.sigmoid())
             return Naming(embeds, embeds.new_tensor(100.0), embeds.new_tensor(0.0))
         return Naming(None, None, None)
 
@@ -341,11 +369,12 @@ class Naming:
     scale: Tensor | None
     shift: Tensor | None
 
-    def logits(self, words: Tensor | None) -> Tensor | None:
-        """words [K, D] -> [B, I, K]: (cosine + shift) * scale, each word by itself."""
+    def logits(self, words: Tensor | None, asked: Tensor | None = None) -> Tensor | None:
+        """words [K, D] -> [B, I, K]: (cosine + shift) * scale, each word by itself; asked [B, K] bool, all if None."""
         if words is None or self.embeds is None:
             return None
-        return (self.embeds @ words.to(self.embeds.dtype).T + self.shift) * self.scale
+        logits = (self.embeds @ words.to(self.embeds.dtype).T + self.shift) * self.scale
+        return logits if asked is None else logits.masked_fill(~asked[:, None], torch.finfo(logits.dtype).min)
 
 
 def instance_scores(logits: Tensor, objectness: Tensor | None) -> Tensor:

@@ -72,7 +72,7 @@ class OVSamProcessor(Sam2Processor):
         """
         Args:
             images: one picture or a list of B.
-            text: words for all images; or a list per image, each answered for its own words only.
+            text: words for all images; or a list per image, each answered for its own words only, as if it were alone.
             negative_text: words for all images whose things are not wanted.
             input_points: [image][prompt][point][x, y] in the picture's pixels; input_labels likewise without [x, y].
             input_boxes: [image][prompt][x1, y1, x2, y2] in the picture's pixels. Images may differ in how many prompts
@@ -83,7 +83,8 @@ class OVSamProcessor(Sam2Processor):
             what OVSamModel takes, plus `original_sizes` and `text_labels` for post-processing.
 
         Raises:
-            InputError: an empty word, a phrase the text tower cannot read whole, points outside the picture.
+            InputError: an empty word, a phrase the text tower cannot read whole, lists of words that are not one per
+                image.
         """
         input_boxes, counts = _pad_boxes(input_boxes)
         encoded = super().__call__(
@@ -106,9 +107,15 @@ class OVSamProcessor(Sam2Processor):
         if input_masks is not None:
             encoded["input_masks"] = input_masks
         if text is not None:
-            text = [text] if isinstance(text, str) else text
-            encoded.update(self.tokenize(_union(text)))
-            encoded["text_labels"] = [list(row) for row in text] if _per_image(text) else list(text)
+            text = [text] if isinstance(text, str) else list(text)
+            words = _union(text)
+            encoded.update(self.tokenize(words))
+            encoded["text_labels"] = text
+            if _per_image(text):
+                images_given = len(encoded["original_sizes"])
+                if len(text) != images_given or any(isinstance(row, str) for row in text):
+                    raise InputError(f"Words per image are a list for each of the {images_given} images; got {text}.")
+                encoded["text_mask"] = torch.tensor([[word in row for word in words] for row in text])
         if negative_text is not None:
             tokens = self.tokenize([negative_text] if isinstance(negative_text, str) else list(negative_text))
             encoded.update({f"negative_{name}": value for name, value in tokens.items()})

@@ -4,21 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from ovsam.clip.base import mask_pool
+from ovsam.remote_code import RemoteCodeConfig
 
 from .common import AdapterModel, RegionProjection, TopDown
 
 ROI = 7
 
 
-class Clip2SamConfig(PreTrainedConfig):
+class Clip2SamConfig(RemoteCodeConfig):
     """`token_dim` is the mask decoder's width C, or 0 to leave its tokens out (as the released Open-Vocabulary SAM
     does, whose label token is multiplied by zero)."""
 
     model_type = "ovsam_clip2sam"
+    auto_classes = {"AutoModel": "Clip2SamAdapter"}
 
     in_channels: list | tuple = (32, 64, 96, 960)
     embed_dim: int = 384

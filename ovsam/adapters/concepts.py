@@ -9,17 +9,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.utils import ModelOutput
+
+from ovsam.remote_code import RemoteCodeConfig
 
 from .common import AdapterModel, RegionProjection, TopDown, upsample
 
 
-class ConceptHeadConfig(PreTrainedConfig):
+class ConceptHeadConfig(RemoteCodeConfig):
     """`in_channels` are those of maps at strides 4, 8, 16 and 32. Locations live at strides 16 and 32."""
 
     model_type = "ovsam_concepts"
+    auto_classes = {"AutoModel": "ConceptHead"}
 
     in_channels: list | tuple = (32, 64, 96, 960)
     embed_dim: int = 384

@@ -4,17 +4,18 @@ It is distilled from a SAM vision encoder: the loss is the per-pixel error of th
 """
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
+from ovsam.remote_code import RemoteCodeConfig
 from ovsam.sam.base import SamFeatures
 
 from .common import AdapterModel, TopDown, upsample
 
 
-class Sam2ClipConfig(PreTrainedConfig):
+class Sam2ClipConfig(RemoteCodeConfig):
     """`in_channels` are those of CLIP's maps at strides 4, 8, 16, 32; `width` is the mask decoder's C."""
 
     model_type = "ovsam_sam2clip"
+    auto_classes = {"AutoModel": "Sam2ClipAdapter"}
 
     in_channels: list | tuple = (32, 64, 96, 960)
     width: int = 256

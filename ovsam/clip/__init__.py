@@ -1,11 +1,13 @@
 """The CLIP side: an image tower and a text tower that share an embedding space."""
 
+from torch import nn
+
 from ovsam.clip.base import ClipFeatures, ClipSide
 from ovsam.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
 from ovsam.clip.open_clip import OpenClipConfig, OpenClipSide
 from ovsam.clip.transformers_clip import TransformersClipSide, TransformersSiglipSide
 
-CLIP_SIDES = {
+CLIP_SIDES: dict[str, type[nn.Module]] = {
     "ovsam_dual_encoder": DualEncoderSide,
     "ovsam_open_clip": OpenClipSide,
     "clip": TransformersClipSide,

@@ -266,7 +266,8 @@ class _TimmPyramidTower:
         return embeds.unflatten(0, means.shape[:2])
 
 
-_TOWERS = {
+Tower = _ResNetTower | _ViTTower | _TimmPyramidTower
+_TOWERS: dict[type, type[Tower]] = {
     ModifiedResNet: _ResNetTower,
     VisionTransformer: _ViTTower,
     vision_transformer.VisionTransformer: _TimmViTTower,
@@ -274,7 +275,7 @@ _TOWERS = {
 }
 
 
-def _tower(visual: nn.Module) -> _ResNetTower | _ViTTower | _TimmPyramidTower:
+def _tower(visual: nn.Module) -> Tower:
     """The reader of an image tower. It borrows the tower's modules and owns none."""
     kind = type(visual.trunk) if isinstance(visual, TimmModel) else type(visual)
     return _TOWERS.get(kind, _TimmPyramidTower)(visual)

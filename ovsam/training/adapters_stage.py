@@ -1,4 +1,7 @@
-"""Stage `adapters`: ConceptHead and Clip2SamAdapter over a frozen CLIP side, from the same scenes at once.
+"""Stage `adapters`: ConceptHead and Clip2SamAdapter over a CLIP side, from the same scenes at once.
+
+The CLIP side is frozen, as over a released tower; `train_clip` lets a small tower of our own learn on, by its own LiT
+loss and through the adapters.
 
 Locations are assigned to objects by the exact masks: a location on an object's pixels is that object's, more so the
 nearer it is to the object's centre. Words are trained twice: by cross entropy among all names, which separates them,
@@ -16,11 +19,12 @@ from torch import Tensor, nn
 from ovsam.adapters.clip2sam import Clip2SamAdapter, Clip2SamConfig
 from ovsam.adapters.concepts import ConceptHead, ConceptHeadConfig, ConceptOutput
 from ovsam.boxes import masks_to_boxes
-from ovsam.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
+from ovsam.clip.dual_encoder import DualEncoderSide
 
+from .clip_stage import ClipStage
 from .losses import dice_loss, focal_loss, giou_loss
 from .targets import object_masks
-from .texts import WordTable, text_config
+from .texts import WordTable
 
 # An object goes to a level if its box's longer side, in pixels, lies in the level's range; the ranges overlap.
 LEVEL_RANGES = ((0.0, 110.0), (72.0, 1e4))
@@ -36,55 +40,61 @@ class Assignment:
 
 class AdaptersStage(nn.Module):
     def __init__(
-        self, words: WordTable,
+        self,
+        words: WordTable,
         clip_weights: str,
         architecture: str,
         width: int,
         prompts: int,
         label_smoothing: float,
         word_weight: float,
+        keyword_weight: float = 0.3,
+        train_clip: bool = False,
     ):
         super().__init__()
-        config = DualEncoderConfig(architecture=architecture, text_config=text_config())
-        self.clip = DualEncoderSide(config, part="vision")  # the text tower's output is the table below
+        self.lit = ClipStage(words, architecture, label_smoothing, keyword_weight)
+        self.train_clip = train_clip
         self.clip.load_state_dict({n.removeprefix("clip."): t for n, t in load_file(Path(clip_weights)).items()})
-        self.clip.requires_grad_(False).eval()
-        self.clip.to(memory_format=torch.channels_last)
-        channels = list(self.clip.channels)
-        self.concepts = ConceptHead(ConceptHeadConfig(in_channels=channels, embed_dim=config.embed_dim, width=width))
-        self.clip2sam = Clip2SamAdapter(Clip2SamConfig(in_channels=channels, embed_dim=config.embed_dim, width=width))
+        self.lit.requires_grad_(train_clip)
+        size = {"in_channels": list(self.clip.channels), "embed_dim": self.clip.embed_dim, "width": width}
+        self.concepts = ConceptHead(ConceptHeadConfig(**size))
+        self.clip2sam = Clip2SamAdapter(Clip2SamConfig(**size))
         for adapter in (self.concepts, self.clip2sam):
             adapter.region.detail.load_state_dict(self.clip.detail_projection.state_dict())
             adapter.region.context.load_state_dict(self.clip.context_projection.state_dict())
             adapter.to(memory_format=torch.channels_last)
-        self.ce_scale = nn.Parameter(torch.tensor(3.0))
+        self.ce_scale = nn.Parameter(torch.tensor(4.0))  # where the clip stage ends
+        nn.init.constant_(self.lit.log_scale, 4.0)
         self.prompts, self.label_smoothing, self.word_weight = prompts, label_smoothing, word_weight
 
-        self.register_buffer("names", words.names[words.is_base], persistent=False)  # [V, D]
         self.register_buffer("texts", torch.cat([words.names[words.is_base], words.keywords]), persistent=False)
         self.register_buffer("text_targets", text_targets(words), persistent=False)  # [W, V + Kw] of 1, 0, -1
-        self.register_buffer("class_of", words.is_base.long().cumsum(0) - 1, persistent=False)  # [W]
-        self.register_buffer("mean", torch.tensor(self.clip.image_mean)[:, None, None] * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(self.clip.image_std)[:, None, None] * 255, persistent=False)
+
+    @property
+    def clip(self) -> DualEncoderSide:
+        return self.lit.clip
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.clip.eval()  # its batch statistics stay those of the clip stage
+        self.clip.train(mode and self.train_clip)  # frozen, its batch statistics stay those of the clip stage
         return self
 
     def published_state(self) -> dict[str, Tensor]:
         parts = {"concepts": self.concepts, "clip2sam": self.clip2sam}
+        if self.train_clip:
+            parts["clip"] = self.clip
         return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
 
     def load_published(self, state: dict[str, Tensor]) -> None:
-        for part, module in {"concepts": self.concepts, "clip2sam": self.clip2sam}.items():
+        for part, module in {"concepts": self.concepts, "clip2sam": self.clip2sam, "clip": self.clip}.items():
             own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
-            module.load_state_dict(own)
+            if own:  # a run over a frozen CLIP side publishes none of it
+                module.load_state_dict(own)
 
     def forward(self, image: Tensor, index_map: Tensor, word_ids: Tensor) -> dict[str, Tensor]:
-        pixels = ((image.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            maps = tuple(self.clip.vision_model(pixels))
+        with torch.set_grad_enabled(self.train_clip and torch.is_grad_enabled()):
+            features = self.clip.encode_image(self.lit.pixels(image))
+        maps = features.maps
         masks = object_masks(index_map, word_ids.shape[1])  # [B, O, H, W]
         boxes = masks_to_boxes(masks)
         visible = (masks.flatten(2).sum(-1) >= 64) & (word_ids >= 0)
@@ -92,6 +102,10 @@ class AdaptersStage(nn.Module):
         losses, metrics = self.concept_losses(self.concepts(maps), masks, boxes, index_map, word_ids)
         name_losses, name_metrics = self.naming_losses(maps, masks, boxes, visible, word_ids)
         losses |= name_losses
+        if self.train_clip:
+            lit = self.lit.losses(features, masks, visible, word_ids)
+            losses["lit"] = lit["loss"]
+            metrics["lit_top1"] = lit["top1"]
         metrics |= name_metrics | {name: value.detach() for name, value in losses.items()}
         return {"loss": sum(losses.values()), **metrics}
 
@@ -117,7 +131,7 @@ class AdaptersStage(nn.Module):
         owner = place.owner[batch, location]
         mask_loss = self.prototype_loss(out, masks, boxes, batch, location, owner)
         background = out.objectness.detach().masked_fill(place.centrality > 0, -1e4)
-        worst = background.topk(24, dim=1).indices  # [B, 24]
+        worst = background.topk(min(24, background.shape[1]), dim=1).indices  # [B, 24]
         worst_batch = torch.arange(len(worst), device=worst.device).repeat_interleave(worst.shape[1])
         batch_all, location_all = torch.cat([batch, worst_batch]), torch.cat([location, worst.flatten()])
         ids = word_ids[batch, owner]
@@ -174,8 +188,8 @@ class AdaptersStage(nn.Module):
         return {"mask_name": name_loss, "mask_word": self.word_weight * word_loss}, {"mask_top1": top1}
 
     def name_loss(self, embeds: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.ce_scale.clamp(max=4.6).exp() * embeds @ self.names.T
-        classes = self.class_of[ids]
+        logits = self.ce_scale.clamp(max=4.6).exp() * embeds @ self.lit.names.T
+        classes = self.lit.class_of[ids]
         loss = F.cross_entropy(logits, classes, label_smoothing=self.label_smoothing)
         return loss, (logits.argmax(-1) == classes).float().mean()
 
@@ -185,7 +199,7 @@ class AdaptersStage(nn.Module):
         target[: len(ids)] = self.text_targets[ids].to(logits.dtype)
         loss = focal_loss(logits, target.clamp(min=0)) * (target >= 0)
         # Names weigh more than keywords: there is one per object, and several keywords.
-        names, keywords = loss[:, : len(self.names)].sum(), loss[:, len(self.names) :].sum()
+        names, keywords = loss[:, : len(self.lit.names)].sum(), loss[:, len(self.lit.names) :].sum()
         return (names + 0.25 * keywords) / max(len(ids), 1)
 
 

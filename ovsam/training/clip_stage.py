@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovsam.clip.base import mask_pool
+from ovsam.clip.base import ClipFeatures, mask_pool
 from ovsam.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
 
 from .targets import object_masks
@@ -38,10 +38,15 @@ class ClipStage(nn.Module):
         return {f"clip.{name}": tensor for name, tensor in self.clip.state_dict().items()}
 
     def forward(self, image: Tensor, index_map: Tensor, word_ids: Tensor) -> dict[str, Tensor]:
-        pixels = ((image.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        features = self.clip.encode_image(pixels)
+        features = self.clip.encode_image(self.pixels(image))
         masks = object_masks(index_map, word_ids.shape[1])  # [B, O, H, W]
         visible = (masks.flatten(2).sum(-1) >= 64) & (word_ids >= 0)
+        return self.losses(features, masks, visible, word_ids)
+
+    def pixels(self, image: Tensor) -> Tensor:
+        return ((image.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def losses(self, features: ClipFeatures, masks: Tensor, visible: Tensor, word_ids: Tensor) -> dict[str, Tensor]:
         embeds = F.normalize(mask_pool(features.pool_map, masks)[visible].float(), dim=-1)  # [n, D]
         ids = word_ids[visible]
         scale = self.log_scale.clamp(max=4.6).exp()

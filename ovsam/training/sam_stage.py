@@ -168,14 +168,14 @@ class SamStage(nn.Module):
         """Points [B, P, N, 2] with labels 0 / 1 (clicks) or 2 / 3 (box corners) -> [B, P, N + 1, C]; the last token is
         SAM's padding point."""
         encoder = self.sam.prompt_encoder
-        code = encoder.shared_embedding(coordinates + 0.5, (self.canvas, self.canvas)) + encoder.point_embed(labels)
+        with torch.autocast(coordinates.device.type, enabled=False):  # bfloat16 blurs Fourier codes
+            code = encoder.shared_embedding(coordinates + 0.5, (self.canvas, self.canvas)) + encoder.point_embed(labels)
         return torch.cat([code, encoder.not_a_point_embed.weight.expand(*code.shape[:2], 1, -1)], 2)
 
     def mask_losses(self, out, target: Tensor, valid: Tensor) -> Tensor:
         """Token 0 always, the best of tokens 1-3 as well (SAM's minimum), and the predicted IoU of all four."""
         target = target[:, :, None].expand_as(out.masks)
         pixel = focal_loss(out.masks, target, self.focal_gamma).mean((-1, -2))
-        # The mean over a window is small for small objects: weigh by how much of the window could be the object.
         each = self.mask_weight * pixel + self.dice_weight * dice_loss(out.masks, target)  # [B, P, M]
         quality = (out.iou - mask_iou(out.masks, target)).square().mean(-1)
         total = each[..., 0] + 0.5 * each[..., 1:].amin(-1) + quality

@@ -1,0 +1,53 @@
+"""Puts measured figures into the documents: `python benchmarks/figures.py RESULTS.json`, from `ovsam eval --json`.
+
+Each document has a `<!-- figures -->` line; the table after it is replaced, so that no figure is typed by hand.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "model_card.md")
+# What is shown: the row's text, the figure's name in the results, as a percentage or as it is, and the first target.
+ROWS = (
+    ("box prompt: mean IoU of the mask", "box: mean IoU", "share", ">= 0.70, aim 0.85"),
+    ("... boxes of base / novel words", ("box: mean IoU, base", "box: mean IoU, novel"), "share", ""),
+    ("... small / medium / large", tuple(f"box: mean IoU, {s}" for s in ("small", "medium", "large")), "share", ""),
+    ("one click: mean IoU", "click: mean IoU", "share", ">= 0.50, aim 0.70"),
+    ("... small / medium / large", tuple(f"click: mean IoU, {s}" for s in ("small", "medium", "large")), "share", ""),
+    ("name of a boxed mask, base words: top-1 of 1,373", "name (box): top-1, base", "share", ">= 0.60, aim 0.80"),
+    ("... feature-crop baseline, no adapter", "name (feature-crop): top-1, base", "share", ""),
+    ("name of a boxed mask, novel words: top-5 of 1,373", "name (box): top-5, novel", "share", ">= 0.08, aim 0.12"),
+    ("... feature-crop baseline, no adapter", "name (feature-crop): top-5, novel", "share", ""),
+    ("words -> masks: AP50, 20 absent words asked as well", "words -> masks: AP50", "share", ">= 0.35, aim 0.60"),
+    ("... base / novel words", ("words -> masks: AP50, base", "words -> masks: AP50, novel"), "share", ""),
+    ("words -> masks: AP (0.50:0.95)", "words -> masks: AP", "share", ""),
+    ("absent words that return anything", "absent words that return anything", "percent", "<= 8 %, aim 4 %"),
+    ("synonyms that find their object", "synonyms that find their object", "percent", ">= 50 %, aim 75 %"),
+    ("a picture with 10 words, two CPU cores", "seconds per picture with 10 words", "seconds", "<= 0.4 s, aim 0.2 s"),
+    ("20,000 cached words / 1 word, model time", "20,000 words / 1 word, model time", "ratio", "<= 1.5, aim 1.2"),
+)
+FORMATS = {"share": "{:.2f}", "percent": "{:.1%}", "seconds": "{:.2f} s", "ratio": "{:.2f} x"}
+
+
+def table(figures: dict[str, float]) -> str:
+    lines = ["| figure | measured | target |", "|---|---|---|"]
+    for text, names, kind, target in ROWS:
+        names = (names,) if isinstance(names, str) else names
+        values = " / ".join(FORMATS[kind].format(figures[name]) for name in names)
+        lines.append(f"| {text} | {values} | {target} |")
+    return "\n".join(lines)
+
+
+def main(results: Path) -> None:
+    rows = table(json.loads(results.read_text()))
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = re.sub(r"(<!-- figures -->\n)(\n?\|.*\n)*", rf"\1\n{rows}\n", path.read_text())
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,41 @@
+"""Draws the pictures of the README with the shipped checkpoint: `python benchmarks/pictures.py`."""
+
+from pathlib import Path
+
+from PIL import Image
+
+import ovsam
+from ovsam.scenes.words import all_words
+
+ROOT = Path(__file__).resolve().parents[1]
+SCENES = ROOT / "tests" / "data" / "emojiscenes-val" / "images"
+WHERE = ("TRYIMAGE", ["TRYWORDS"])
+WHAT = ("TRYIMAGE2", [])
+EVERYTHING = "TRYIMAGE3"
+
+
+def main() -> None:
+    segmenter = ovsam.load("ovsam-tiny")
+    names = [word.name for word in all_words()]
+    panels = []
+    name, words = WHERE
+    picture = segmenter.encode(SCENES / name)
+    panels.append(segmenter.where(picture, words).overlay(picture[0]))
+    name, points = WHAT
+    picture = segmenter.encode(SCENES / name)
+    clicked = [segmenter.what(picture, points=[point], vocabulary=names)[0] for point in points]
+    panels.append(ovsam.Results(clicked, picture[0].size[::-1]).overlay(picture[0]))
+    picture = segmenter.encode(SCENES / EVERYTHING)
+    panels.append(segmenter.everything(picture, vocabulary=names).overlay(picture[0]))
+
+    sheet = Image.new("RGB", (3 * 512 + 2 * 8, 512), "white")
+    for i, panel in enumerate(panels):
+        sheet.paste(panel.convert("RGB"), (i * (512 + 8), 0))
+    target = ROOT / "benchmarks" / "pictures" / "three_questions.jpg"
+    target.parent.mkdir(exist_ok=True)
+    sheet.save(target, quality=88)
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

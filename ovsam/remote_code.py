@@ -1,0 +1,38 @@
+"""What lets a folder load with `trust_remote_code=True` in a process that never imported ovsam.
+
+Beside the weights lies one line of code that imports this package; where the package is missing, transformers reads
+that line and says `pip install ovsam`. (Its own way, copying our sources there, works for flat packages only.)
+"""
+
+import os
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+SHIM = "modeling_ovsam.py"
+
+
+def write_shim(folder: str | os.PathLike) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / SHIM).write_text("from ovsam import *  # noqa: F403\n")
+
+
+def auto_map(**classes: str) -> dict[str, str]:
+    """Names of Auto classes and of the classes of this package that they load from the folder."""
+    return {auto_class: f"{SHIM.removesuffix('.py')}.{name}" for auto_class, name in classes.items()}
+
+
+class RemoteCodeConfig(PreTrainedConfig):
+    """A configuration whose folder holds the shim. `auto_classes` maps Auto classes to names of this package."""
+
+    auto_classes = {}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        write_shim(save_directory)
+        self.auto_map = auto_map(AutoConfig=type(self).__name__, **self.auto_classes)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        del self.auto_map  # or it would be saved again where this is part of a larger configuration
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Nothing: what this would make transformers copy into the folder is what the shim is for."""

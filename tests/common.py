@@ -1,0 +1,146 @@
+"""Whole models at tiny random size, one for every composition and for sides of several families."""
+
+import copy
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    CLIPConfig,
+    EdgeTamConfig,
+    PreTrainedTokenizerFast,
+    Sam2Config,
+    Sam2ImageProcessor,
+    SiglipConfig,
+)
+
+import ovsam
+from ovsam.clip import DualEncoderConfig, OpenClipConfig
+
+SIZE, GRID, C, D = 128, 8, 32, 32
+WORDS = ("cat", "dog", "car", "tree", "red ball", "cup", "moon", "star")
+
+_SAM = {
+    "vision_config": {
+        "backbone_feature_sizes": [[4 * GRID] * 2, [2 * GRID] * 2, [GRID] * 2],
+        "backbone_channel_list": [64, 48, 32, 24],
+        "fpn_hidden_size": C,
+    },
+    "prompt_encoder_config": {"hidden_size": C, "image_size": SIZE},
+    "mask_decoder_config": {"hidden_size": C, "mlp_dim": 48, "num_attention_heads": 4, "iou_head_hidden_dim": 16},
+}
+_TIMM = {
+    "model_type": "timm_wrapper",
+    "architecture": "test_efficientnet",
+    "num_classes": 0,
+    "model_args": {"in_chans": 3, "features_only": True, "out_indices": [1, 2, 3, 4]},
+}
+_HIERA = {
+    "model_type": "sam2_hiera_det_model",
+    "hidden_size": 8,
+    "embed_dim_per_stage": [8, 16, 32, 64],
+    "num_attention_heads_per_stage": [1, 2, 4, 8],
+    "blocks_per_stage": [1, 1, 2, 1],
+    "window_size_per_stage": [8, 4, 8, 4],
+    "global_attention_blocks": [3],
+    "window_positional_embedding_background_size": [7, 7],
+    "image_size": [SIZE, SIZE],
+}
+_TEXT = {"vocab_size": 64, "max_position_embeddings": 12, "bos_token_id": 62, "eos_token_id": 63}
+_TOWER = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_PATCHES = _TOWER | {"image_size": SIZE, "patch_size": 16}
+
+
+def _sam(kind: str):
+    trunk = {
+        "edgetam": {"backbone_config": _TIMM, "fpn_top_down_levels": [0, 1, 2, 3]},
+        "sam2": {"backbone_config": _HIERA, "backbone_channel_list": [64, 32, 16, 8]},
+    }
+    parts = copy.deepcopy(_SAM)
+    parts["vision_config"] |= copy.deepcopy(trunk[kind])
+    return {"edgetam": EdgeTamConfig, "sam2": Sam2Config}[kind](**parts)
+
+
+def _open_clip(**vision) -> OpenClipConfig:
+    text = {"context_length": 12, "vocab_size": 64, "width": D, "heads": 2, "layers": 2}
+    model_cfg = {"embed_dim": D, "vision_cfg": {"image_size": SIZE} | vision, "text_cfg": text}
+    return OpenClipConfig(model_cfg=model_cfg, image_size=SIZE)
+
+
+def _clip(kind: str):
+    match kind:
+        case "dual_encoder":
+            text = _TOWER | {"vocab_size": 64, "model_type": "bert"}
+            return DualEncoderConfig(
+                architecture="test_efficientnet",
+                text_config=text,
+                embed_dim=D,
+                image_size=SIZE,
+                max_text_length=12,
+            )
+        case "convnext":
+            return _open_clip(timm_model_name="test_convnext", timm_pool="", timm_proj="linear")
+        case "resnet":
+            return _open_clip(layers=[1, 1, 1, 1], width=8, head_width=64)
+        case "eva":  # its rotary tables are buffers that are not saved
+            return _open_clip(timm_model_name="eva02_tiny_patch14_224", timm_pool="token", timm_proj="linear")
+        case "clip":
+            return CLIPConfig(text_config=_TOWER | _TEXT, vision_config=_PATCHES, projection_dim=D)
+        case "siglip":
+            return SiglipConfig(text_config=_TOWER | _TEXT | {"projection_size": D}, vision_config=_PATCHES)
+
+
+CHANNELS = {"dual_encoder": [24, 32, 48, 64], "convnext": [24, 32, 48, 64], "resnet": [32, 64, 128, 256]}
+
+
+def tiny_config(composition="dual", sam="edgetam", clip="dual_encoder", adapters=True, **more) -> ovsam.OVSamConfig:
+    """A few hundred thousand parameters, 128 px."""
+    read = {"in_channels": [C] * 4 if composition == "sam" else CHANNELS.get(clip), "embed_dim": D, "width": 16}
+    if adapters:
+        more = {
+            "clip2sam_config": ovsam.Clip2SamConfig(**read, token_dim=C),
+            "concepts_config": ovsam.ConceptHeadConfig(**read, num_prototypes=8, prototype_width=8),
+        } | more
+    if composition == "clip":
+        stand_in = ovsam.Sam2ClipConfig(in_channels=CHANNELS[clip], width=C, num_layers=1, num_heads=4)
+        more["sam2clip_config"] = stand_in
+    return ovsam.OVSamConfig(composition=composition, sam_config=_sam(sam), clip_config=_clip(clip), **more)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed=0) -> nn.Module:
+    """Weights at which everything matters: an untrained model's images, prompts and words hardly change its output."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_model(*args, **kwargs) -> ovsam.OVSamModel:
+    return randomise(ovsam.OVSamModel(tiny_config(*args, **kwargs)))
+
+
+def tiny_processor(**more) -> ovsam.OVSamProcessor:
+    vocabulary = ["[PAD]", "[UNK]", *sorted({part for word in WORDS for part in word.split()})]
+    ids = {word: index for index, word in enumerate(vocabulary)} | {"[BOS]": 62, "[EOS]": 63}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 62), ("[EOS]", 63)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+    side, mask_side = {"height": SIZE, "width": SIZE}, {"height": SIZE // 4, "width": SIZE // 4}
+    images = Sam2ImageProcessor(size=side, mask_size=mask_side)
+    return ovsam.OVSamProcessor(images, fast, **{"max_text_length": 12} | more)
+
+
+def picture(seed=0, width=SIZE, height=SIZE) -> Image.Image:
+    """Random coloured blobs."""
+    torch.manual_seed(seed)
+    coarse = torch.rand(1, 3, 6, 6)
+    pixels = nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)[0]
+    return Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())

@@ -1,0 +1,53 @@
+"""The README's three snippets run as they stand, and its files exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def snippet(name: str) -> str:
+    return re.search(rf"<!-- snippet: {name} -->\n```\w*\n(.*?)```", README, re.S).group(1)
+
+
+def checkout(tmp_path: Path) -> Path:
+    """A folder in which the README's relative paths lead to the repository and its outputs do not land in it."""
+    for name in ("hub", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["transformers", "load"])
+def test_python_snippet(name, tmp_path):
+    done = subprocess.run([sys.executable, "-c", snippet(name)], cwd=checkout(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip(), "the snippet found nothing"
+    if name == "load":
+        assert (tmp_path / "overlay.png").stat().st_size > 1000
+
+
+def test_command_line_snippet(tmp_path):
+    folder = checkout(tmp_path)
+    lines = snippet("cli").strip().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        command = shlex.split(line)
+        assert command[0] == "ovsam"
+        done = subprocess.run([sys.executable, "-m", "ovsam", *command[1:]], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert " found (ovsam-tiny)" in done.stdout
+    assert (folder / "found.png").exists() and (folder / "found.json").exists()
+
+
+def test_every_file_the_readme_names_exists():
+    named = set(re.findall(r"\]\((?!http)([^)#]+)\)", README))
+    named |= set(re.findall(r"`((?:ovsam|adapters|hub)/[\w/.-]+)`", README))
+    assert len(named) > 5
+    for name in named:
+        assert (ROOT / name).exists(), name

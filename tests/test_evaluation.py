@@ -1,0 +1,77 @@
+"""The yardstick itself: perfect answers get full marks, and known mistakes get known marks."""
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from ovsam import evaluation
+
+
+def test_rank_counts_better_words():
+    logits = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.2, 0.3]])
+    assert evaluation.rank(logits, torch.tensor([2, 0])).tolist() == [1, 0]
+
+
+def test_iou_by_hand():
+    a, b = np.zeros((2, 4, 4), bool), np.zeros((1, 4, 4), bool)
+    a[0, :2], a[1, :, :1], b[0, :1] = True, True, True
+    assert evaluation.iou(a, b).tolist() == [[pytest.approx(4 / 8)], [pytest.approx(1 / 7)]]
+
+
+@pytest.fixture
+def coco():
+    """Two pictures; word 1 in both, word 2 in the second alone, word 3 nowhere."""
+    dataset, masks = COCO(), {}
+    annotations = []
+    for i, (image, word, x) in enumerate([(1, 1, 0), (2, 1, 5), (2, 2, 20)]):
+        mask = np.zeros((40, 40), np.uint8, order="F")
+        mask[5:30, x : x + 15] = 1
+        code = rle.encode(mask)
+        masks[i] = code
+        box = rle.toBbox(code).tolist()
+        fixed = {"id": i + 1, "image_id": image, "category_id": word, "iscrowd": 0, "area": int(mask.sum())}
+        annotations.append({**fixed, "segmentation": code, "bbox": box})
+    dataset.dataset = {
+        "info": {},
+        "images": [{"id": i, "width": 40, "height": 40} for i in (1, 2)],
+        "categories": [{"id": i, "name": str(i), "split": "novel" if i == 2 else "base"} for i in (1, 2, 3)],
+        "annotations": annotations,
+    }
+    dataset.createIndex()
+    return dataset, masks
+
+
+def detection(image, word, score, code):
+    return {"image_id": image, "category_id": word, "score": score, "segmentation": code}
+
+
+def test_perfect_answers_have_an_ap_of_one(coco):
+    dataset, masks = coco
+    found = [detection(1, 1, 0.9, masks[0]), detection(2, 1, 0.8, masks[1]), detection(2, 2, 0.7, masks[2])]
+    figures = evaluation.average_precision(dataset, found, [1, 2])
+    for split in ("", ", base", ", novel"):
+        assert figures[f"words -> masks: AP50{split}"] == pytest.approx(1)
+
+
+def test_a_false_positive_of_an_absent_word_costs_ap(coco):
+    """Word 2 is not in picture 1: firing there, surer than in picture 2, halves its precision."""
+    dataset, masks = coco
+    right = [detection(1, 1, 0.9, masks[0]), detection(2, 1, 0.8, masks[1]), detection(2, 2, 0.7, masks[2])]
+    figures = evaluation.average_precision(dataset, [*right, detection(1, 2, 0.95, masks[0])], [1, 2])
+    assert figures["words -> masks: AP50, novel"] == pytest.approx(0.5)
+    assert figures["words -> masks: AP50, base"] == pytest.approx(1)
+
+
+def test_no_answers_score_nothing(coco):
+    assert evaluation.average_precision(coco[0], [], [1, 2])["words -> masks: AP50"] == 0
+
+
+def test_summary_splits_by_size_and_novelty():
+    row = {"iou": {"box": 0.8, "click": 0.4}, "rank": {"box": 0, "click": 3, "feature-crop": 9}}
+    rows = [{**row, "split": "base", "size": "small"}, {**row, "split": "novel", "size": "large"}]
+    figures = evaluation.summarise(rows)
+    assert figures["box: mean IoU, small"] == pytest.approx(0.8) and np.isnan(figures["box: mean IoU, medium"])
+    assert figures["name (box): top-1, base"] == 1 and figures["name (click): top-1, base"] == 0
+    assert figures["name (click): top-5, novel"] == 1 and figures["name (feature-crop): top-5, base"] == 0
