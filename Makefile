@@ -1,9 +1,10 @@
 # make try    a picture of this repository, segmented by words
 # make test   lint, types and the whole suite
-# Both make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='cat "red car"' asks for other words.
+# Both make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='fork "hair pick"' asks for other words.
 
 PYTHON ?= python3
-TRY_WORDS ?= cat
+TRY_IMAGE ?= 028.jpg
+TRY_WORDS ?= car saxophone "dog face" "meat on bone"
 
 .PHONY: try test
 .DELETE_ON_ERROR:

@@ -9,9 +9,9 @@ from ovsam.scenes.words import all_words
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = ROOT / "tests" / "data" / "emojiscenes-val" / "images"
-WHERE = ("TRYIMAGE", ["TRYWORDS"])
-WHAT = ("TRYIMAGE2", [])
-EVERYTHING = "TRYIMAGE3"
+WHERE = ("028.jpg", ["car", "saxophone", "dog face", "meat on bone"])
+WHAT = ("000.jpg", [(333, 177), (381, 283), (109, 375), (206, 451)])
+EVERYTHING = "056.jpg"
 
 
 def main() -> None:

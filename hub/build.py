@@ -24,6 +24,7 @@ from ovsam.adapters.clip2sam import Clip2SamConfig  # noqa: E402
 from ovsam.adapters.concepts import ConceptHeadConfig  # noqa: E402
 from ovsam.checkpoints import TEXT_SHARD  # noqa: E402
 from ovsam.clip import DualEncoderConfig  # noqa: E402
+from ovsam.scenes.words import all_words  # noqa: E402
 from ovsam.training.sam_stage import edgetam_config  # noqa: E402
 from ovsam.training.texts import text_config  # noqa: E402
 
@@ -44,6 +45,7 @@ def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
         clip_config=DualEncoderConfig(architecture=architecture, text_config=text_config(), image_size=IMAGE_SIZE),
         clip2sam_config=Clip2SamConfig(in_channels=CHANNELS, embed_dim=384, width=128),
         concepts_config=ConceptHeadConfig(in_channels=CHANNELS, embed_dim=384, width=128),
+        vocabulary=[word.name for word in all_words()],
         **thresholds,
     )
 

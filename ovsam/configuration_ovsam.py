@@ -28,6 +28,7 @@ class OVSamConfig(RemoteCodeConfig):
     `clip2sam_config` (names of prompted masks) and `concepts_config` (words to instances) may be None: the model then
     names by CLIP's own pooling, and cannot answer words or everything.
 
+    `vocabulary` holds the words to name with when a user gives none; it may be None.
     `templates` are the sentences the text tower was trained with, `{}` standing for the word. `score_threshold` is the
     default below which words and everything return nothing; `proposal_threshold` the lower one below which a location
     is not even refined; `max_locations` how many locations words are compared with.
@@ -49,6 +50,7 @@ class OVSamConfig(RemoteCodeConfig):
     sam2clip_config: Sam2ClipConfig | None = None
     clip2sam_config: Clip2SamConfig | None = None
     concepts_config: ConceptHeadConfig | None = None
+    vocabulary: list | None = None
     templates: list | tuple = ("{}",)
     max_locations: int = 300
     max_detections: int = 100

@@ -95,7 +95,8 @@ def measure(segmenter: Segmenter, coco: COCO, folder: Path, limit: int | None = 
     figures = summarise(rows)
     figures |= average_precision(coco, detections, image_ids)
     figures["absent words that return anything"] = absent_fired / max(absent_asked, 1)
-    figures["synonyms that find their object"] = float(np.mean([float(np.mean(h)) for h in synonym_hits.values()] or [0.0]))
+    found_share = [float(np.mean(hits)) for hits in synonym_hits.values()]
+    figures["synonyms that find their object"] = float(np.mean(found_share or [0.0]))
     return figures
 
 

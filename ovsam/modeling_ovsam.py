@@ -236,7 +236,8 @@ class OVSamModel(OVSamPreTrainedModel):
         """
         if features is None and image_embeddings is not None:
             *high_res, embedding = image_embeddings
-            features = OVSamFeatures(sam=SamFeatures(embedding=embedding, high_res=tuple(high_res)))
+            # A ModelOutput given nothing but a dictionary takes that for its fields; maps=() is something.
+            features = OVSamFeatures(sam=SamFeatures(embedding=embedding, high_res=tuple(high_res)), maps=())
         if features is None and pixel_values is None:
             raise InputError("Pass pixel_values, or features of an earlier call to encode().")
         if features is None:
@@ -340,7 +341,7 @@ class OVSamModel(OVSamPreTrainedModel):
     def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> "Naming":
         """The class embedding of each mask: the adapter's, else the best-matching locations', else CLIP's own; none
         where the features are SAM's alone."""
-        if self.clip2sam is not None and features.maps is not None:
+        if self.clip2sam is not None and features.maps:
             embeds = self.clip2sam(features.maps, boxes, masks.sigmoid(), tokens)
             return Naming(embeds, self.clip2sam.log_scale.exp(), self.clip2sam.logit_shift)
         if features.concepts is not None:

@@ -4,38 +4,61 @@ from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ovsam.images import open_image
+from ovsam.modeling_ovsam import OVSamOutput
 
 TASK = "open-vocabulary-segmentation"
 
 
 class OpenVocabularySegmentationPipeline(Pipeline):
-    """One picture and words (or boxes, points, or nothing) -> list of dicts `score, label, mask, box, mask_score`."""
+    """One picture and words (or boxes, points, or nothing) -> list of dicts `score, label, mask, box, mask_score`.
+
+    Default thresholds are the model's own.
+    """
 
     _load_processor = True
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def _sanitize_parameters(self, threshold=None, mask_threshold=None, **prompts):
-        names = ("text", "negative_text", "input_points", "input_labels", "input_boxes")
-        given = {name: prompts[name] for name in names if prompts.get(name) is not None}
+    def _sanitize_parameters(
+        self,
+        text=None,
+        negative_text=None,
+        input_points=None,
+        input_labels=None,
+        input_boxes=None,
+        threshold=None,
+        mask_threshold=None,
+    ):
+        prompts = {
+            "text": text,
+            "negative_text": negative_text,
+            "input_points": input_points,
+            "input_labels": input_labels,
+            "input_boxes": input_boxes,
+        }
         limits = {"threshold": threshold, "mask_threshold": mask_threshold}
-        return given, {}, {name: value for name, value in limits.items() if value is not None}
+        return _given(prompts), {}, _given(limits)
 
     def preprocess(self, image, **prompts):
         return self.processor(images=open_image(image), return_tensors="pt", **prompts)
 
     def _forward(self, model_inputs):
         riders = {name: model_inputs.pop(name, None) for name in ("original_sizes", "text_labels", "prompt_counts")}
-        return {"outputs": self.model(**model_inputs), **riders}
+        outputs = self.model(**model_inputs)
+        # As a dictionary: the base class moves outputs to the CPU, and would make a nameless ModelOutput of ours.
+        return {"outputs": {name: outputs[name] for name in outputs if name != "features"}, **riders}
 
     def postprocess(self, model_outputs, threshold=None, mask_threshold=0.5):
+        config, text_labels = self.model.config, model_outputs["text_labels"]
+        if threshold is None:
+            threshold = config.objectness_threshold if text_labels is None else config.score_threshold
         result = self.processor.post_process_instance_segmentation(
-            model_outputs["outputs"],
-            threshold=self.model.config.score_threshold if threshold is None else threshold,
+            OVSamOutput(**model_outputs["outputs"]),
+            threshold=threshold,
             mask_threshold=mask_threshold,
             target_sizes=model_outputs["original_sizes"],
-            text_labels=model_outputs["text_labels"],
+            text_labels=text_labels,
             prompt_counts=model_outputs["prompt_counts"],
         )[0]
         rows = zip(
@@ -56,6 +79,10 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             }
             for score, label, mask, box, mask_score in rows
         ]
+
+
+def _given(arguments: dict) -> dict:
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def register_pipeline() -> None:

@@ -107,15 +107,14 @@ class OVSamProcessor(Sam2Processor):
         if input_masks is not None:
             encoded["input_masks"] = input_masks
         if text is not None:
-            text = [text] if isinstance(text, str) else list(text)
-            words = _union(text)
+            text_labels = [text] if isinstance(text, str) else list(text)
+            if _per_image(text_labels) and not _fits(text_labels, len(encoded["original_sizes"])):
+                raise InputError(f"Words per image are one list for each image, all of them lists; got {text_labels}.")
+            words = _union(text_labels)
             encoded.update(self.tokenize(words))
-            encoded["text_labels"] = text
-            if _per_image(text):
-                images_given = len(encoded["original_sizes"])
-                if len(text) != images_given or any(isinstance(row, str) for row in text):
-                    raise InputError(f"Words per image are a list for each of the {images_given} images; got {text}.")
-                encoded["text_mask"] = torch.tensor([[word in row for word in words] for row in text])
+            encoded["text_labels"] = text_labels
+            if _per_image(text_labels):
+                encoded["text_mask"] = torch.tensor([[word in row for word in words] for row in text_labels])
         if negative_text is not None:
             tokens = self.tokenize([negative_text] if isinstance(negative_text, str) else list(negative_text))
             encoded.update({f"negative_{name}": value for name, value in tokens.items()})
@@ -158,15 +157,12 @@ class OVSamProcessor(Sam2Processor):
             top_k: how many names per instance.
 
         Returns:
-            per image a dict of scores [n], labels [n] (index into the words, -1 without words), boxes [n, 4] xyxy,
+            per image a dict of scores [n], labels [n] (index into the image's words, -1 without), boxes [n, 4] xyxy,
             masks [n, H, W] bool, text_labels [n], mask_scores [n], prompt_ids [n] (index of the prompt or proposal) and
             topk [n] of [[word, score], ...]; best first for proposals, in the prompts' order for prompts.
         """
         threshold = 0.3 if threshold is None else threshold
         proposed = outputs.objectness is not None
-        words = _union(text_labels)
-        if words is None and outputs.logits is not None:  # not told: the words are called by their numbers
-            words = [str(i) for i in range(outputs.logits.shape[-1])]
         results = []
         for image in range(len(outputs.pred_masks)):
             valid = outputs.valid[image].clone()
@@ -174,17 +170,20 @@ class OVSamProcessor(Sam2Processor):
                 valid &= torch.arange(len(valid), device=valid.device) < int(prompt_counts[image])
             index = valid.nonzero()[:, 0]
             objectness = outputs.objectness[image, index].float() if proposed else None
-            names = self._names(outputs, image, index, None if everything else objectness, words, text_labels)
-            if names is None:
-                best, labels = objectness if proposed else torch.ones(len(index)), torch.full_like(index, -1)
+            weight = objectness[:, None] if proposed and not everything else None
+            words, columns = _own_words(outputs.logits, text_labels, image)
+            if words:
+                names = instance_scores(outputs.logits[image, index][:, columns].float(), weight)  # [n, K]
+                best, labels = names.max(-1)
             else:
-                best, labels = names.max(-1)  # [n, K] -> [n]
+                names, labels = None, torch.full_like(index, -1)
+                best = objectness if proposed else torch.ones(len(index), device=index.device)
             if proposed:
                 rank = objectness if everything else best
                 order = rank.argsort(descending=True)
                 order = order[rank[order] >= threshold]
                 if outputs.negative_logits is not None:
-                    unwanted = instance_scores(outputs.negative_logits[image, index].float().amax(-1), objectness)
+                    unwanted = instance_scores(outputs.negative_logits[image, index].float(), weight).amax(-1)
                     order = order[unwanted[order] < best[order]]
             else:
                 order = torch.arange(len(index), device=index.device)
@@ -207,17 +206,6 @@ class OVSamProcessor(Sam2Processor):
                 }
             )
         return results
-
-    def _names(self, outputs, image, index, objectness, words, text_labels) -> Tensor | None:
-        """Scores per word [n, K]; None without words. Where each image has words of its own, the others' score 0."""
-        if outputs.logits is None:
-            return None
-        logits = outputs.logits[image, index].float()
-        scores = instance_scores(logits, None if objectness is None else objectness[:, None])
-        if _per_image(text_labels):
-            own = torch.tensor([word in text_labels[image] for word in words], device=scores.device)
-            scores = scores.masked_fill(~own, 0.0)
-        return scores
 
     def _masks(self, outputs: OVSamOutput, image: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """The best candidate mask of each instance, logits [n, h, w], and its predicted IoU [n]."""
@@ -244,12 +232,25 @@ def _per_image(text_labels) -> bool:
     return bool(text_labels) and isinstance(text_labels[0], list | tuple)
 
 
-def _union(text_labels) -> list[str] | None:
-    if text_labels is None:
-        return None
+def _fits(text_labels, images: int) -> bool:
+    return len(text_labels) == images and not any(isinstance(row, str) for row in text_labels)
+
+
+def _union(text_labels) -> list[str]:
     if _per_image(text_labels):
         return list(dict.fromkeys(word for row in text_labels for word in row))
     return list(text_labels)
+
+
+def _own_words(logits: Tensor | None, text_labels, image: int) -> tuple[list[str], list[int]]:
+    """The words of an image, and where they stand among those of all images; words not given are called by number."""
+    if logits is None:
+        return [], []
+    if text_labels is None:
+        text_labels = [str(number) for number in range(logits.shape[-1])]
+    place = {word: number for number, word in enumerate(_union(text_labels))}
+    own = text_labels[image] if _per_image(text_labels) else text_labels
+    return list(own), [place[word] for word in own]
 
 
 def _resize(logits: Tensor, size, mask_threshold: float) -> Tensor:

@@ -104,8 +104,8 @@ class Segmenter:
         vocabulary: Words | None = None,
         threshold: float | None = None,
     ) -> Results:
-        """All there is, named from the vocabulary; unnamed ("object") without one."""
-        words, embeds = self.embed(vocabulary) if vocabulary is not None else (None, None)
+        """All there is, named from the vocabulary or, without one, from the checkpoint's own."""
+        words, embeds = self._names(vocabulary)
         return self._propose(image, words, embeds, None, threshold, source="auto")
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class Segmenter:
         boxes: Sequence[Sequence[float]] | None = None,
         vocabulary: Words | None = None,
     ) -> Results:
-        """The mask of what was clicked or boxed, and its name from the vocabulary.
+        """The mask of what was clicked or boxed, named from the vocabulary or, without one, the checkpoint's own.
 
         Args:
             points: [[x, y], ...], clicks on one object; with `labels`, 1 on it and 0 beside it.
@@ -125,6 +125,10 @@ class Segmenter:
         """
         if not points and not boxes:
             raise InputError("Pass points or boxes: what to name.")
+        if labels and len(labels) != len(points or ()):
+            raise InputError(f"There are {len(labels)} labels for {len(points or ())} points; each point takes one.")
+        if points and boxes and len(boxes) > 1:
+            raise InputError(f"Points are on one object, so that they go with one box, not with {len(boxes)}.")
         picture, features = self._features(image)
         _check_inside(picture.size, points, boxes)
         inputs = self._to_device(
@@ -135,7 +139,7 @@ class Segmenter:
                 input_boxes=[list(map(list, boxes))] if boxes else None,
             )
         )
-        words, embeds = self.embed(vocabulary) if vocabulary is not None else (None, None)
+        words, embeds = self._names(vocabulary)
         prompts = {k: inputs[k] for k in ("input_points", "input_labels", "input_boxes") if k in inputs}
         outputs = self.model(features=features, text_embeds=embeds, **prompts)
         asked = [list(map(list, points))] if points else [list(box) for box in boxes]
@@ -180,6 +184,11 @@ class Segmenter:
             topk=found["topk"],
             model=self.name,
         )
+
+    def _names(self, vocabulary: Words | None) -> tuple[Vocabulary | None, Tensor | None]:
+        """The words to name with; neither the user nor the checkpoint may have any, and then all is an "object"."""
+        words = vocabulary if vocabulary is not None else self.model.config.vocabulary
+        return self.embed(words) if words is not None else (None, None)
 
     def _features(self, image) -> tuple[Picture, OVSamFeatures]:
         return image if isinstance(image, tuple) else self.encode(image)

@@ -65,13 +65,13 @@ def _sam(kind: str):
 def _open_clip(**vision) -> OpenClipConfig:
     text = {"context_length": 12, "vocab_size": 64, "width": D, "heads": 2, "layers": 2}
     model_cfg = {"embed_dim": D, "vision_cfg": {"image_size": SIZE} | vision, "text_cfg": text}
-    return OpenClipConfig(model_cfg=model_cfg, image_size=SIZE)
+    return OpenClipConfig(model_cfg=model_cfg)
 
 
 def _clip(kind: str):
     match kind:
         case "dual_encoder":
-            text = _TOWER | {"vocab_size": 64, "model_type": "bert"}
+            text = _TOWER | {"vocab_size": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             return DualEncoderConfig(
                 architecture="test_efficientnet",
                 text_config=text,
@@ -84,7 +84,8 @@ def _clip(kind: str):
         case "resnet":
             return _open_clip(layers=[1, 1, 1, 1], width=8, head_width=64)
         case "eva":  # its rotary tables are buffers that are not saved
-            return _open_clip(timm_model_name="eva02_tiny_patch14_224", timm_pool="token", timm_proj="linear")
+            tower = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": "linear"}
+            return _open_clip(image_size=224, **tower)
         case "clip":
             return CLIPConfig(text_config=_TOWER | _TEXT, vision_config=_PATCHES, projection_dim=D)
         case "siglip":
@@ -121,7 +122,12 @@ def randomise(model: nn.Module, seed=0) -> nn.Module:
 
 
 def tiny_model(*args, **kwargs) -> ovsam.OVSamModel:
-    return randomise(ovsam.OVSamModel(tiny_config(*args, **kwargs)))
+    torch.manual_seed(0)
+    model = randomise(ovsam.OVSamModel(tiny_config(*args, **kwargs)))
+    if model.concepts is not None:  # scores all over (0, 1); a new head's are all near 0
+        model.concepts.objectness.bias.data.zero_()
+        model.concepts.scale_shift.bias.data.copy_(torch.tensor([8.0, 0.0]))
+    return model
 
 
 def tiny_processor(**more) -> ovsam.OVSamProcessor:

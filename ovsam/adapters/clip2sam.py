@@ -81,7 +81,7 @@ class Clip2SamAdapter(AdapterModel):
         hidden = F.relu(self.roi_out(hidden))
         weight = inside + 0.05  # context still counts a little, and an empty mask divides by no zero
         hidden = (hidden * weight).sum((2, 3)) / weight.sum((2, 3))  # [B*P, width]
-        hidden = hidden.view(b, p, -1)
+        hidden = hidden.view(b, p, self.config.width)
         if self.token is not None:
             hidden = hidden + F.relu(self.token(tokens))
         return F.normalize(pooled + self.embedding(hidden), dim=-1)

@@ -22,6 +22,8 @@ class AdapterModel(PreTrainedModel):
         elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        else:  # attention
+            super()._init_weights(module)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
