@@ -73,7 +73,7 @@ def main() -> None:
     f1 = [2 * sum(h for s, h in locations if s >= t) / (sum(s >= t for s, _ in locations) + objects) for t in grid]
     thresholds = {
         "score_threshold": round(score, 3),
-        "proposal_threshold": round(min(0.5 * score, 0.1), 3),
+        "proposal_threshold": round(0.65 * score, 3),  # the adapter's half may still lift a location
         "objectness_threshold": round(float(grid[int(np.argmax(f1))]), 3),
     }
     print(

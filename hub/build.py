@@ -31,10 +31,7 @@ from ovsam.training.texts import text_config  # noqa: E402
 IMAGE_SIZE = 512
 TRAINED_SHARD = "vision_model.safetensors"  # not model.safetensors, which would be taken for the whole
 CHANNELS = [32, 64, 96, 960]  # MobileNetV4-S at strides 4, 8, 16, 32
-PARTS = ("clip-tiny", "sam-tiny-512", "adapters-tiny-512")  # where two hold a tensor, the later one's counts
-SHIM = """from ovsam import OVSamConfig, OVSamModel, OVSamProcessor  # noqa: F401
-"""
-AUTO_MAP = {"AutoConfig": "modeling_ovsam.OVSamConfig", "AutoModel": "modeling_ovsam.OVSamModel"}
+PARTS = ("clip-tiny", "sam-tiny-512", "concepts-tiny", "clip2sam-tiny")  # of one tensor, the last part's counts
 
 
 def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
@@ -90,24 +87,22 @@ def build_tiny(runs: Path, folder: Path, thresholds: dict) -> None:
     size = sum((folder / name).stat().st_size for name in (TRAINED_SHARD, TEXT_SHARD))
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": shards})
 
-    content = full_precision(config.to_dict()) | {"architectures": ["OVSamModel"], "auto_map": AUTO_MAP}
+    config.architectures = ["OVSamModel"]
+    config.save_pretrained(folder)  # and the shim
+    content = full_precision(json.loads((folder / "config.json").read_text()))
     write_json(folder / "config.json", content)
-    (folder / "modeling_ovsam.py").write_text(SHIM)
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     mask_side = {"height": IMAGE_SIZE // 4, "width": IMAGE_SIZE // 4}
     processor = ovsam.OVSamProcessor(
         Sam2ImageProcessor(size=side, mask_size=mask_side), AutoTokenizer.from_pretrained(folder), max_text_length=64
     )
     processor.save_pretrained(folder)
-    saved = json.loads((folder / "processor_config.json").read_text())
-    saved["auto_map"] = {"AutoProcessor": "modeling_ovsam.OVSamProcessor"}
-    write_json(folder / "processor_config.json", saved)
     if (ROOT / "model_card.md").is_file():
         shutil.copy(ROOT / "model_card.md", folder / "README.md")
 
     for name, part_config in (("clip2sam", config.clip2sam_config), ("concepts", config.concepts_config)):
         own = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
-        target = ROOT / "adapters" / "adapters-tiny-512" / name
+        target = ROOT / "adapters" / f"{name}-tiny"
         target.mkdir(parents=True, exist_ok=True)
         write_adapter(target, part_config, own)
 

@@ -1,5 +1,6 @@
 """OVSamProcessor: pictures, words and prompts -> tensors; OVSamOutput -> masks with names, in the picture's pixels."""
 
+import os
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ovsam.boxes import masks_to_boxes
 from ovsam.errors import InputError
 from ovsam.modeling_ovsam import OVSamOutput, instance_scores
 from ovsam.nms import mask_overlap, suppress
+from ovsam.remote_code import auto_map, write_shim
 from ovsam.vocabulary import check_text_length
 
 PADDING_LABEL = -10  # of a point that is not there
@@ -51,6 +53,13 @@ class OVSamProcessor(Sam2Processor):
         self.max_text_length = max_text_length
         self.text_padding = text_padding
         self.mask_nms_threshold = mask_nms_threshold
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> list[str]:
+        write_shim(save_directory)
+        self.auto_map = auto_map(AutoProcessor=type(self).__name__)
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        del self.auto_map
+        return files
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):

@@ -31,7 +31,7 @@ class RemoteCodeConfig(PreTrainedConfig):
         write_shim(save_directory)
         self.auto_map = auto_map(AutoConfig=type(self).__name__, **self.auto_classes)
         super().save_pretrained(save_directory, *args, **kwargs)
-        del self.auto_map  # or it would be saved again where this is part of a larger configuration
+        del self.auto_map  # it belongs to the folder, not to this configuration as a part of another
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):

@@ -70,8 +70,8 @@ def test_another_word_changes_no_score(segmenter):
 
 def test_the_words_cost_little(segmenter, coco):
     """20,000 cached words against one, timed in turns so that the machine's load falls on both (target: 1.5)."""
-    ratio = evaluation.measure_time(segmenter, coco, VAL, repeats=5)["20,000 words / 1 word, model time"]
-    assert ratio < 2.0
+    figures = evaluation.measure_time(segmenter, coco, VAL, repeats=5)
+    assert figures["20,000 words / 1 word, naming everything"] < 1.5
 
 
 def test_negative_words_take_away(segmenter, coco):
@@ -111,7 +111,7 @@ def test_command_line_with_the_real_model(tmp_path):
     [
         (["--model", "no-such-model", "--text", "cat"], "no-such-model"),
         (["--model", "ovsam-tiny", "--device", "warp9", "--text", "cat"], "warp9"),
-        (["--model", "ovsam-tiny", "--text", "cat " * 60], "cat"),
+        (["--model", "ovsam-tiny", "--text", "cat " * 64], "cat"),
     ],
 )
 def test_mistakes_the_model_side_finds_are_one_sentence(arguments, sentence):

@@ -101,20 +101,23 @@ def test_every_kind_of_prompt_counts():
     assert min((masks[i] - masks[j]).abs().max() for i in range(len(masks)) for j in range(i)) > 0.1
 
 
-def test_three_masks_and_the_name_of_the_best():
-    model, inputs = model_of("clip"), inputs_for(text=["cat", "dog"], **BOXES)
-    out = ask(model, multimask_output=True, **inputs)
+def test_three_masks_and_the_name_of_the_best(monkeypatch):
+    model, inputs = model_of(), inputs_for(text=["cat", "dog"], **BOXES)
     with torch.no_grad():
-        decoded = model.sam.decode(out.features.sam, input_boxes=inputs["input_boxes"])
+        features = model.encode(inputs["pixel_values"])
+        decoded = model.sam.decode(features.sam, input_boxes=inputs["input_boxes"])
+    decoded.iou = torch.tensor([[[9, 0.5, 0.6, 0.4], [9, 0.5, 0.6, 0.7]], [[9, 0.2, 0.1, 0.1], [0, 0.3, 0.8, 0.5]]])
+    monkeypatch.setattr(model.sam, "decode", lambda *features, **prompts: decoded)  # all prompts like one, untrained
+    out = ask(model, multimask_output=True, **inputs)
     assert torch.equal(out.pred_masks, decoded.masks[:, :, 1:]) and torch.equal(out.iou_scores, decoded.iou[:, :, 1:])
     best = out.iou_scores.argmax(-1)
-    assert len(best.unique()) > 1  # or the choice would not be tested
+    assert best.tolist() == [[1, 2], [0, 1]]
     mask = out.pred_masks.take_along_dim(best[..., None, None, None], 2)[:, :, 0]
     token = decoded.tokens[:, :, 1:].take_along_dim(best[..., None, None], 2)[:, :, 0]
     assert torch.equal(out.pred_boxes, masks_to_boxes(mask > 0) * 4)
     with torch.no_grad():
-        embeds = model.clip2sam(out.features.maps, out.pred_boxes, mask.sigmoid(), token)
-    assert_close(out.class_embeds, embeds, rtol=0, atol=1e-6)
+        embeds = model.clip2sam(out.features.maps, inputs["input_boxes"], mask.sigmoid(), token)
+    assert torch.equal(out.class_embeds, embeds)  # of the best mask, in the person's own box
 
 
 def test_logits_of_prompts_are_scaled_and_shifted_cosines():
@@ -150,7 +153,7 @@ def locations(out):
 
 def test_instances_of_words_are_locations_of_the_concept_head():
     model, inputs = tiny_model(nms_threshold=0.3), inputs_for(text=["cat", "dog"])
-    out = ask(model, proposal_threshold=THRESHOLD, **inputs)
+    out = ask(model, refine=False, proposal_threshold=THRESHOLD, **inputs)
     concepts, place = out.features.concepts, locations(out)
     assert out.valid.sum() > 10 and not torch.equal(*out.valid.sum(1))
     with torch.no_grad():
@@ -175,6 +178,19 @@ def test_instances_of_words_are_locations_of_the_concept_head():
         expected = [int(at) for rank, at in enumerate(order) if (overlap[rank, :rank] <= 0.3).all()]
         assert place[image][out.valid[image]].tolist() == expected
         assert 5 < len(expected) < len(order)
+
+
+def test_the_adapter_has_half_a_say_on_words():
+    model, inputs = tiny_model(), inputs_for(text=["cat", "dog"], negative_text="moon")
+    plain = ask(model, refine=False, proposal_threshold=THRESHOLD, **inputs)
+    out = ask(model, proposal_threshold=THRESHOLD, **inputs)
+    assert not torch.equal(out.class_embeds, plain.class_embeds)
+    with torch.no_grad():
+        for name, prefix in (("logits", ""), ("negative_logits", "negative_")):
+            words = model.get_text_features(inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"])
+            assert_close(
+                out[name], (plain[name] + model.clip2sam.logits(out.class_embeds, words)) / 2, rtol=0, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("refine", [True, False])
@@ -398,7 +414,7 @@ def test_without_a_clip2sam_adapter_locations_name_prompts():
     with torch.no_grad():
         words = model.get_text_features(inputs_for(text=["cat", "dog"])["input_ids"])
     for image in range(2):
-        fit = box_iou(out.pred_boxes[image], concepts.boxes[image])
+        fit = box_iou(inputs_for(**BOXES)["input_boxes"][image], concepts.boxes[image])
         for prompt, best in enumerate((fit * concepts.objectness[image].sigmoid()).argmax(1)):
             cosine = words @ concepts.embeds[image, best]
             by_hand = (cosine + concepts.logit_shift[image, best]) * concepts.logit_scale[image, best]

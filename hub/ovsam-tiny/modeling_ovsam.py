@@ -1,1 +1,1 @@
-from ovsam import OVSamConfig, OVSamModel, OVSamProcessor  # noqa: F401
+from ovsam import *  # noqa: F403

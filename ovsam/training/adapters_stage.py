@@ -86,7 +86,8 @@ class AdaptersStage(nn.Module):
         return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
 
     def load_published(self, state: dict[str, Tensor]) -> None:
-        for part, module in {"concepts": self.concepts, "clip2sam": self.clip2sam, "clip": self.clip}.items():
+        parts: dict[str, nn.Module] = {"concepts": self.concepts, "clip2sam": self.clip2sam, "clip": self.clip}
+        for part, module in parts.items():
             own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
             if own:  # a run over a frozen CLIP side publishes none of it
                 module.load_state_dict(own)

@@ -19,13 +19,14 @@ from ovsam.scenes.drawing import SceneConfig
 from .adapters_stage import AdaptersStage
 from .clip_stage import ClipStage
 from .data import SceneDataset
+from .naming_stage import NamingStage
 from .sam_stage import SamStage
 from .texts import word_table
 
-# A stage is a module whose forward takes a batch of SceneDataset and returns {"loss": ..., metric: ...}. The first two
-# learn words and are given them.
-STAGES = {"clip": ClipStage, "adapters": AdaptersStage, "sam": SamStage}
-STAGES_WITH_WORDS = ("clip", "adapters")
+# A stage is a module whose forward takes a batch of SceneDataset and returns {"loss": ..., metric: ...}. All but
+# `sam` learn words and are given them.
+STAGES = {"clip": ClipStage, "adapters": AdaptersStage, "naming": NamingStage, "sam": SamStage}
+STAGES_WITH_WORDS = ("clip", "adapters", "naming")
 
 
 def train_recipe(
@@ -106,7 +107,7 @@ def _read_recipe(path: Path) -> dict:
     if recipe["stage"] not in STAGES:
         raise InputError(f"{path} asks for the stage {recipe['stage']!r}; there are {', '.join(STAGES)}.")
     arguments = recipe["stage_args"]
-    for needed in (recipe.get("weights"), arguments.get("clip_weights"), arguments.get("trunk_weights")):
+    for needed in (recipe.get("weights"), *(v for k, v in arguments.items() if k.endswith("_weights"))):
         if needed and not Path(needed).is_file():
             raise InputError(f"{path} starts from {needed}, which is not there; train that recipe first.")
     return recipe
