@@ -302,8 +302,7 @@ class OVSamModel(OVSamPreTrainedModel):
             masks, iou, tokens = decoded.masks[:, :, 0], decoded.iou, decoded.tokens[:, :, 0]
         namings = [self._concept_naming(concepts, index)]
         if self.clip2sam is not None and tokens is not None:
-            # The adapter has seen the refined mask: it names everything, and has half a say on words. On scenes apart
-            # from the frozen ones that half raised synonyms found from 27 to 52 % at 5 % of absent words returned.
+            # The adapter has seen the refined mask: it names everything, and has half a say on words.
             region = masks_to_boxes(masks > 0) * self._mask_stride(masks)
             seen = self._name(features, masks, region, tokens)
             namings = [seen] if everything else [*namings, seen]

@@ -69,7 +69,8 @@ def test_another_word_changes_no_score(segmenter):
 
 
 def test_the_words_cost_little(segmenter, coco):
-    """20,000 cached words against one, timed in turns so that the machine's load falls on both (target: 1.5)."""
+    """20,000 cached words against one where the instances are the same, when naming everything. In words mode, where
+    more words find more to refine, `ovsam eval` prints about 3: the target of 1.5 is missed there and not asserted."""
     figures = evaluation.measure_time(segmenter, coco, VAL, repeats=5)
     assert figures["20,000 words / 1 word, naming everything"] < 1.5
 
