@@ -3,17 +3,23 @@
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from ovsam.adapters.clip2sam import Clip2SamConfig
-from ovsam.adapters.concepts import ConceptHeadConfig
-from ovsam.adapters.sam2clip import Sam2ClipConfig
+from ovsam.adapters import Clip2SamConfig, Clip2SamFpnConfig, ConceptHeadConfig, Sam2ClipConfig, Sam2ClipVitConfig
 from ovsam.clip import DualEncoderConfig, OpenClipConfig
 from ovsam.errors import InputError
 from ovsam.remote_code import RemoteCodeConfig
 
 COMPOSITIONS = ("dual", "clip", "sam")
 
-AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig)
-AutoConfig.register(OpenClipConfig.model_type, OpenClipConfig)
+for _part in (
+    Clip2SamConfig,
+    Clip2SamFpnConfig,
+    ConceptHeadConfig,
+    DualEncoderConfig,
+    OpenClipConfig,
+    Sam2ClipConfig,
+    Sam2ClipVitConfig,
+):
+    AutoConfig.register(_part.model_type, _part)
 
 
 class OVSamConfig(RemoteCodeConfig):
@@ -31,7 +37,8 @@ class OVSamConfig(RemoteCodeConfig):
     `vocabulary` holds the words to name with when a user gives none; it may be None.
     `templates` are the sentences the text tower was trained with, `{}` standing for the word. `score_threshold` is the
     default below which words and everything return nothing; `proposal_threshold` the lower one below which a location
-    is not even refined; `max_locations` how many locations words are compared with.
+    is not even refined; `max_locations` how many locations words are compared with, 0 for all. `objectness_weight` is
+    objectness' share in the score of a word: score = p(word)^(1 - w) * objectness^w (OWLv2's own scores: 0).
     """
 
     model_type = "ovsam"
@@ -39,22 +46,24 @@ class OVSamConfig(RemoteCodeConfig):
     sub_configs_defaults = {
         "sam_config": SubConfigSpec(config_class=AutoConfig, model_type="sam2"),
         "clip_config": SubConfigSpec(config_class=AutoConfig, model_type=DualEncoderConfig.model_type),
-        "sam2clip_config": SubConfigSpec(config_class=Sam2ClipConfig, optional=True),
-        "clip2sam_config": SubConfigSpec(config_class=Clip2SamConfig, optional=True),
+        "sam2clip_config": SubConfigSpec(config_class=AutoConfig, model_type=Sam2ClipConfig.model_type, optional=True),
+        "clip2sam_config": SubConfigSpec(config_class=AutoConfig, model_type=Clip2SamConfig.model_type, optional=True),
         "concepts_config": SubConfigSpec(config_class=ConceptHeadConfig, optional=True),
     }
 
     composition: str = "dual"
     sam_config: PreTrainedConfig | None = None
     clip_config: PreTrainedConfig | None = None
-    sam2clip_config: Sam2ClipConfig | None = None
-    clip2sam_config: Clip2SamConfig | None = None
+    sam2clip_config: PreTrainedConfig | None = None
+    clip2sam_config: PreTrainedConfig | None = None
     concepts_config: ConceptHeadConfig | None = None
     vocabulary: list | None = None
     templates: list | tuple = ("{}",)
     max_locations: int = 300
     max_detections: int = 100
+    objectness_weight: float = 0.5
     nms_threshold: float = 0.6
+    mask_nms_threshold: float = 0.6
     proposal_threshold: float = 0.1
     score_threshold: float = 0.3
     objectness_threshold: float = 0.3

@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ovsam.adapters.clip2sam import Clip2SamAdapter
-from ovsam.adapters.concepts import ConceptHead, ConceptOutput
-from ovsam.adapters.sam2clip import Sam2ClipAdapter
+from ovsam.adapters import CLIP2SAM_ADAPTERS, SAM2CLIP_ADAPTERS, ConceptHead, ConceptOutput
 from ovsam.boxes import masks_to_boxes
 from ovsam.clip import CLIP_SIDES, ClipFeatures
 from ovsam.configuration_ovsam import OVSamConfig
 from ovsam.errors import InputError
-from ovsam.nms import fast_box_nms
+from ovsam.frames import boxes_from_clip, clip_frame, maps_from_clip, maps_to_clip
+from ovsam.naming import FusedNaming, Naming, clip_scale_shift, instance_scores, mean_logits, row_labels
+from ovsam.nms import fast_box_nms, mask_overlap, suppress
 from ovsam.sam import SAM_SIDES, DecodedMasks, SamFeatures
 
 
@@ -36,13 +36,16 @@ class OVSamFeatures(ModelOutput):
     """Everything computed from the image alone; pass it back in as `features` to ask again without encoding again.
 
     sam: SamFeatures; clip: ClipFeatures, or None in the `sam` composition; maps: what the adapters read, strides 4, 8,
-    16, 32; concepts: the ConceptHead's locations, or None without one.
+    16, 32; concepts: the ConceptHead's locations, in pixels of the model input, or None without one. clip_frame [B, 4]
+    and clip_size (height, width) say where CLIP's input lies, if it is not the model's own (ovsam/frames.py).
     """
 
     sam: SamFeatures | None = None
     clip: ClipFeatures | None = None
     maps: tuple[Tensor, ...] | None = None
     concepts: ConceptOutput | None = None
+    clip_frame: Tensor | None = None
+    clip_size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -52,8 +55,9 @@ class OVSamOutput(ModelOutput):
     pred_masks [B, I, M, H/4, W/4] logits; iou_scores [B, I, M], the decoder's own estimate, None without refinement;
     pred_boxes [B, I, 4] xyxy in pixels of the model input; class_embeds [B, I, D], L2-normalised;
     logits [B, I, K]: per-word logits, None without words; negative_logits [B, I, K'] for the negative words;
-    objectness [B, I] probabilities, None for prompts; valid [B, I] bool: False where a proposal only fills up a batch;
-    features: the reusable OVSamFeatures.
+    objectness [B, I] probabilities, None for prompts; scores [B, I, K] and negative_scores [B, I, K']: how likely an
+    instance is what the word says, in [0, 1]: the word's probability, and for a proposal of words its objectness too;
+    valid [B, I] bool: False where a proposal only fills up a batch; features: the reusable OVSamFeatures.
     """
 
     pred_masks: Tensor | None = None
@@ -63,6 +67,8 @@ class OVSamOutput(ModelOutput):
     logits: Tensor | None = None
     negative_logits: Tensor | None = None
     objectness: Tensor | None = None
+    scores: Tensor | None = None
+    negative_scores: Tensor | None = None
     valid: Tensor | None = None
     features: OVSamFeatures | None = None
 
@@ -99,7 +105,7 @@ class OVSamVisionModel(OVSamPreTrainedModel):
     """Image -> OVSamFeatures, without concepts. Loads from the whole model's folder; module paths are the whole's."""
 
     _keys_to_ignore_on_load_unexpected = [
-        r"^clip\.(model\.)?(text|logit)",
+        r"^clip\.(model\.)?(owlv2\.)?(text|logit)",
         r"^(clip2sam|concepts)\.",
         r"^sam\.model\.(prompt_encoder|shared_image_embedding|mask_decoder)\.",
     ]
@@ -109,12 +115,14 @@ class OVSamVisionModel(OVSamPreTrainedModel):
         # Each composition has only the encoders it uses.
         self.sam = _sam_part(config, "vision") if config.composition != "clip" else None
         self.clip = _clip_part(config, "vision") if config.composition != "sam" else None
-        self.sam2clip = Sam2ClipAdapter(config.sam2clip_config) if config.composition == "clip" else None
+        self.sam2clip = _sam2clip(config) if config.composition == "clip" else None
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, clip_pixel_values: Tensor | None = None) -> OVSamFeatures:
-        """pixel_values [B, 3, H, W]; clip_pixel_values only where CLIP has a geometry of its own."""
-        return encode_image(self, pixel_values, clip_pixel_values)
+    def forward(
+        self, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
+    ) -> OVSamFeatures:
+        """pixel_values [B, 3, H, W]; clip_pixel_values and clip_window only where CLIP has a geometry of its own."""
+        return encode_image(self, pixel_values, clip_pixel_values, clip_window)
 
 
 class OVSamMaskDecoder(OVSamPreTrainedModel):
@@ -140,18 +148,34 @@ def _clip_part(config: OVSamConfig, part: Literal["all", "vision", "text"]) -> n
     return CLIP_SIDES[config.clip_config.model_type](config.clip_config, part=part)
 
 
-def encode_image(model, pixel_values: Tensor, clip_pixel_values: Tensor | None = None) -> OVSamFeatures:
+def _sam2clip(config: OVSamConfig) -> nn.Module:
+    return SAM2CLIP_ADAPTERS[config.sam2clip_config.model_type](config.sam2clip_config)
+
+
+def _clip2sam(config: OVSamConfig) -> nn.Module:
+    return CLIP2SAM_ADAPTERS[config.clip2sam_config.model_type](config.clip2sam_config)
+
+
+def encode_image(
+    model, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
+) -> OVSamFeatures:
     """The image side of the figure, for the whole model and for its vision part alone."""
     pixel_values = pixel_values.to(model.dtype)
-    clip_pixel_values = pixel_values if clip_pixel_values is None else clip_pixel_values.to(model.dtype)
     if model.config.composition == "sam":
         sam = model.sam.encode(pixel_values)
         # SAM's pyramid ends at stride 16; the adapters' fourth map is its stride-16 map, halved.
         maps = (*sam.pyramid, F.avg_pool2d(sam.pyramid[-1], 2))
         return OVSamFeatures(sam=sam, maps=maps)
-    clip = model.clip.encode_image(clip_pixel_values)
+    frame, clip_size = None, tuple(pixel_values.shape[-2:])
+    if clip_pixel_values is None:
+        clip_pixel_values = pixel_values
+    elif clip_window is not None or clip_pixel_values.shape[-2:] != pixel_values.shape[-2:]:
+        clip_size = tuple(clip_pixel_values.shape[-2:])
+        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=pixel_values.device).expand(len(pixel_values), -1)
+        frame = clip_frame(whole if clip_window is None else clip_window, pixel_values.shape[-1], clip_size)
+    clip = model.clip.encode_image(clip_pixel_values.to(model.dtype))
     sam = model.sam2clip(clip.maps) if model.config.composition == "clip" else model.sam.encode(pixel_values)
-    return OVSamFeatures(sam=sam, clip=clip, maps=clip.maps)
+    return OVSamFeatures(sam=sam, clip=clip, maps=clip.maps, clip_frame=frame, clip_size=clip_size)
 
 
 class OVSamModel(OVSamPreTrainedModel):
@@ -162,18 +186,24 @@ class OVSamModel(OVSamPreTrainedModel):
         composition = config.composition
         self.sam = _sam_part(config, "decoder" if composition == "clip" else "all")
         self.clip = _clip_part(config, "text" if composition == "sam" else "all")
-        self.sam2clip = Sam2ClipAdapter(config.sam2clip_config) if composition == "clip" else None
-        self.clip2sam = Clip2SamAdapter(config.clip2sam_config) if config.clip2sam_config else None
+        self.sam2clip = _sam2clip(config) if composition == "clip" else None
+        self.clip2sam = _clip2sam(config) if config.clip2sam_config else None
         self.concepts = ConceptHead(config.concepts_config) if config.concepts_config else None
         self.post_init()
 
     # ---- the two encoders -------------------------------------------------------------------------------------
 
-    def encode(self, pixel_values: Tensor, clip_pixel_values: Tensor | None = None) -> OVSamFeatures:
+    def encode(
+        self, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
+    ) -> OVSamFeatures:
         """pixel_values [B, 3, H, W] -> everything that depends on the image alone."""
-        features = encode_image(self, pixel_values, clip_pixel_values)
+        features = encode_image(self, pixel_values, clip_pixel_values, clip_window)
         if self.concepts is not None:
             features.concepts = self.concepts(features.maps)
+        elif features.clip is not None and hasattr(self.clip, "concepts"):  # such as OWLv2, which brings its own head
+            features.concepts = self.clip.concepts(features.clip)
+        if features.concepts is not None:
+            self._move_from_clip(features)
         return features
 
     def get_image_embeddings(self, pixel_values: Tensor) -> list[Tensor]:
@@ -192,6 +222,7 @@ class OVSamModel(OVSamPreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         clip_pixel_values: Tensor | None = None,
+        clip_window: Tensor | None = None,
         features: OVSamFeatures | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -216,19 +247,22 @@ class OVSamModel(OVSamPreTrainedModel):
         Args:
             pixel_values: [B, 3, H, W]; or `features` of an earlier call; or, for masks without names,
                 `image_embeddings` from get_image_embeddings().
-            clip_pixel_values: [B, 3, H', W'], where CLIP has a geometry of its own.
+            clip_pixel_values: [B, 3, H', W'], where CLIP has a geometry of its own; clip_window [B, 4] is then the
+                rectangle it covers, x1, y1, x2, y2 in fractions of the model input; the whole if not given.
             input_ids, attention_mask: the words [K, T]; or `text_embeds` [K, D], L2-normalised.
             text_mask: [B, K] bool, which words each image is asked about, where that differs. Other words' logits are
                 the least there is.
             negative_input_ids, negative_attention_mask, negative_embeds: words to be told apart from, likewise.
-            text_labels: the words as strings; ride along for post-processing, unused here.
+            text_labels: the words as strings, also per image, as the processor gives them; or, for `text_embeds`, the
+                K names that its rows stand for. Naming rules that know words they were trained on, or synonyms (rows
+                of one name), read them; post-processing does.
             input_points: [B, P, N, 2] xy in pixels of the model input; input_labels [B, P, N]: 1 inside, 0 outside, -10
                 padding.
             input_boxes: [B, P, 4] xyxy in pixels of the model input.
             input_masks: [B, P, H/4, W/4] logits.
             multimask_output: three masks for each prompt instead of the best one.
             everything: propose whatever is an object, and let the words only name it; without words that is so anyway.
-            refine: False keeps the ConceptHead's prototype masks as they are.
+            refine: False keeps input_masks, or else the ConceptHead's prototype masks, as they are.
             proposal_threshold: proposals below it are dropped before refinement (default: the config's).
 
         Raises:
@@ -241,11 +275,12 @@ class OVSamModel(OVSamPreTrainedModel):
         if features is None and pixel_values is None:
             raise InputError("Pass pixel_values, or features of an earlier call to encode().")
         if features is None:
-            features = self.encode(pixel_values, clip_pixel_values)
+            features = self.encode(pixel_values, clip_pixel_values, clip_window)
         if text_embeds is None and input_ids is not None:
             text_embeds = self.get_text_features(input_ids, attention_mask)
         if negative_embeds is None and negative_input_ids is not None:
             negative_embeds = self.get_text_features(negative_input_ids, negative_attention_mask)
+        labels = row_labels(text_labels)
 
         prompts = {
             "input_points": input_points,
@@ -254,32 +289,46 @@ class OVSamModel(OVSamPreTrainedModel):
             "input_masks": input_masks,
         }
         if any(prompt is not None for prompt in prompts.values()):
-            return self._what(features, prompts, text_embeds, text_mask, negative_embeds, multimask_output)
-        return self._where(features, text_embeds, text_mask, negative_embeds, everything, refine, proposal_threshold)
+            return self._what(
+                features, prompts, text_embeds, text_mask, labels, negative_embeds, multimask_output, refine
+            )
+        return self._where(
+            features, text_embeds, text_mask, labels, negative_embeds, everything, refine, proposal_threshold
+        )
 
-    def _what(self, features, prompts, text_embeds, text_mask, negative_embeds, multimask_output) -> OVSamOutput:
+    def _what(
+        self, features, prompts, text_embeds, text_mask, labels, negative_embeds, multimask_output, refine
+    ) -> OVSamOutput:
         """Prompts -> masks and their class embeddings."""
         decoded = self.sam.select_masks(self.sam.decode(features.sam, **prompts), multimask_output)
-        best = decoded.iou.argmax(-1, keepdim=True)  # [B, P, 1]; the mask that is named
+        if not refine:  # the decoder is only asked for its tokens, which naming may want
+            if prompts["input_masks"] is None:
+                raise InputError("refine=False keeps masks as they are: pass input_masks, or refine boxes and points.")
+            decoded.masks, decoded.iou = prompts["input_masks"][:, :, None], None
+        score = decoded.masks.new_zeros(decoded.masks.shape[:3]) if decoded.iou is None else decoded.iou
+        best = score.argmax(-1, keepdim=True)  # [B, P, 1]; the mask that is named
         masks = decoded.masks.take_along_dim(best[..., None, None], 2)[:, :, 0]  # [B, P, H/4, W/4]
         tokens = decoded.tokens.take_along_dim(best[..., None], 2)[:, :, 0]  # [B, P, C]
         boxes = masks_to_boxes(masks > 0) * self._mask_stride(masks)
         # A person's box says better where the thing is than the box of the predicted mask.
         region = boxes if prompts["input_boxes"] is None else prompts["input_boxes"].float()
         naming = self._name(features, masks, region, tokens)
+        logits, negative_logits = naming.logits(text_embeds, text_mask, labels), naming.logits(negative_embeds)
         return OVSamOutput(
             pred_masks=decoded.masks,
             iou_scores=decoded.iou,
             pred_boxes=boxes,
             class_embeds=naming.embeds,
-            logits=naming.logits(text_embeds, text_mask),
-            negative_logits=naming.logits(negative_embeds),
+            logits=logits,
+            negative_logits=negative_logits,
+            scores=None if logits is None else logits.float().sigmoid(),
+            negative_scores=None if negative_logits is None else negative_logits.float().sigmoid(),
             valid=torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device),
             features=features,
         )
 
     def _where(
-        self, features, text_embeds, text_mask, negative_embeds, everything, refine, proposal_threshold
+        self, features, text_embeds, text_mask, labels, negative_embeds, everything, refine, proposal_threshold
     ) -> OVSamOutput:
         """Words, or nothing -> the ConceptHead's locations -> instances."""
         concepts = features.concepts
@@ -291,29 +340,35 @@ class OVSamModel(OVSamPreTrainedModel):
         if not refine and concepts.prototypes is None:
             raise InputError("refine=False needs prototype masks, which this model's ConceptHead does not give.")
         threshold = self.config.proposal_threshold if proposal_threshold is None else proposal_threshold
-        index, valid = self._propose(concepts, None if everything else text_embeds, text_mask, threshold)  # [B, I]
+        index, valid = self._propose(features, None if everything else text_embeds, text_mask, threshold)  # [B, I]
         boxes = _take(concepts.boxes, index)  # [B, I, 4]
-        masks = torch.einsum("biq,bqhw->bihw", _take(concepts.coefficients, index), concepts.prototypes)
-        masks = crop(masks, boxes / self._mask_stride(masks))
-        iou, tokens = None, None
+        objectness = concepts.objectness.gather(1, index).float().sigmoid()
+        masks, iou, tokens = self._prototype_masks(features, index), None, None
         if refine and index.shape[1]:
             decoded = self.sam.decode(features.sam, input_boxes=boxes, input_masks=masks)
             decoded = self.sam.select_masks(decoded, multimask_output=False)
             masks, iou, tokens = decoded.masks[:, :, 0], decoded.iou, decoded.tokens[:, :, 0]
-        namings = [self._concept_naming(concepts, index)]
+        elif masks is None:  # nothing was proposed, and there are no prototypes to say how large a mask is
+            masks = boxes.new_zeros(*index.shape, *(4 * side for side in features.sam.embedding.shape[-2:]))
+        namings: list[Naming | FusedNaming] = [self._concept_naming(concepts, index)]
         if self.clip2sam is not None and tokens is not None:
             # The adapter has seen the refined mask: it names everything, and has half a say on words.
             region = masks_to_boxes(masks > 0) * self._mask_stride(masks)
             seen = self._name(features, masks, region, tokens)
             namings = [seen] if everything else [*namings, seen]
+        logits = mean_logits(namings, text_embeds, text_mask, labels)
+        negative_logits = mean_logits(namings, negative_embeds)
+        weight = 0.0 if everything else self.config.objectness_weight
         return OVSamOutput(
             pred_masks=masks[:, :, None],
             iou_scores=iou,
             pred_boxes=boxes,
             class_embeds=namings[-1].embeds,
-            logits=mean_logits(namings, text_embeds, text_mask),
-            negative_logits=mean_logits(namings, negative_embeds),
-            objectness=concepts.objectness.gather(1, index).sigmoid(),
+            logits=logits,
+            negative_logits=negative_logits,
+            objectness=objectness,
+            scores=_score(logits, objectness, weight),
+            negative_scores=_score(negative_logits, objectness, weight),
             valid=valid,
             features=features,
         )
@@ -321,41 +376,63 @@ class OVSamModel(OVSamPreTrainedModel):
     # ---- its steps --------------------------------------------------------------------------------------------
 
     def _propose(
-        self, concepts: ConceptOutput, words: Tensor | None, text_mask: Tensor | None, threshold: float
+        self, features: OVSamFeatures, words: Tensor | None, text_mask: Tensor | None, threshold: float
     ) -> tuple[Tensor, Tensor]:
         """Which locations become instances: the most object-like, those that a word fits, less their duplicates.
 
         Returns index [B, I] into the locations, best first, and valid [B, I]; I is the most any image has.
         """
-        count = min(self.config.max_locations, concepts.objectness.shape[1])
-        objectness, top = concepts.objectness.sigmoid().topk(count, dim=1)  # [B, 300]
+        concepts, config = features.concepts, self.config
+        count = min(config.max_locations or concepts.objectness.shape[1], concepts.objectness.shape[1])
+        objectness, top = concepts.objectness.float().sigmoid().topk(count, dim=1)  # [B, 300]
         score = objectness
         if words is not None:
-            score = instance_scores(self._concept_naming(concepts, top).best_logit(words, text_mask), objectness)
+            logits = self._concept_naming(concepts, top).best_logit(words, text_mask)
+            score = instance_scores(logits.float(), objectness, config.objectness_weight)
         score, order = score.sort(dim=1, descending=True)
         top = top.gather(1, order)
         kept = []
         for image in range(len(top)):  # images differ in how many instances they hold
             index = top[image][score[image] > threshold]
-            index = index[fast_box_nms(concepts.boxes[image, index], self.config.nms_threshold)]
-            kept.append(index[: self.config.max_detections])
+            index = index[fast_box_nms(concepts.boxes[image, index], config.nms_threshold)][: config.max_detections]
+            if concepts.prototypes is not None and len(index) > 1:  # what is one thing by its mask is refined once
+                rough = torch.einsum("iq,qhw->ihw", concepts.coefficients[image, index], concepts.prototypes[image])
+                rough = crop(rough, concepts.boxes[image, index] / self._mask_stride(rough))
+                index = index[suppress(mask_overlap(rough > 0), config.mask_nms_threshold)]
+            kept.append(index)
         index = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
         return index.clamp(min=0), index >= 0
 
-    def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> "Naming":
+    def _move_from_clip(self, features: OVSamFeatures) -> None:
+        """Boxes and prototypes that were found in CLIP's input to where they lie in the model input, and not beyond."""
+        concepts, frame = features.concepts, features.clip_frame
+        concepts.boxes = boxes_from_clip(concepts.boxes, frame).clamp(0, self.sam.image_size)
+        if concepts.prototypes is not None:
+            concepts.prototypes = maps_from_clip(concepts.prototypes, frame, self.sam.image_size, features.clip_size)
+
+    def _prototype_masks(self, features: OVSamFeatures, index: Tensor) -> Tensor | None:
+        """Mask logits [B, I, H/4, W/4] of some locations: prototypes times coefficients (YOLACT), cut to their box."""
+        concepts = features.concepts
+        if concepts.prototypes is None:
+            return None
+        masks = torch.einsum("biq,bqhw->bihw", _take(concepts.coefficients, index), concepts.prototypes)
+        return crop(masks, _take(concepts.boxes, index) / self._mask_stride(masks))
+
+    def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> Naming | FusedNaming:
         """The class embedding of each mask: the adapter's, else the best-matching locations', else CLIP's own; none
         where the features are SAM's alone."""
         if self.clip2sam is not None and features.maps:
-            embeds = self.clip2sam(features.maps, boxes, masks.sigmoid(), tokens)
-            return Naming(embeds, self.clip2sam.log_scale.exp(), self.clip2sam.logit_shift)
+            return self.clip2sam.name(features, masks, boxes, tokens, self.clip)
         if features.concepts is not None:
             concepts = features.concepts
             overlap = torch.stack([box_iou(b, c) for b, c in zip(boxes, concepts.boxes, strict=True)])  # [B, P, L]
+            overlap = overlap.nan_to_num()  # an empty mask's box has no IoU with an empty one
             best = (overlap * concepts.objectness.sigmoid()[:, None]).argmax(-1)  # [B, P]
             return self._concept_naming(concepts, best)
         if features.clip is not None:
-            embeds = self.clip.pool(features.clip, masks=masks.sigmoid())
-            return Naming(embeds, embeds.new_tensor(100.0), embeds.new_tensor(0.0))
+            seen = maps_to_clip(masks.sigmoid(), features.clip_frame, self.sam.image_size, features.clip_size)
+            embeds = self.clip.pool(features.clip, masks=seen)
+            return Naming(embeds, *clip_scale_shift(self.clip))
         return Naming(None, None, None)
 
     def _concept_naming(self, concepts: ConceptOutput, index: Tensor) -> "Naming":
@@ -366,42 +443,9 @@ class OVSamModel(OVSamPreTrainedModel):
         return self.sam.image_size / masks.shape[-1]
 
 
-@dataclass
-class Naming:
-    """Class embeddings [B, I, D] with the scale and shift that turn a cosine into a logit (broadcast to [B, I, 1])."""
-
-    embeds: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-
-    def best_logit(self, words: Tensor, asked: Tensor | None = None) -> Tensor:
-        """The largest of `logits`, [B, I], at a fraction of the memory traffic: scale and shift are the same for all
-        words and keep their order, so that they come after the maximum."""
-        cosine = self.embeds @ words.to(self.embeds.dtype).T  # [B, I, K]
-        if asked is not None:
-            cosine = cosine.masked_fill(~asked[:, None], torch.finfo(cosine.dtype).min)
-        return ((cosine.amax(-1, keepdim=True) + self.shift) * self.scale)[..., 0]
-
-    def logits(self, words: Tensor | None, asked: Tensor | None = None) -> Tensor | None:
-        """words [K, D] -> [B, I, K]: (cosine + shift) * scale, each word by itself; asked [B, K] bool, all if None."""
-        if words is None or self.embeds is None:
-            return None
-        logits = (self.embeds @ words.to(self.embeds.dtype).T + self.shift) * self.scale
-        return logits if asked is None else logits.masked_fill(~asked[:, None], torch.finfo(logits.dtype).min)
-
-
-def mean_logits(namings: list[Naming], words: Tensor | None, asked: Tensor | None = None) -> Tensor | None:
-    """The mean of what several namings of the same instances say, [B, I, K]."""
-    if words is None:
-        return None
-    return torch.stack([naming.logits(words, asked) for naming in namings]).mean(0)
-
-
-def instance_scores(logits: Tensor, objectness: Tensor | None) -> Tensor:
-    """How likely an instance is what the word says: for a proposal, the geometric mean of "is it this word" and "is it
-    a thing, and is this box its box". Any shape."""
-    score = logits.sigmoid()
-    return score if objectness is None else (score * objectness).sqrt()
+def _score(logits: Tensor | None, objectness: Tensor, weight: float) -> Tensor | None:
+    """logits [B, I, K], objectness [B, I] -> [B, I, K]"""
+    return None if logits is None else instance_scores(logits.float(), objectness[..., None], weight)
 
 
 def crop(masks: Tensor, boxes: Tensor) -> Tensor:

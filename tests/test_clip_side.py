@@ -1,13 +1,22 @@
 """CLIP sides: equal to the models they hold, also after save_pretrained -> from_pretrained inside another model."""
 
 import copy
+import re
 
 import open_clip
 import pytest
 import torch
-from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 from torch.nn.functional import normalize
-from transformers import CLIPConfig, PreTrainedConfig, PreTrainedModel, SiglipConfig
+from transformers import (
+    CLIPConfig,
+    Owlv2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    SiglipConfig,
+)
 
 from ovsam.boxes import masks_to_boxes
 from ovsam.clip import CLIP_SIDES, OpenClipConfig, OpenClipSide
@@ -20,15 +29,16 @@ SIGLIP_TEXT = TEXT | {"no_causal_mask": True, "pool_type": "last", "proj_bias": 
 HF_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
 HF_TEXT = HF_TOWER | {"vocab_size": 64, "max_position_embeddings": 12, "bos_token_id": 62, "eos_token_id": 63}
 HF_VISION = HF_TOWER | {"image_size": 32, "patch_size": 8}
+HF_NAFLEX = HF_TOWER | {"num_patches": 16, "patch_size": 8}
 
 
 def open_clip_config(vision_cfg, text_cfg=TEXT, **more):
     return OpenClipConfig(model_cfg={"embed_dim": 24, "vision_cfg": vision_cfg, "text_cfg": text_cfg, **more})
 
 
-def timm_config(name, size, pool="", proj="linear", text_cfg=TEXT):
+def timm_config(name, size, pool="", proj="linear", text_cfg=TEXT, **more):
     tower = {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "image_size": size}
-    return open_clip_config(tower, text_cfg)
+    return open_clip_config(tower, text_cfg, **more)
 
 
 CONFIGS = {
@@ -39,14 +49,19 @@ CONFIGS = {
     "resnet": open_clip_config({"image_size": 64, "layers": [1, 1, 2, 1], "width": 8, "head_width": 64}),
     "convnext": timm_config("test_convnext", 64),
     "timm_vit": timm_config("test_vit", 160, pool="token"),
-    "timm_siglip": timm_config("test_vit", 160, pool="map", proj=None, text_cfg=SIGLIP_TEXT),
+    "timm_siglip": timm_config(
+        "test_vit", 160, pool="map", proj=None, text_cfg=SIGLIP_TEXT, init_logit_scale=2.3, init_logit_bias=-10.0
+    ),
     "timm_rope": timm_config("eva02_tiny_patch14_224", 224, pool="token"),
     "clip": CLIPConfig(text_config=HF_TEXT, vision_config=HF_VISION, projection_dim=24),
     "siglip": SiglipConfig(text_config=HF_TEXT | {"projection_size": 32}, vision_config=HF_VISION),
+    "siglip2": Siglip2Config(text_config=HF_TEXT | {"projection_size": 32}, vision_config=HF_NAFLEX),
+    "owlv2": Owlv2Config(text_config=HF_TEXT, vision_config=HF_VISION, projection_dim=32),
 }
 CONFIG_CLASSES = {config.model_type: type(config) for config in CONFIGS.values()}
 families = pytest.mark.parametrize("family", CONFIGS)
-open_clip_families = pytest.mark.parametrize("family", [name for name in CONFIGS if name not in ("clip", "siglip")])
+TRANSFORMERS = ("clip", "siglip", "siglip2", "owlv2")
+open_clip_families = pytest.mark.parametrize("family", [name for name in CONFIGS if name not in TRANSFORMERS])
 
 
 def make_side(family):
@@ -87,6 +102,7 @@ def run(side):
 class EnclosingConfig(PreTrainedConfig):
     model_type = "enclosing"
     clip_config: dict | PreTrainedConfig | None = None
+    part: str = "all"
 
     def __post_init__(self, **kwargs):
         if isinstance(self.clip_config, dict):
@@ -99,7 +115,7 @@ class Enclosing(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.clip = CLIP_SIDES[config.clip_config.model_type](config.clip_config)
+        self.clip = CLIP_SIDES[config.clip_config.model_type](config.clip_config, part=config.part)
         self.adapter = torch.nn.Linear(3, 3)
         self.post_init()
 
@@ -142,10 +158,12 @@ def test_padding_after_a_phrase_does_not_count_or_is_required(family):
     input_ids = make_inputs(side)[1][:1]
     with torch.no_grad():
         whole = side.encode_text(input_ids)
-        if "siglip" in family:
+        if side.text_padding == "max_length":
+            assert "siglip" in family
             with pytest.raises(InputError, match="padded to 12 tokens, not 5"):
                 side.encode_text(input_ids[:, :5])
         else:
+            assert side.text_padding == "longest" and "siglip" not in family
             torch.testing.assert_close(side.encode_text(input_ids[:, :5]), whole, rtol=0, atol=1e-6)
 
 
@@ -156,7 +174,7 @@ def test_a_phrase_over_the_limit_is_an_error(family):
         side.encode_text(torch.ones(1, 13, dtype=torch.long))
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet", "convnext", "timm_siglip", "clip", "siglip"])
+@pytest.mark.parametrize("family", ["vit", "resnet", "convnext", "timm_siglip", "clip", "siglip", "siglip2", "owlv2"])
 def test_gradients_reach_the_image_through_maps_and_regions(family):
     side = make_side(family)
     pixel_values, _, masks = make_inputs(side)
@@ -183,7 +201,50 @@ def test_text_equals_open_clips_own(family, quick_gelu):
         torch.testing.assert_close(side.encode_text(input_ids), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip"])
+def own_open_clip(family, **more):
+    """open_clip's own model, of the class its factory would take."""
+    model_cfg = copy.deepcopy(CONFIGS[family].model_cfg)
+    model_cfg["vision_cfg"] |= more
+    custom = model_cfg["text_cfg"].get("no_causal_mask")
+    return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**model_cfg).eval()
+
+
+def own_weights(side):
+    """The weights of a side in open_clip's own layout, for the classes that keep the text tower at the top."""
+    weights = side.model.state_dict()
+    if side.config.model_cfg["text_cfg"].get("no_causal_mask"):
+        return weights
+    return {name.removeprefix("text."): weight for name, weight in weights.items()}
+
+
+@open_clip_families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_equals_open_clips_own_after_save_and_load(family, saved, dtype):
+    """The image's and the words' embeddings, and the maps. In bfloat16 too, save that rotary tables stay in float32
+    here, and that open_clip rounds them."""
+    side, folder = saved
+    tolerance = 0.03 if family == "timm_rope" and dtype == torch.bfloat16 else 1e-6
+    own = own_open_clip(family)
+    own.load_state_dict(own_weights(side))
+    own.to(dtype)
+    loaded = Enclosing.from_pretrained(folder, dtype=dtype).clip
+    pixel_values, input_ids, _ = make_inputs(side)
+    pixel_values = pixel_values.to(dtype)
+    with torch.no_grad():
+        pairs = {
+            "image": (loaded.model.encode_image(pixel_values, normalize=True), own.encode_image(pixel_values, True)),
+            "text": (loaded.encode_text(input_ids), own.encode_text(input_ids, True)),
+            "last map": (
+                loaded.encode_image(pixel_values).maps[-1],
+                own.visual.forward_intermediates(pixel_values, stop_early=True)["image_intermediates"][-1],
+            ),
+        }
+    for name, (found, expected) in pairs.items():
+        scale = expected.abs().max()
+        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "siglip2"])
 def test_text_equals_transformers_own(family):
     side = make_side(family)
     input_ids = make_inputs(side)[1]
@@ -314,23 +375,166 @@ def test_patches_of_a_timm_transformer_are_embedded_by_the_value_path(family, bl
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip"])
+@families
+def test_dense_is_what_each_location_pools_to(family):
+    side = make_side(family)
+    with torch.no_grad():
+        features = side.encode_image(make_inputs(side)[0])
+        dense = side.dense(features)
+        assert dense.shape == (2, side.embed_dim, *features.pool_map.shape[-2:])
+        torch.testing.assert_close(dense.norm(dim=1), torch.ones(2, *dense.shape[-2:]))
+        if family == "resnet":  # regions go through the whole pool there; places take MaskCLIP's way, by 1 x 1 kernels
+            pool = side.model.visual.attnpool
+            for step in (pool.v_proj, pool.c_proj):
+                weight = step.weight[..., None, None]
+                features.pool_map = torch.nn.functional.conv2d(features.pool_map, weight, step.bias)
+            expected = normalize(features.pool_map, dim=1)
+        else:
+            cells = torch.eye(dense[0, 0].numel()).unflatten(1, dense.shape[-2:]).expand(2, -1, -1, -1)
+            expected = side.pool(features, masks=cells).mT.unflatten(2, dense.shape[-2:])
+    torch.testing.assert_close(dense, expected, rtol=0, atol=1e-6)
+
+
+# Words' logits, as the tower was trained
+
+
+@pytest.mark.parametrize("family", [name for name in CONFIGS if name != "owlv2"])  # see test_owlv2.py
+def test_logits_are_those_the_tower_was_trained_with(family):
+    side = make_side(family)
+    assert side.softmax == (family not in ("timm_siglip", "siglip", "siglip2"))
+    pixel_values, input_ids, _ = make_inputs(side)
+    with torch.no_grad():
+        if family == "siglip2":
+            found = Siglip2ImageProcessor(patch_size=8, max_num_patches=16, do_rescale=False, do_normalize=False)(
+                list(pixel_values), return_tensors="pt"
+            )
+            logits = side.model(input_ids=input_ids, **found).logits_per_image
+            images = normalize(side.model.get_image_features(**found).pooler_output, dim=-1)
+        elif family in TRANSFORMERS:
+            logits = side.model(input_ids=input_ids, pixel_values=pixel_values).logits_per_image
+            images = normalize(side.model.get_image_features(pixel_values).pooler_output, dim=-1)
+        else:
+            images = side.model.encode_image(pixel_values, normalize=True)
+            logits = side.model.get_logits(pixel_values, input_ids)[0]
+        found = (images @ side.encode_text(input_ids).T + side.logit_shift) * side.logit_scale
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "owlv2"])
 def test_the_last_map_is_the_last_hidden_state(family):
     side = make_side(family)
     pixel_values = make_inputs(side)[0]
     with torch.no_grad():
         found = side.encode_image(pixel_values).maps[-1].flatten(2).mT
-        vision = side.model.vision_model
+        vision = side.model.owlv2.vision_model if family == "owlv2" else side.model.vision_model
         embedded = vision.embeddings(pixel_values)
-        if family == "clip":
-            embedded = vision.pre_layrnorm(embedded)
+        if family != "siglip":
+            embedded = getattr(vision, "pre_layrnorm" if family == "clip" else "pre_layernorm")(embedded)
         expected = vision.encoder(inputs_embeds=embedded).last_hidden_state[:, -16:]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_transformers_sides_take_images_of_any_size():
-    side = make_side("clip")
-    assert side.encode_image(torch.randn(1, 3, 48, 64)).pool_map.shape == (1, 24, 6, 8)
+# Sizes other than the one the tower was trained at
+
+
+@pytest.mark.parametrize("size", [(48, 48), (24, 24), (32, 64)])
+@pytest.mark.parametrize("family", ["vit", "avg_vit"])
+def test_a_vit_of_another_size_is_the_one_open_clip_would_load(family, size):
+    side = make_side(family)
+    own = own_open_clip(family, image_size=size)
+    weights = own_weights(side)
+    resize_pos_embed(weights, own)  # as open_clip does while it loads
+    own.load_state_dict(weights)
+    pixel_values = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = own.visual.forward_intermediates(pixel_values)["image_intermediates"]
+        found = side.encode_image(pixel_values)
+    for mine, theirs in zip(found.maps, [expected[block] for block in side.tower.blocks], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert found.pool_map.shape[-2:] == (size[0] // 8, size[1] // 8)
+
+
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [
+        ("timm_vit", (192, 192)),
+        ("timm_siglip", (96, 128)),
+        ("timm_siglip", (192, 192)),
+        ("timm_rope", (252, 252)),
+        ("timm_rope", (112, 140)),
+    ],
+)
+def test_a_timm_transformer_of_another_size_is_the_one_open_clip_would_set(family, size):
+    side = make_side(family)
+    own = own_open_clip(family)
+    own.load_state_dict(own_weights(side))
+    own.visual.set_input_size(size)  # what open_clip's factory does after loading
+    pixel_values = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        expected = own.visual.forward_intermediates(pixel_values)["image_intermediates"]
+        found = side.encode_image(pixel_values).maps
+        for mine, theirs in zip(found, [expected[block] for block in side.tower.blocks], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        whole = own.encode_image(pixel_values)
+        torch.testing.assert_close(side.model.encode_image(pixel_values), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_what_no_whole_patch_covers_is_dropped_as_the_tower_does():
+    """As in SigLIP's so400m-patch14-384, whose 27 patches cover 378 pixels."""
+    side = make_side("timm_siglip")
+    pixel_values = torch.randn(1, 3, 167, 160)
+    with torch.no_grad():
+        found, expected = side.encode_image(pixel_values), side.encode_image(pixel_values[..., :160, :])
+    torch.testing.assert_close(found.pool_map, expected.pool_map, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_transformers_sides_take_images_of_any_size(family):
+    side = make_side(family)
+    pixel_values = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        found = side.encode_image(pixel_values)
+        own = side.model.vision_model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
+    assert found.pool_map.shape == (1, side.embed_dim, 6, 8)
+    expected = own.hidden_states[-1][:, -48:].mT.unflatten(2, (6, 8))
+    torch.testing.assert_close(found.maps[-1], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_siglip2_reads_a_grid_of_patches_as_its_own_processor_cuts_them(size):
+    side = make_side("siglip2")
+    assert side.image_size == 32 and side.strides[0] == 8
+    image = torch.rand(3, *size)
+    patches = Siglip2ImageProcessor(patch_size=8, max_num_patches=16, do_rescale=False)(image, return_tensors="pt")
+    assert patches["spatial_shapes"].tolist() == [[size[0] // 8, size[1] // 8]]  # of this size already
+    mean, std = (torch.tensor(values)[:, None, None] for values in (side.image_mean, side.image_std))
+    with torch.no_grad():
+        own = side.model.vision_model(**patches)
+        found = side.encode_image(((image - mean) / std)[None])
+        tokens = side.model.vision_model.post_layernorm(found.maps[-1].flatten(2).mT)
+        count = tokens.shape[1]
+        torch.testing.assert_close(tokens, own.last_hidden_state[:, :count], rtol=1e-5, atol=1e-5)
+        whole = side.model.vision_model.head(tokens)
+        torch.testing.assert_close(whole, own.pooler_output, rtol=1e-5, atol=1e-5)
+
+
+def test_the_resnet_pools_on_its_own_grid_at_any_size():
+    """A region of the size the tower was trained at is pooled alike, wherever it lies in a larger image."""
+    side = make_side("resnet")
+    pixel_values = torch.randn(1, 3, 96, 160)
+    box = torch.tensor([[[64.0, 32.0, 128.0, 96.0]]])
+    with torch.no_grad():
+        features = side.encode_image(pixel_values)
+        cells = features.pool_map[..., 1:3, 2:4]
+        expected = normalize(side.model.visual.attnpool(cells), dim=-1)
+        torch.testing.assert_close(side.pool(features, boxes=box)[:, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_swin_of_another_size_is_refused():
+    with torch.device("meta"):
+        side = OpenClipSide(timm_config("swin_tiny_patch4_window7_224", 224, pool="avg"), part="vision")
+        with pytest.raises(InputError, match="224 x 224 pixels only, not 256 x 256"):
+            side.encode_image(torch.empty(1, 3, 256, 256))
 
 
 # The trap: buffers that are not saved are uninitialised memory after from_pretrained
@@ -344,6 +548,26 @@ def test_outputs_survive_save_and_load(family, saved):
     found = run(loaded.clip)
     for name, expected in run(side).items():
         torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6, msg=name)
+
+
+@families
+@pytest.mark.parametrize("part", ["vision", "text"])
+def test_a_part_loads_from_the_whole_and_gives_the_same(family, part, saved):
+    side, folder = saved
+    config = EnclosingConfig.from_pretrained(folder, part=part)
+    loaded, report = Enclosing.from_pretrained(folder, config=config, output_loading_info=True)
+    assert not report["missing_keys"]
+    other = r"\b(text|text_model)\." if part == "vision" else r"\b(visual|vision_model)\."
+    assert any(re.search(other, name) for name in Enclosing.from_pretrained(folder).state_dict())
+    assert not any(re.search(other, name) for name in loaded.state_dict())
+    pixel_values, input_ids, masks = make_inputs(side)
+    with torch.no_grad():
+        if part == "text":
+            found, expected = loaded.clip.encode_text(input_ids), side.encode_text(input_ids)
+        else:
+            found = loaded.clip.pool(loaded.clip.encode_image(pixel_values), masks=masks)
+            expected = side.pool(side.encode_image(pixel_values), masks=masks)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @families

@@ -12,7 +12,7 @@ from transformers import pipeline
 
 from ovsam import InputError
 from ovsam.boxes import masks_to_boxes
-from ovsam.modeling_ovsam import instance_scores
+from ovsam.naming import instance_scores
 
 COMPOSITIONS = {  # composition, SAM side, CLIP side
     "dual": ("dual", "edgetam", "dual_encoder"),
@@ -147,12 +147,12 @@ def test_prompts_without_words_have_masks_and_no_logits():
 
 
 def locations(out):
-    """Which location of the ConceptHead each instance is [B, I]: no two have the same box."""
-    return (out.pred_boxes[:, :, None] == out.features.concepts.boxes[:, None]).all(-1).float().argmax(-1)
+    """Which location of the ConceptHead each instance is [B, I]: no two have the same objectness."""
+    return (out.objectness[:, :, None] == out.features.concepts.objectness.sigmoid()[:, None]).float().argmax(-1)
 
 
 def test_instances_of_words_are_locations_of_the_concept_head():
-    model, inputs = tiny_model(nms_threshold=0.3), inputs_for(text=["cat", "dog"])
+    model, inputs = tiny_model(nms_threshold=0.3, mask_nms_threshold=1.0), inputs_for(text=["cat", "dog"])
     out = ask(model, refine=False, proposal_threshold=THRESHOLD, **inputs)
     concepts, place = out.features.concepts, locations(out)
     assert out.valid.sum() > 10 and not torch.equal(*out.valid.sum(1))
@@ -229,7 +229,7 @@ def test_masks_of_instances(refine):
 
 def test_another_word_changes_no_score():
     """Before non-maximum suppression, which is about instances."""
-    model = tiny_model(nms_threshold=1.0, max_detections=1000)
+    model = tiny_model(nms_threshold=1.0, mask_nms_threshold=1.0, max_detections=1000)
     kept = {}
     for words in (("cat",), ("cat", "dog"), ("moon", "cat", "star", "car")):
         out = ask(model, proposal_threshold=0.0, refine=False, **inputs_for(text=list(words)))

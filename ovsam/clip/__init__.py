@@ -5,13 +5,16 @@ from torch import nn
 from ovsam.clip.base import ClipFeatures, ClipSide
 from ovsam.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
 from ovsam.clip.open_clip import OpenClipConfig, OpenClipSide
-from ovsam.clip.transformers_clip import TransformersClipSide, TransformersSiglipSide
+from ovsam.clip.owlv2 import Owlv2Side
+from ovsam.clip.transformers_clip import TransformersClipSide, TransformersSiglip2Side, TransformersSiglipSide
 
 CLIP_SIDES: dict[str, type[nn.Module]] = {
     "ovsam_dual_encoder": DualEncoderSide,
     "ovsam_open_clip": OpenClipSide,
     "clip": TransformersClipSide,
     "siglip": TransformersSiglipSide,
+    "siglip2": TransformersSiglip2Side,
+    "owlv2": Owlv2Side,
 }
 
 __all__ = [
@@ -22,6 +25,8 @@ __all__ = [
     "DualEncoderSide",
     "OpenClipConfig",
     "OpenClipSide",
+    "Owlv2Side",
     "TransformersClipSide",
+    "TransformersSiglip2Side",
     "TransformersSiglipSide",
 ]

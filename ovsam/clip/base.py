@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 MAX_SEQUENCES = 32768  # attention kernels on GPU launch at most 65,535 sequences at once
@@ -27,15 +28,33 @@ class ClipFeatures(ModelOutput):
 
 
 class ClipSide(Protocol):
-    """An image tower and a text tower that share an embedding space of width D."""
+    """An image tower and a text tower that share an embedding space of width D.
+
+    A word's logit is `(cosine + logit_shift) * logit_scale`, as the tower was trained; `softmax` says with which loss.
+    Where it is True (CLIP), only differences between words mean something: a softmax over words does, a sigmoid of one
+    logit does not. Where it is False (SigLIP, OWLv2), the sigmoid of a word's logit is the probability that this word
+    fits, whatever the others are.
+
+    `text_padding` says how phrases are tokenised: "longest", or "max_length" where the tower was trained on its padding
+    and reads it (SigLIP). `model_class` is the transformers class whose weights the side holds under `model.`, None for
+    other sides.
+
+    A side that finds things by itself (OWLv2) has one method more, `concepts(features) -> ConceptOutput`, and needs no
+    ConceptHead beside it; its boxes are in pixels of the side's own input.
+    """
 
     embed_dim: int
+    softmax: bool
+    logit_scale: torch.Tensor | float
+    logit_shift: torch.Tensor | float
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     image_size: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     max_text_length: int
+    text_padding: str
+    model_class: type[PreTrainedModel] | None
 
     def encode_image(self, pixel_values: torch.Tensor) -> ClipFeatures:
         """pixel_values [B, 3, H, W], normalised with `image_mean` and `image_std`."""
@@ -50,6 +69,10 @@ class ClipSide(Protocol):
     ) -> torch.Tensor:
         """Class embeddings [B, P, D], L2-normalised, of regions given as masks (probabilities [B, P, Hm, Wm], which
         cover the whole image at any resolution) or boxes ([B, P, 4] xyxy in pixels of the model input)."""
+        ...
+
+    def dense(self, features: ClipFeatures) -> torch.Tensor:
+        """A class embedding of every location, L2-normalised: [B, D, h, w], with the h, w of `features.pool_map`."""
         ...
 
 

@@ -35,6 +35,12 @@ class DualEncoderSide(nn.Module):
     "all", "vision" or "text"; names of weights are the same in all three.
     """
 
+    model_class = None
+    text_padding = "longest"
+    softmax = True
+    logit_scale = 100.0  # where training stops it, as CLIP's does; it is not stored
+    logit_shift = 0.0
+
     def __init__(self, config: DualEncoderConfig, part: str = "all"):
         super().__init__()
         self.vision_model = timm.create_model(
@@ -70,3 +76,6 @@ class DualEncoderSide(nn.Module):
         if masks is None:
             masks = boxes_to_masks(boxes, features.pool_map.shape[-2:], self.strides[-2])
         return F.normalize(mask_pool(features.pool_map, masks), dim=-1)
+
+    def dense(self, features: ClipFeatures) -> Tensor:
+        return F.normalize(features.pool_map, dim=1)

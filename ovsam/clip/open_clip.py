@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer
+from timm.layers import Format, resample_abs_pos_embed
 from timm.models import eva, vision_transformer
 from torch import nn
 from torchvision.ops import roi_align
@@ -60,6 +61,7 @@ class OpenClipSide(PreTrainedModel):
     config: OpenClipConfig
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
+    model_class = None
     _supports_sdpa = True
 
     def __init__(self, config: OpenClipConfig, part: str = "all"):
@@ -99,6 +101,27 @@ class OpenClipSide(PreTrainedModel):
         elif hasattr(module, "init_non_persistent_buffers"):  # a convention of timm
             module.init_non_persistent_buffers()
 
+    @property
+    def text_padding(self) -> str:
+        return "max_length" if self._reads_padding else "longest"
+
+    @property
+    def _reads_padding(self) -> bool:
+        return self.model.text.attn_mask is None  # not causal
+
+    @property
+    def softmax(self) -> bool:
+        """Whether the loss was CLIP's; open_clip gives a bias to towers trained with SigLIP's."""
+        return self.model.logit_bias is None
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        return self.model.logit_scale.float().exp().squeeze()
+
+    @property
+    def logit_shift(self) -> torch.Tensor | float:
+        return 0.0 if self.softmax else self.model.logit_bias.float().squeeze() / self.logit_scale
+
     def encode_image(self, pixel_values: torch.Tensor) -> ClipFeatures:
         """[B, 3, H, W] -> maps [B, Ci, hi, wi] and the map that `pool` reads."""
         return self.tower.encode(pixel_values)
@@ -109,14 +132,13 @@ class OpenClipSide(PreTrainedModel):
         A causal tower does not read the padding after a phrase. Others were trained on it, read it, and need all of it:
         T must be `max_text_length`. There is no mask in either.
         """
-        text = self.model.text
         missing = self.max_text_length - input_ids.shape[1]
-        if missing < 0 or (missing > 0 and text.attn_mask is None):
+        if missing < 0 or (missing > 0 and self._reads_padding):
             raise InputError(
                 f"this text tower reads phrases padded to {self.max_text_length} tokens, not {input_ids.shape[1]}; "
                 f"tokenise them with padding='max_length', max_length={self.max_text_length}."
             )
-        return F.normalize(text(F.pad(input_ids, (0, missing))), dim=-1)
+        return F.normalize(self.model.text(F.pad(input_ids, (0, missing))), dim=-1)
 
     def pool(
         self, features: ClipFeatures, masks: torch.Tensor | None = None, boxes: torch.Tensor | None = None
@@ -124,10 +146,14 @@ class OpenClipSide(PreTrainedModel):
         """Regions, as masks [B, P, Hm, Wm] or boxes [B, P, 4] -> [B, P, D], L2-normalised."""
         return F.normalize(self.tower.pool(features.pool_map, masks, boxes), dim=-1)
 
+    def dense(self, features: ClipFeatures) -> torch.Tensor:
+        """A class embedding of every location of `pool_map`, [B, D, h, w], L2-normalised."""
+        return F.normalize(self.tower.dense(features.pool_map), dim=1)
+
 
 class _ResNetTower:
     """The ResNets of CLIP: four stages; RoIAlign to the grid of the attention pool, and that pool (RegionCLIP, Zhong et
-    al., 2022; Open-Vocabulary SAM). A mask counts as its box."""
+    al., 2022; Open-Vocabulary SAM). A mask counts as its box. So the pool sees its own grid at any image size."""
 
     def __init__(self, visual: ModifiedResNet):
         self.visual = visual
@@ -149,6 +175,11 @@ class _ResNetTower:
         regions = roi_align(pool_map.float(), list(boxes.float()), self.grid, 1 / stride, aligned=True)
         embeds = attention_pool(self.visual.attnpool, regions.to(pool_map.dtype))
         return embeds.unflatten(0, boxes.shape[:2])  # [B*P, D] -> [B, P, D]
+
+    def dense(self, pool_map: torch.Tensor) -> torch.Tensor:
+        """The pool's value path, without its position embedding, as in MaskCLIP: [B, C, h, w] -> [B, D, h, w]."""
+        pool = self.visual.attnpool
+        return value_path(lambda tokens: pool.c_proj(pool.v_proj(tokens)), pool_map)
 
 
 def attention_pool(pool: AttentionPool2d, feature_map: torch.Tensor) -> torch.Tensor:
@@ -177,7 +208,8 @@ def attention_pool(pool: AttentionPool2d, feature_map: torch.Tensor) -> torch.Te
 
 
 class _ViTTower:
-    """A plain vision transformer: the patch tokens after four blocks, and an embedding of every patch.
+    """A plain vision transformer: the patch tokens after four blocks, and an embedding of every patch, at any image
+    size: position embeddings are interpolated as open_clip does when it loads weights of another size.
 
     Where the class token becomes the image's embedding, patches take the value path of the last block and the head;
     where patches are pooled (average, or SigLIP's attention), that of the head alone.
@@ -208,8 +240,14 @@ class _ViTTower:
 
     def _run(self, pixel_values: torch.Tensor, blocks: list[int]) -> list[torch.Tensor]:
         """Patch tokens after the given blocks, each [B, C, h, w]."""
-        output = self.visual.forward_intermediates(pixel_values, indices=blocks, intermediates_only=True)
-        return output["image_intermediates"]
+        visual = self.visual
+        tokens = visual.conv1(pixel_values)  # [B, C, h, w]
+        batch, _, *size = tokens.shape
+        positions = resample_abs_pos_embed(visual.positional_embedding[None], size, visual.grid_size)
+        tokens = torch.cat([visual.class_embedding.expand(batch, 1, -1), tokens.flatten(2).mT], 1)  # [B, 1 + h*w, C]
+        tokens = visual.ln_pre(tokens + positions)
+        _, states = visual.transformer.forward_intermediates(tokens, indices=blocks, stop_early=True)
+        return [state[:, 1:].mT.unflatten(2, size) for state in states]
 
     def _head(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [n, 1, C] -> [n, 1, D]."""
@@ -217,6 +255,9 @@ class _ViTTower:
 
     def pool(self, pool_map: torch.Tensor, masks: torch.Tensor | None, boxes: torch.Tensor | None) -> torch.Tensor:
         return region_pool(pool_map, self.strides[-1], masks, boxes)
+
+    def dense(self, pool_map: torch.Tensor) -> torch.Tensor:
+        return pool_map
 
 
 class _TimmViTTower(_ViTTower):
@@ -228,8 +269,18 @@ class _TimmViTTower(_ViTTower):
         self.last_block = trunk.blocks[-1]
         self.pools_class_token = trunk.global_pool == "token"
         self._describe(len(trunk.blocks), trunk.embed_dim, trunk.feature_info[-1]["reduction"])
+        # What timm's dynamic_img_size does at construction, where open_clip cannot ask for it.
+        trunk.dynamic_img_size = True
+        embed = trunk.patch_embed
+        embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
+        rope = getattr(trunk, "rope", None)
+        if rope is not None:
+            rope.feat_shape, rope.pos_embed, rope._use_cached_embed = None, None, False
 
     def _run(self, pixel_values: torch.Tensor, blocks: list[int]) -> list[torch.Tensor]:
+        # timm refuses what no whole patch covers, and a convolution drops it.
+        height, width = (side - side % self.strides[0] for side in pixel_values.shape[-2:])
+        pixel_values = pixel_values[..., :height, :width]
         return self.visual.trunk.forward_intermediates(pixel_values, indices=blocks, intermediates_only=True)
 
     def _head(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -241,7 +292,7 @@ class _TimmViTTower(_ViTTower):
 
 class _TimmPyramidTower:
     """A timm tower with stages, as ConvNeXt: its maps from stride 4 on; the last one is averaged under the mask and
-    goes through the tower's own head (FC-CLIP, Yu et al., 2023)."""
+    goes through the tower's own head (FC-CLIP, Yu et al., 2023). Convolutions take any image size; Swin does not."""
 
     def __init__(self, visual: TimmModel):
         self.visual = visual
@@ -252,8 +303,15 @@ class _TimmPyramidTower:
         if len(set(self.strides)) < len(self.strides):
             raise InputError(f"the image tower {type(visual.trunk).__name__} of timm is not supported.")
         self.channels_last = getattr(visual.trunk, "output_fmt", "NCHW") == "NHWC"  # Swin
+        embed = getattr(visual.trunk, "patch_embed", None)
+        self.only_size = embed.img_size if getattr(embed, "strict_img_size", False) else None
 
     def encode(self, pixel_values: torch.Tensor) -> ClipFeatures:
+        if self.only_size not in (None, tuple(pixel_values.shape[-2:])):
+            raise InputError(
+                f"this image tower takes images of {self.only_size[0]} x {self.only_size[1]} pixels only, not "
+                f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}."
+            )
         pool_map, maps = self.visual.trunk.forward_intermediates(pixel_values, indices=self.stages)
         if self.channels_last:
             pool_map = pool_map.permute(0, 3, 1, 2)  # [B, h, w, C] -> [B, C, h, w]
@@ -261,9 +319,16 @@ class _TimmPyramidTower:
 
     def pool(self, pool_map: torch.Tensor, masks: torch.Tensor | None, boxes: torch.Tensor | None) -> torch.Tensor:
         means = region_pool(pool_map, self.strides[-1], masks, boxes)
-        pixel = means[..., None, None, :] if self.channels_last else means[..., None, None]
-        embeds = self.visual.head(self.visual.trunk.forward_head(pixel.flatten(0, 1)))  # [B*P, C, 1, 1] -> [B*P, D]
-        return embeds.unflatten(0, means.shape[:2])
+        return self._head(means.flatten(0, 1)).unflatten(0, means.shape[:2])  # [B*P, D] -> [B, P, D]
+
+    def dense(self, pool_map: torch.Tensor) -> torch.Tensor:
+        """Every location through the head by itself: [B, C, h, w] -> [B, D, h, w]."""
+        return value_path(lambda tokens: self._head(tokens[:, 0]), pool_map)
+
+    def _head(self, means: torch.Tensor) -> torch.Tensor:
+        """Pooled features [n, C] -> [n, D]. timm takes them as maps of one pixel."""
+        pixel = means[:, None, None] if self.channels_last else means[..., None, None]
+        return self.visual.head(self.visual.trunk.forward_head(pixel))
 
 
 Tower = _ResNetTower | _ViTTower | _TimmPyramidTower

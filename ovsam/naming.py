@@ -1,0 +1,132 @@
+"""Class embeddings and words -> logits and scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ovsam.errors import InputError
+
+SOFTMAX_SHIFT = -0.25
+TRAINED, UNTRAINED = 0.1, 0.9  # CLIP's share in the name of a mask, Open-Vocabulary SAM
+
+
+@dataclass
+class Naming:
+    """Class embeddings [B, I, D] with the scale and shift that turn a cosine into a logit (broadcast to [B, I, 1])."""
+
+    embeds: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def best_logit(self, words: Tensor, asked: Tensor | None = None) -> Tensor:
+        """The largest of `logits`, [B, I], at a fraction of the memory traffic: scale and shift are the same for all
+        words and keep their order, so that they come after the maximum."""
+        cosine = self.embeds @ words.to(self.embeds.dtype).T  # [B, I, K]
+        if asked is not None:
+            cosine = cosine.masked_fill(~asked[:, None], torch.finfo(cosine.dtype).min)
+        return ((cosine.amax(-1, keepdim=True) + self.shift) * self.scale)[..., 0]
+
+    def logits(
+        self, words: Tensor | None, asked: Tensor | None = None, labels: Sequence[str] | None = None
+    ) -> Tensor | None:
+        """words [K, D] -> [B, I, K]: (cosine + shift) * scale, each word by itself; asked [B, K] bool, all if None.
+        What the words are called, their K `labels`, does not matter here."""
+        if words is None or self.embeds is None:
+            return None
+        logits = (self.embeds @ words.to(self.embeds.dtype).T + self.shift) * self.scale
+        return logits if asked is None else logits.masked_fill(~asked[:, None], torch.finfo(logits.dtype).min)
+
+
+@dataclass
+class FusedNaming:
+    """Class embeddings of an adapter and of CLIP itself, both [B, I, D], and the rule of Open-Vocabulary SAM (Yuan et
+    al. 2024): p = p_adapter^(1 - a) * p_clip^a.
+
+    Each p is a softmax over all words asked about and a background whose cosine is zero, with `scale` times the cosine;
+    of synonyms the best counts. a is 0.1 for `trained_words`, which the adapter has seen, and 0.9 for others; 0 where
+    `clip_sees` [B, I] says that CLIP's last map is too coarse for the mask.
+    """
+
+    embeds: Tensor
+    clip_embeds: Tensor
+    clip_sees: Tensor
+    scale: float
+    trained_words: frozenset[str]
+
+    def logits(
+        self, words: Tensor | None, asked: Tensor | None = None, labels: Sequence[str] | None = None
+    ) -> Tensor | None:
+        """words [K, D] -> [B, I, K], whose sigmoid is p; asked [B, K] bool, all if None. `labels` are the K names that
+        the words stand for: synonyms share one, and all of them get its logit; without labels no word was trained."""
+        if words is None:
+            return None
+        labels = [str(k) for k in range(len(words))] if labels is None else list(labels)
+        if len(labels) != len(words):
+            raise InputError(f"text_labels are one for each word, of which there are {len(words)}; got {len(labels)}.")
+        names = list(dict.fromkeys(labels))
+        place = {name: index for index, name in enumerate(names)}
+        name_of = torch.tensor([place[label] for label in labels], device=words.device)  # [K]
+        weight = torch.tensor([TRAINED if _plain(name) in self.trained_words else UNTRAINED for name in names])
+        weight = weight.to(words.device) * self.clip_sees[..., None]  # [B, I, N]
+        log_p = (1 - weight) * self._log_p(self.embeds, words, asked, name_of)
+        log_p = log_p + weight * self._log_p(self.clip_embeds, words, asked, name_of)
+        log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+        logits = (log_p - torch.log(-torch.expm1(log_p)))[..., name_of]  # [B, I, N] -> [B, I, K]
+        return logits if asked is None else logits.masked_fill(~asked[:, None], torch.finfo(logits.dtype).min)
+
+    def _log_p(self, embeds: Tensor, words: Tensor, asked: Tensor | None, name_of: Tensor) -> Tensor:
+        """log p of each name, [B, I, N]; name_of [K] says which name each word belongs to."""
+        cosine = embeds.float() @ words.float().T  # [B, I, K]
+        if asked is not None:
+            cosine = cosine.masked_fill(~asked[:, None], -1e4)
+        best = cosine.new_zeros(*cosine.shape[:2], int(name_of.max()) + 2)  # the last one is the background
+        best = best.scatter_reduce(-1, name_of.expand_as(cosine), cosine, "amax", include_self=False)
+        return (self.scale * best).log_softmax(-1)[..., :-1]
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("_", " ")
+
+
+def row_labels(text_labels: Sequence | Mapping[str, str] | None) -> list[str] | None:
+    """What each of the K words is called, of whatever the processor calls `text_labels`: labels, a mapping of phrases
+    to labels, or either for each image, whose union it tokenises."""
+    if not text_labels:
+        return None
+    if isinstance(text_labels, Mapping):
+        return list(text_labels.values())
+    if isinstance(text_labels[0], str):
+        return list(text_labels)
+    union: dict[str, str] = {}
+    for words in text_labels:
+        for phrase in words:
+            union.setdefault(phrase, words[phrase] if isinstance(words, Mapping) else phrase)
+    return list(union.values())
+
+
+def clip_scale_shift(clip) -> tuple[Tensor | float, Tensor | float]:
+    """Scale and shift of a CLIP side's own cosines. A tower that was trained by a softmax over words says only which
+    word is better, not whether it is right; its cosines are read as if a quarter were the even chance, which lies
+    between those of right and wrong words for released CLIPs (ranks do not depend on it)."""
+    return clip.logit_scale, SOFTMAX_SHIFT if clip.softmax else clip.logit_shift
+
+
+def mean_logits(
+    namings: Sequence[Naming | FusedNaming],
+    words: Tensor | None,
+    asked: Tensor | None = None,
+    labels: Sequence[str] | None = None,
+) -> Tensor | None:
+    """The mean of what several namings of the same instances say, [B, I, K]."""
+    if words is None:
+        return None
+    return torch.stack([naming.logits(words, asked, labels) for naming in namings]).mean(0)
+
+
+def instance_scores(logits: Tensor, objectness: Tensor | None, weight: float = 0.5) -> Tensor:
+    """How likely an instance is what the word says: for a proposal, the weighted geometric mean of "is it this word"
+    and "is it a thing, and is this box its box". Any shape, each in [0, 1]."""
+    score = logits.sigmoid()
+    return score if objectness is None or weight == 0 else score ** (1 - weight) * objectness**weight
