@@ -1,0 +1,248 @@
+"""COCO json: instances outlined by polygons or run lengths. It also reads back what `ovsam segment --json` writes."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ovsam.errors import InputError
+
+from .base import make_words
+from .outlines import check_outline, is_outline
+from .pictures import Packed, PictureData, Record, check_pictures
+
+
+class Coco(PictureData):
+    """A COCO json of instances, and the folder of its pictures.
+
+    Every category is a word, and every picture is annotated for all of them. Categories of one name are one word. A
+    crowd (iscrowd) is no object, but its word is not `known` in that picture; nor is a word of which the picture has an
+    annotation that cannot be used because it is a box without an outline.
+
+    Args:
+        annotations: path of the json.
+        images: folder of the pictures; default: the json's.
+        novel: words held out: their annotations are left out, and they are never `known`.
+        keep_empty: also use pictures in which nothing is annotated.
+        check: look at every picture beforehand (its header only), so that those that cannot be read are listed before
+            training starts.
+        options: of PictureData.
+
+    Raises:
+        InputError: no such file or another format, an id that does not exist or exists twice, a category without a
+            name, an outline that does not fit its picture, no instance, no readable picture.
+    """
+
+    format = "coco"
+
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path | None = None,
+        novel: Collection[str] = (),
+        keep_empty: bool = False,
+        check: bool = True,
+        **options,
+    ):
+        path = Path(annotations)
+        folder = path.parent if images is None else Path(images)
+        if not folder.is_dir():
+            raise InputError(f"There is no folder {folder}; `images` names the folder of the pictures.")
+        content = read_json(path)
+        self._check_format(path, content)
+        categories = _by_id(path, "category", "categories", content)
+        names = [self._name(path, category) for category in categories.values()]
+        novel = self._novel(categories.values(), names, novel)
+        words, places = make_words(names, [self._keywords(c) for c in categories.values()], novel)
+        super().__init__(words, **options)
+        for name, count in Counter(names).items():
+            if count > 1:
+                self.notes.append(f"Categories called {name!r}, read as one word: {count}.")
+
+        word_ids = dict(zip(categories, places, strict=True))
+        pictures = _by_id(path, "image", "images", content)
+        objects, unknown = self._sort_annotations(path, content["annotations"], pictures, word_ids)
+        used = {key: image for key, image in pictures.items() if keep_empty or objects[key]}
+        if not any(objects.values()):
+            raise InputError(f"{path} has no instance to train on. {' '.join(self.notes)}".rstrip())
+        if len(used) < len(pictures):
+            left_out = len(pictures) - len(used)
+            self.notes.append(f"Pictures without an object, left out (keep_empty = true keeps them): {left_out:,}.")
+        files = {key: self._find_file(path, folder, image) for key, image in used.items()}
+        sizes = self._measure(used, files, check)
+        if not sizes:
+            raise InputError(f"None of the {len(used):,} pictures of {path} can be read; the first: {self.skipped[0]}")
+
+        def records() -> Iterator[Record]:
+            for key in tqdm(sizes, desc="reading the outlines", unit="", disable=len(sizes) < 1000):
+                width, height = sizes[key]
+                for annotation, _ in objects[key]:
+                    try:
+                        check_outline(annotation["segmentation"], height, width)
+                    except InputError as error:
+                        name = f"The annotation {annotation.get('id')} of {path} (in {files[key]})"
+                        raise InputError(f"{name} {error}.") from error
+                yield Record(
+                    picture=files[key],
+                    outlines=[annotation["segmentation"] for annotation, _ in objects[key]],
+                    word_ids=[word for _, word in objects[key]],
+                    size=sizes[key],
+                    known=self._known(used[key], {word for _, word in objects[key]}, word_ids),
+                    unknown=sorted(unknown[key]),
+                )
+
+        self.records = Packed(records())
+        self.pictures = len(self.records)
+        self.instances = sum(len(objects[key]) for key in sizes)
+
+    def record(self, number: int) -> Record:
+        return self.records[number]
+
+    def _sort_annotations(
+        self, path: Path, annotations: Sequence[dict], pictures: dict, word_ids: dict
+    ) -> tuple[dict[Any, list[tuple[dict, int]]], dict[Any, set[int]]]:
+        """Per picture its objects, as annotation and word, and the words that are not exhaustively outlined in it."""
+        objects: dict[Any, list[tuple[dict, int]]] = defaultdict(list)
+        unknown: dict[Any, set[int]] = defaultdict(set)
+        novel = {i for i, word in enumerate(self.words) if word.split == "novel"}
+        crowds, boxes, held_out = 0, 0, 0
+        for key in pictures:
+            unknown[key] |= novel
+        for annotation in annotations:
+            key, category = annotation.get("image_id"), annotation.get("category_id")
+            for kind, value, there in (("image", key, pictures), ("category", category, word_ids)):
+                if value not in there:
+                    raise InputError(
+                        f"The annotation {annotation.get('id')} of {path} is of the {kind} {value!r}, "
+                        f"which is not among the {kind} ids of the file."
+                    )
+            word = word_ids[category]
+            if word in novel:
+                held_out += 1
+            elif annotation.get("iscrowd"):
+                crowds += 1
+                unknown[key].add(word)
+            elif not is_outline(annotation.get("segmentation")):
+                boxes += 1
+                unknown[key].add(word)
+            else:
+                objects[key].append((annotation, word))
+        if held_out:
+            self.notes.append(f"Annotations of words held out, left out: {held_out:,}.")
+        if crowds:
+            self.notes.append(f"Annotations of crowds (iscrowd), which are no objects: {crowds:,}.")
+        if boxes:
+            self.notes.append(f"Annotations with a box but no outline (segmentation), left out: {boxes:,}.")
+        return objects, unknown
+
+    def _measure(self, used: dict, files: dict, check: bool) -> dict[Any, tuple[int, int]]:
+        """The size for which each readable picture is annotated; the others are listed in `skipped`."""
+        sizes = {key: _size(image) for key, image in used.items()}
+        to_check = [key for key in used if check or not all(sizes[key])]
+        found = check_pictures((files[key] for key in to_check), len(to_check))
+        for key, header in zip(to_check, found, strict=True):
+            if not isinstance(header, str) and not all(sizes[key]):
+                sizes[key] = header.upright
+            if not self._accept(files[key], header, sizes[key]):
+                del sizes[key]
+        return sizes
+
+    # What LVIS does in another way.
+
+    def _check_format(self, path: Path, content: Any) -> None:
+        check_format(path, content, "COCO", "COCO's instances")
+
+    def _name(self, path: Path, category: dict) -> str:
+        name = category.get("name")
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f"The category {category['id']!r} of {path} has no name; every category needs one.")
+        return name.strip()
+
+    def _keywords(self, category: dict) -> Sequence[str]:
+        return ()
+
+    def _novel(self, categories: Collection[dict], names: Sequence[str], novel: Collection[str]) -> Collection[str]:
+        return novel
+
+    def _find_file(self, path: Path, folder: Path, image: dict) -> str:
+        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
+            raise InputError(f"The image {image['id']!r} of {path} has no file_name; it must name its picture.")
+        name = image["file_name"].replace("\\", "/")
+        return first_file(folder / name, folder / Path(name).name, Path(name))
+
+    def _known(self, image: dict, present: set[int], word_ids: dict) -> list[int] | None:
+        return None
+
+
+def _size(image: dict) -> tuple[int, int]:
+    """Width and height that a file states, 0 where it does not."""
+    return int(image.get("width") or 0), int(image.get("height") or 0)
+
+
+def first_file(*candidates: Path) -> str:
+    """The first path that is there, or else the first."""
+    return str(next((path for path in candidates if path.is_file()), candidates[0]))
+
+
+def _by_id(path: Path, kind: str, table: str, content: dict) -> dict[Any, dict]:
+    found: dict[Any, dict] = {}
+    for entry in content[table]:
+        if "id" not in entry:
+            raise InputError(f"{path} has one of its {table} without an id; every {kind} needs one of its own.")
+        if found.setdefault(entry["id"], entry) is not entry:
+            raise InputError(f"{path} has two of the {kind} id {entry['id']!r}; every {kind} needs one of its own.")
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """Raises InputError for what is missing or no json."""
+    if not path.is_file():
+        raise InputError(f"There are no annotations at {path}; check the path.")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is not a json file: {error}.") from error
+
+
+def check_format(path: Path, content: Any, wanted: str, title: str) -> None:
+    """Raise InputError, saying which format it looks like, unless a json holds what COCO's and LVIS's have."""
+    found = _format(content)
+    if found != wanted:
+        looks = f"looks like {found}" if found else "is none that is known here"
+        remedy = '; read it with format = "lvis"' if found == "LVIS" else ""
+        remedy = '; read it with format = "coco"' if found == "COCO" else remedy
+        raise InputError(f"{path} must be a json of {title} (images, annotations, categories), and {looks}{remedy}.")
+
+
+def _format(content: Any) -> str:
+    if isinstance(content, list):
+        first = content[0] if content and isinstance(content[0], dict) else {}
+        if {"image_id", "score"} <= first.keys():
+            return "COCO's results, which have no pictures and no category names"
+        if {"data", "annotations"} <= first.keys():
+            return "an export of Label Studio (which can also export COCO)"
+        if {"image", "annotations"} <= first.keys():
+            return "Create ML's format"
+        return ""
+    if not isinstance(content, dict):
+        return ""
+    if all(isinstance(content.get(table), list) for table in ("images", "annotations", "categories")):
+        annotations, images = content["annotations"], content["images"]
+        if annotations and "segments_info" in annotations[0]:
+            return "COCO's panoptic format"
+        if images and "neg_category_ids" in images[0]:
+            return "LVIS"
+        return "COCO"
+    for keys, name in (
+        (("shapes", "imagePath"), "LabelMe's format, one file a picture (labelme2coco makes COCO of it)"),
+        (("_via_img_metadata",), "a project of the VGG Image Annotator (which can export COCO)"),
+        (("image", "annotations"), 'a picture of SA-1B; read its folder with format = "sa1b"'),
+        (("features",), "GeoJSON"),
+        (("images", "annotations"), "COCO's captions, or COCO without its categories"),
+    ):
+        if all(key in content for key in keys):
+            return name
+    return ""

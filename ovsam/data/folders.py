@@ -1,0 +1,117 @@
+"""A folder per class, the layout of ImageNet: the pictures have a word each and no outlines."""
+
+import os
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from ovsam.errors import InputError
+from ovsam.vocabulary import Vocabulary
+
+from .base import make_words
+from .pictures import Packed, PictureData, Record, check_pictures
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+WORDNET_ID = re.compile(r"n\d{8}")
+
+
+class Folders(PictureData):
+    """Image-classification data: folder/CLASS/picture.jpg. A sample's one mask is the whole picture (see `outlined`).
+
+    A folder called by a WordNet id (n01440764) is named as in our vocabulary "imagenet21k", with the class's other
+    lemmas as keywords; any other folder's name is the word, its underscores read as spaces.
+
+    Args:
+        folder: holds a folder per class, such as imagenet/train.
+        names: {folder name: word}, for folders that are to be called otherwise.
+        exhaustive: a picture shows its class and none of the others, as classification is trained; set it to False
+            where that is not so (then no word but its own is `known`, and nothing is a negative).
+        check: look at every picture beforehand (its header only).
+        options: of PictureData.
+
+    Raises:
+        InputError: no such folder, no pictures in folders of it, a WordNet id without a name, a name for no folder.
+    """
+
+    format = "folders"
+
+    def __init__(
+        self,
+        folder: str | Path,
+        names: Mapping[str, str] | None = None,
+        exhaustive: bool = True,
+        check: bool = True,
+        **options,
+    ):
+        names = names or {}
+        if not Path(folder).is_dir():
+            raise InputError(f"There is no folder {folder}; `folder` holds one folder per class.")
+        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        if missing := names.keys() - set(classes):
+            raise InputError(f"`names` calls a folder {min(missing)!r} that is not in {folder}.")
+        files = {name: _pictures(Path(folder, name)) for name in classes}
+        if not any(files.values()):
+            inner = next((path for path in sorted(Path(folder).glob("*/*")) if path.is_dir()), None)
+            hint = f" Did you mean {inner.parent}?" if inner else ""
+            raise InputError(f"No folder of {folder} has pictures in it; it must hold one folder per class.{hint}")
+        classes = [name for name in classes if files[name]]
+        named = [(names[name], ()) if name in names else _word(name) for name in classes]
+        words, places = make_words([name for name, _ in named], [keywords for _, keywords in named])
+        super().__init__(words, **options)
+        if empty := len(files) - len(classes):
+            self.notes.append(f"Folders without pictures, left out: {empty:,}.")
+        paths = [str(Path(folder, name, file)) for name in classes for file in files[name]]
+        word_ids = np.repeat(places, [len(files[name]) for name in classes])
+        if check:
+            found = check_pictures(paths, len(paths))
+            self.skipped += [header for header in found if isinstance(header, str)]
+            readable = [i for i, header in enumerate(found) if not isinstance(header, str)]
+            if not readable:
+                raise InputError(
+                    f"None of the {len(paths):,} pictures of {folder} can be read; the first: {self.skipped[0]}"
+                )
+            paths, word_ids = [paths[i] for i in readable], word_ids[readable]
+        self.paths, self.word_ids, self.exhaustive = Packed(paths), word_ids, exhaustive
+        self.pictures = self.instances = len(paths)
+
+    def record(self, number: int) -> Record:
+        word = int(self.word_ids[number])
+        return Record(self.paths[number], [None], [word], known=None if self.exhaustive else [word])
+
+
+def _pictures(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
+
+
+def _word(name: str) -> tuple[str, tuple[str, ...]]:
+    """The word of a folder, and its keywords."""
+    if not WORDNET_ID.fullmatch(name):
+        return name.replace("_", " ").strip(), ()
+    if name not in wordnet():
+        raise InputError(
+            f"The folder {name} looks like a WordNet id, but is no class of ImageNet; give it a name in `names`."
+        )
+    return wordnet()[name]
+
+
+@cache
+def wordnet() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """{WordNet id: its word, its other lemmas} of ImageNet-21k's 21,841 classes, and of those that only other releases
+    have (n04399382, teddy)."""
+    from timm.data import ImageNetInfo
+
+    found = {}
+    for release in (
+        "imagenet1k",
+        "imagenet21k",
+        "imagenet22k",
+    ):  # "22k" is ImageNet-21k's whole list, and has the last word
+        info = ImageNetInfo(release)
+        lemmas = [description.split(", ") for description in info.label_descriptions()]
+        called = Vocabulary("imagenet21k").labels if release == "imagenet22k" else [first for first, *_ in lemmas]
+        for key, name, own in zip(info.label_names(), called, lemmas, strict=True):
+            found[key] = name, tuple(lemma for lemma in own if lemma != name)
+    return found

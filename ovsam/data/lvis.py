@@ -1,0 +1,69 @@
+"""LVIS v1 json: COCO's layout, but no picture is annotated for all 1,203 words (Gupta et al. 2019, section 3)."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from ovsam.errors import InputError
+
+from .coco import Coco, check_format, first_file
+
+# Two slips of the file, mended as in our vocabulary "lvis".
+MENDED = {
+    "speaker (stero equipment)": "speaker (stereo equipment)",
+    "monitor (computer equipment) computer monitor": "monitor (computer equipment)",
+}
+
+
+class Lvis(Coco):
+    """An LVIS v1 json, and the folder of COCO's pictures: that which holds train2017 and val2017, or one of those.
+
+    In a picture the words are known of which it has an instance, and those that were looked for and are not there
+    (neg_category_ids), less those whose instances were not all outlined (not_exhaustive_category_ids). Underscores are
+    read as spaces; synonyms become keywords.
+
+    Args:
+        rare_is_novel: hold out the words of frequency "r" (337 of the 1,203), as open-vocabulary LVIS does.
+        annotations, images, novel, keep_empty, check, options: as for Coco.
+    """
+
+    format = "lvis"
+
+    def __init__(
+        self, annotations: str | Path, images: str | Path | None = None, rare_is_novel: bool = False, **options
+    ):
+        self.rare_is_novel = rare_is_novel
+        super().__init__(annotations, images, **options)
+
+    def _check_format(self, path: Path, content: Any) -> None:
+        check_format(path, content, "LVIS", "LVIS v1")
+        if content["categories"] and "frequency" not in content["categories"][0]:
+            raise InputError(f"{path} looks like LVIS, but its categories have no frequency; use the files of LVIS v1.")
+
+    def _name(self, path: Path, category: dict) -> str:
+        name = _spaced(super()._name(path, category))
+        return MENDED.get(name, name)
+
+    def _keywords(self, category: dict) -> Sequence[str]:
+        return [_spaced(synonym) for synonym in category.get("synonyms", ())]
+
+    def _novel(self, categories: Collection[dict], names: Sequence[str], novel: Collection[str]) -> Collection[str]:
+        pairs = zip(categories, names, strict=True)
+        rare = [name for category, name in pairs if self.rare_is_novel and category["frequency"] == "r"]
+        return [*novel, *rare]
+
+    def _find_file(self, path: Path, folder: Path, image: dict) -> str:
+        address = image.get("coco_url") or image.get("file_name")
+        if not address:
+            raise InputError(f"The image {image['id']!r} of {path} has neither a coco_url nor a file_name.")
+        *_, split, name = "", *Path(urlparse(address).path).parts
+        return first_file(folder / split / name, folder / name)
+
+    def _known(self, image: dict, present: set[int], word_ids: dict) -> list[int] | None:
+        absent = {word_ids[category] for category in image["neg_category_ids"]}
+        return sorted((present | absent) - {word_ids[category] for category in image["not_exhaustive_category_ids"]})
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ").strip()

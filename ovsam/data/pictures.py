@@ -1,0 +1,314 @@
+"""Pictures on disk as samples: read, cropped, squashed to the model's square, all a function of (seed, index)."""
+
+import io
+import logging
+import os
+import pickle
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing.pool import ThreadPool
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from pycocotools import mask as coco
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+from tqdm.auto import tqdm
+
+from ovsam.errors import InputError
+from ovsam.images import MIN_SIDE, UPRIGHT, open_image
+from ovsam.scenes.words import Word
+
+from .base import Sample, SegmentationData, pad_objects
+from .outlines import Rle, to_rle, turn
+
+logger = logging.getLogger(__name__)
+
+FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # a file without its end was cut short
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+CROP_TRIES = 10
+REPLACEMENTS = 8  # neighbours tried in the place of a picture that turns out to be damaged
+DRAWS = 100
+
+PictureSource = str | bytes  # a path, or a file's content
+
+
+@dataclass
+class Record:
+    """What a data set says of one picture.
+
+    Attributes:
+        picture: its file.
+        outlines: polygons or run lengths, as in COCO; None is the whole picture.
+        word_ids: of each outline; -1 without a name.
+        size: width and height that the outlines refer to; None: those of the upright picture.
+        known: the words that were annotated exhaustively; None: all.
+        unknown: words of `known` that nevertheless were not.
+    """
+
+    picture: PictureSource
+    outlines: Sequence[Any]
+    word_ids: Sequence[int]
+    size: tuple[int, int] | None = None
+    known: Sequence[int] | None = None
+    unknown: Sequence[int] = field(default_factory=tuple)
+
+
+class Packed:
+    """A list of records in one buffer. Data-loader workers share it; of a list of objects each would soon have a copy,
+    since counting references writes to them."""
+
+    def __init__(self, records: Iterable[Any]):
+        pieces = [pickle.dumps(record, pickle.HIGHEST_PROTOCOL) for record in records]
+        self.ends = np.cumsum([0, *map(len, pieces)])
+        self.buffer = np.frombuffer(b"".join(pieces), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        return pickle.loads(self.buffer[self.ends[index] : self.ends[index + 1]])
+
+
+class PictureData(SegmentationData):
+    """Samples of the pictures that a format's reader lists; it provides `record`, `pictures` and `instances`.
+
+    Args:
+        words: of the data set.
+        size: S, the side of the square that pictures are squashed to.
+        max_objects: O. Of a picture with more, each sample shows a random choice; the words of those left out are not
+            `known` in it.
+        seed: of all that is random.
+        crop: least share of the picture's area that a random crop keeps (its aspect 3/4 to 4/3 of the picture's own,
+            as in Inception training); 1 keeps all of it. A crop without an object is drawn again.
+        flip: mirror half of the samples.
+        draws: samples of each picture, each cropped and mirrored in its own way: sample i shows picture i modulo
+            `pictures`. Default 1, and 100 where samples are cropped or mirrored.
+
+    Raises:
+        InputError: a number that makes no sense.
+    """
+
+    def __init__(
+        self,
+        words: list[Word],
+        size: int = 512,
+        max_objects: int = 20,
+        seed: int = 0,
+        crop: float = 1.0,
+        flip: bool = False,
+        draws: int | None = None,
+    ):
+        draws = (DRAWS if flip or crop < 1 else 1) if draws is None else draws
+        for name, value in (("size", size), ("max_objects", max_objects), ("draws", draws)):
+            if value < 1:
+                raise InputError(f"[data] says {name} = {value}; it must be at least 1.")
+        if not 0 < crop <= 1:
+            raise InputError(f"[data] says crop = {crop}; it is a share of the picture's area, over 0 and at most 1.")
+        self.words, self.size, self.max_objects = words, size, max_objects
+        self.seed, self.crop, self.flip, self.draws = seed, crop, flip, draws
+        self.skipped, self.notes = [], []
+
+    def record(self, number: int) -> Record:
+        """What is known of picture `number`; raises InputError where that cannot be read."""
+        raise NotImplementedError
+
+    def _accept(self, name: str, header: "Header | str", size: tuple[int, int] | None) -> bool:
+        """Whether a picture can be read and has the `size` that its annotations are for; if not, `skipped` says so."""
+        try:
+            if isinstance(header, str):
+                raise InputError(header)
+            if size is not None:
+                turned(name, size, header)
+        except InputError as error:
+            self.skipped.append(str(error))
+            return False
+        return True
+
+    def __len__(self) -> int:
+        return self.pictures * self.draws
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample; where a picture turns out to be damaged, the next one's, and a warning.
+
+        Raises InputError if as many pictures in a row are damaged as no sound data set has.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} of {len(self)} samples")
+        for number in range(index, index + REPLACEMENTS):
+            try:
+                record = self.record(number % self.pictures)
+                return self._sample(record, np.random.default_rng((self.seed, index)))
+            except InputError as error:
+                damage = error
+                logger.warning("%s The next picture takes its place.", error)
+        raise InputError(f"{REPLACEMENTS} pictures in a row cannot be read; the last: {damage}")
+
+    def _sample(self, record: Record, rng: np.random.Generator) -> Sample:
+        image = open_picture(record.picture)
+        rles = upright_outlines(record, image.size)
+        mirrored = rng.random() < 0.5
+        box, visible = self._choose_crop(rng, image.size, rles)
+        chosen = visible
+        if len(visible) > self.max_objects:
+            chosen = sorted(rng.choice(visible, self.max_objects, replace=False).tolist())
+        squashed = squash(image.crop(box), self.size)
+        masks = torch.stack([squash_mask(rles[i], box, self.size) for i in chosen]) if chosen else _no_masks(self.size)
+        if self.flip and mirrored:
+            squashed, masks = squashed.flip(-1), masks.flip(-1)
+        known = np.full(len(self.words), record.known is None)
+        known[list(record.known or ())] = True
+        left_out = {record.word_ids[i] for i in set(visible) - set(chosen)} - {-1}
+        known[[*record.unknown, *left_out]] = False
+        word_ids = torch.tensor([record.word_ids[i] for i in chosen], dtype=torch.int64)
+        masks, word_ids = pad_objects(masks, word_ids, self.max_objects)
+        return {"image": squashed, "masks": masks, "word_ids": word_ids, "known": torch.from_numpy(known)}
+
+    def _choose_crop(
+        self, rng: np.random.Generator, size: tuple[int, int], rles: list[Rle | None]
+    ) -> tuple[tuple[int, int, int, int], list[int]]:
+        """A crop (left, top, right, bottom) and the outlines that have pixels in it."""
+        width, height = size
+        for _ in range(CROP_TRIES if self.crop < 1 else 0):
+            area, aspect = rng.uniform(self.crop, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
+            w = max(1, min(width, round(width * np.sqrt(area * aspect))))
+            h = max(1, min(height, round(height * np.sqrt(area / aspect))))
+            x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            frame = np.zeros((height, width), dtype=np.uint8, order="F")
+            frame[y : y + h, x : x + w] = 1
+            window = coco.encode(frame)
+            visible = [i for i, rle in enumerate(rles) if rle is None or _area(coco.merge([rle, window], True))]
+            if visible or not rles:
+                return (x, y, x + w, y + h), visible
+        return (0, 0, width, height), [i for i, rle in enumerate(rles) if rle is None or _area(rle)]
+
+
+def _area(rle: Rle) -> int:
+    return int(coco.area(rle))
+
+
+def _no_masks(size: int) -> Tensor:
+    return torch.zeros(0, size, size, dtype=torch.bool)
+
+
+def squash(image: Image.Image, size: int) -> Tensor:
+    """uint8 [3, size, size]: the very pixels that the model's processor makes (bilinear, antialiased)."""
+    return transforms.resize(transforms.pil_to_tensor(image), [size, size], antialias=True)
+
+
+def squash_mask(rle: Rle | None, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """bool [size, size]: the pixels more than half covered, by the same resampling as the picture's. Of a thing too
+    thin for that, those that are covered most."""
+    if rle is None:
+        return torch.ones(size, size, dtype=torch.bool)
+    left, top, right, bottom = box
+    mask = np.ascontiguousarray(coco.decode(rle)[top:bottom, left:right]) * 255  # [h, w]
+    covered = transforms.resize(torch.from_numpy(mask)[None], [size, size], antialias=True)[0]
+    return covered >= max(1, min(128, int(covered.max())))
+
+
+def open_picture(picture: PictureSource) -> Image.Image:
+    """Upright RGB; raises InputError for what is no picture."""
+    if isinstance(picture, str):
+        return open_image(picture)
+    try:
+        with Image.open(io.BytesIO(picture)) as image:
+            image.load()
+    except Exception as error:  # each decoder has errors of its own
+        raise InputError(f"A picture inside the data set cannot be read ({error}).") from error
+    return open_image(image)
+
+
+def upright_outlines(record: Record, size: tuple[int, int]) -> list[Rle | None]:
+    """The outlines as run lengths over the upright picture, whose width and height are `size`.
+
+    Raises InputError where the outlines were made for a picture of another size, or are wrong.
+    """
+    width, height = record.size or size
+    orientation = 1
+    if (width, height) != size:
+        orientation = turned(name_of(record.picture), (width, height), read_header(record.picture))
+    try:
+        rles = [None if outline is None else to_rle(outline, height, width) for outline in record.outlines]
+    except InputError as error:
+        raise InputError(f"An annotation of {name_of(record.picture)} {error}.") from error
+    return rles if orientation == 1 else [rle and turn(rle, orientation) for rle in rles]
+
+
+def name_of(picture: PictureSource) -> str:
+    return picture if isinstance(picture, str) else "a picture inside the data set"
+
+
+@dataclass(frozen=True)
+class Header:
+    """Width and height of the stored pixels, and the EXIF orientation that turns them upright (1: none)."""
+
+    width: int
+    height: int
+    orientation: int
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        return (self.height, self.width) if self.orientation in SIDEWAYS else (self.width, self.height)
+
+
+def turned(name: str, size: tuple[int, int], header: Header) -> int:
+    """The EXIF orientation by which a picture's outlines, made for `size`, have to be turned; 1: none.
+
+    Annotations are of the upright picture, as people and nearly all tools see it. Where the file says the size of the
+    stored pixels instead, they are of those. Raises InputError if it says neither.
+    """
+    if size == header.upright:
+        return 1
+    if size == (header.width, header.height):
+        return header.orientation
+    (w, h), (width, height) = header.upright, size
+    raise InputError(f"{name} is {w}x{h} pixels, and its annotations are for {width}x{height}.")
+
+
+def read_header(picture: PictureSource) -> Header:
+    """Size and orientation without decoding the pixels, unless the file looks odd: then they are, to be sure.
+
+    Raises InputError for what is no picture.
+    """
+    header, sound = None, False
+    try:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            width, height = image.size
+            header = Header(width, height, orientation if orientation in UPRIGHT else 1)
+            sound = min(image.size) >= MIN_SIDE and FILE_ENDS.get(image.format, b"") in _tail(picture)
+    except Exception:  # each decoder has errors of its own; open_picture says what is wrong
+        sound = False
+    if not sound:
+        upright = open_picture(picture)
+        header = header or Header(upright.width, upright.height, 1)
+    return header
+
+
+def _tail(picture: PictureSource) -> bytes:
+    if isinstance(picture, bytes):
+        return picture[-16:]
+    with open(picture, "rb") as file:
+        file.seek(-16, os.SEEK_END)
+        return file.read()
+
+
+def check_pictures(pictures: Iterable[PictureSource], count: int) -> list[Header | str]:
+    """The header of each picture, or the sentence that says why it cannot be read."""
+
+    def look(picture: PictureSource) -> Header | str:
+        try:
+            return read_header(picture)
+        except InputError as error:
+            return str(error)
+
+    iterator, found = iter(pictures), []
+    with ThreadPool(8) as pool, tqdm(total=count, desc="looking at the pictures", unit="", disable=count < 1000) as bar:
+        while batch := list(islice(iterator, 256)):  # not all at once: some are whole files in memory
+            found += pool.map(look, batch)
+            bar.update(len(batch))
+    return found

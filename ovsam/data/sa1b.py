@@ -1,0 +1,83 @@
+"""A folder of SA-1B: sa_1.jpg beside sa_1.json, whose masks have no names (Kirillov et al. 2023)."""
+
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ovsam.errors import InputError
+
+from .coco import read_json
+from .pictures import Packed, PictureData, Record, check_pictures
+
+
+class Sa1b(PictureData):
+    """The pictures of an extracted SA-1B archive, or of several in folders of one folder. There are no words.
+
+    Every json is read once when training starts, so that the masks are counted and what is damaged is found, and again
+    with its picture.
+
+    Args:
+        folder: holds the files.
+        check: look at every picture beforehand (its header only).
+        options: of PictureData.
+
+    Raises:
+        InputError: no such folder, none of SA-1B's files in it, no mask, a json of another format, masks of another
+            size than their picture.
+    """
+
+    format = "sa1b"
+
+    def __init__(self, folder: str | Path, check: bool = True, **options):
+        super().__init__([], **options)
+        if not Path(folder).is_dir():
+            raise InputError(f"There is no folder {folder}; `folder` holds sa_*.jpg and sa_*.json.")
+        paths = sorted(Path(folder).rglob("sa_*.json"))
+        if not paths:
+            raise InputError(f"There is no sa_*.json in {folder}; extract an archive of SA-1B there.")
+        masks: dict[Path, int] = {}
+        sizes: dict[Path, tuple[int, int]] = {}
+        for path in tqdm(paths, desc="reading SA-1B", unit="", disable=len(paths) < 1000):
+            try:
+                content = read_json(path)
+            except InputError as error:  # an archive that was not extracted to its end
+                self.skipped.append(str(error))
+                continue
+            sizes[path], outlines = _parse(path, content)
+            masks[path] = len(outlines)
+        if not any(masks.values()):
+            raise InputError(f"The {len(paths):,} json files of {folder} hold no mask.")
+        readable = [path for path in masks if masks[path]]
+        if check:
+            found = check_pictures((str(_picture(path)) for path in readable), len(readable))
+            pairs = zip(readable, found, strict=True)
+            readable = [path for path, header in pairs if self._accept(str(_picture(path)), header, sizes[path])]
+        if not readable:
+            raise InputError(
+                f"None of the {len(paths):,} pictures of {folder} can be read; the first: {self.skipped[0]}"
+            )
+        self.records = Packed(map(str, readable))
+        self.pictures, self.instances = len(readable), sum(masks[path] for path in readable)
+
+    def record(self, number: int) -> Record:
+        path = Path(self.records[number])
+        size, outlines = _parse(path, read_json(path))
+        return Record(str(_picture(path)), outlines, [-1] * len(outlines), size)
+
+
+def _picture(path: Path) -> Path:
+    return path.with_suffix(".jpg")
+
+
+def _parse(path: Path, content: Any) -> tuple[tuple[int, int], list[Any]]:
+    """The picture's width and height, and its outlines. Raises InputError for another format or size."""
+    try:
+        width, height = content["image"]["width"], content["image"]["height"]
+        outlines = [annotation["segmentation"] for annotation in content["annotations"]]
+        wrong = next((list(outline["size"]) for outline in outlines if list(outline["size"]) != [height, width]), None)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is no json of SA-1B: one image, and annotations with run lengths.") from error
+    if wrong:
+        raise InputError(f"{path} has a mask of size {wrong}; its picture's is {[height, width]} (height, width).")
+    return (width, height), outlines
