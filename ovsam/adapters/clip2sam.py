@@ -7,6 +7,8 @@ from torchvision.ops import roi_align
 from transformers import initialization as init
 
 from ovsam.clip.base import mask_pool
+from ovsam.frames import boxes_to_clip, maps_to_clip
+from ovsam.naming import Naming
 from ovsam.remote_code import RemoteCodeConfig
 
 from .common import AdapterModel, RegionProjection, TopDown
@@ -85,6 +87,21 @@ class Clip2SamAdapter(AdapterModel):
         if self.token is not None:
             hidden = hidden + F.relu(self.token(tokens))
         return F.normalize(pooled + self.embedding(hidden), dim=-1)
+
+    def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor, clip) -> Naming:
+        """The naming of masks in a whole model.
+
+        Args:
+            features: the model's OVSamFeatures.
+            masks: logits [B, P, H/4, W/4] over the model input.
+            boxes: [B, P, 4] xyxy in pixels of the model input.
+            tokens: the mask decoder's mask tokens [B, P, C].
+            clip: the model's CLIP side, for adapters that ask it.
+        """
+        frame, size = features.clip_frame, features.clip_size
+        seen = maps_to_clip(masks.sigmoid(), frame, 4 * masks.shape[-1], size)
+        embeds = self(features.maps, boxes_to_clip(boxes, frame), seen, tokens)
+        return Naming(embeds, self.log_scale.exp(), self.logit_shift)
 
     def logits(self, embeds: Tensor, words: Tensor) -> Tensor:
         """embeds [B, P, D], words [K, D] -> [B, P, K]"""

@@ -30,6 +30,21 @@ class AdapterModel(PreTrainedModel):
         """Remote code is one shim file beside the weights (see hub/); transformers must not copy our sources."""
 
 
+def maps_at_strides(maps: tuple[Tensor, ...], size: tuple[int, int]) -> tuple[Tensor, ...]:
+    """A CLIP tower's four maps as the adapters read them: at strides 4, 8, 16 and 32 of its input of `size` (height,
+    width) pixels.
+
+    Those of a pyramid (ConvNeXt, ResNet) are passed through. A plain transformer's four, all at one stride, are
+    resampled: ViTDet's simple feature pyramid (Li et al. 2022) without its convolutions, which the adapters' own stand
+    in for.
+    """
+    grids = [tuple(side // stride for side in size) for stride in (4, 8, 16, 32)]
+    return tuple(
+        m if m.shape[-2:] == grid else F.interpolate(m, size=grid, mode="bilinear", antialias=True)
+        for m, grid in zip(maps, grids, strict=True)
+    )
+
+
 def upsample(feature: Tensor) -> Tensor:
     return F.interpolate(feature, scale_factor=2.0, mode="nearest")
 

@@ -28,6 +28,7 @@ class Sam2ClipAdapter(AdapterModel):
 
     config: Sam2ClipConfig
     base_model_prefix = "sam2clip"
+    finer_maps = 2  # of `SamFeatures.high_res`
 
     def __init__(self, config: Sam2ClipConfig):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""SAM 2's mask decoder with the same weights and the same masks, in a fraction of the time for many prompts.
+"""The SAM family's mask decoder, its weights and its masks, in a fraction of the time for many prompts.
 
 In the two-way transformer (Kirillov et al. 2023, appendix A) some ten tokens of a prompt and the thousands of positions
 of its image attend to each other. The stock order copies the image for every prompt and projects every copy in each of
@@ -21,10 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-# Elements of image embedding in one chunk of prompts: what stays in a CPU's cache (4 MB in fp32, measured), what fills
-# an accelerator without filling its memory.
-CPU_CHUNK = 2**20
-ACCELERATOR_CHUNK = 2**26
+# What one chunk of prompts may take: bytes of image embedding that stay in a CPU's cache (measured); the share of an
+# accelerator's free memory, or, where it does not tell, bytes of image embedding.
+CPU_CACHE = 2**22
+SHARE_OF_FREE_MEMORY = 0.5
+ACCELERATOR_CACHE = 2**28
+# A prompt at work holds this many copies of an image embedding: itself, with its positions, the upscaled maps (which
+# are as large and twice as large) before and after their activations, and its masks.
+COPIES = 12
+# What a decoder learned to put before the prompts, in this order; SAM 1's has no object token, only SAM-HQ's its own.
+TOKENS = ("obj_score_token", "iou_token", "mask_tokens", "hq_token")
 
 
 @dataclass
@@ -35,7 +41,7 @@ class DecodedMasks(ModelOutput):
         masks: logits at stride 4, [B, P, M, 4h, 4w].
         iou: predicted IoU of each mask, [B, P, M].
         tokens: the decoder's output token of each mask, [B, P, M, C].
-        object_logits: is there an object at all, [B, P, 1].
+        object_logits: is there an object at all, [B, P, 1]; None where the decoder does not say (SAM 1, SAM-HQ).
     """
 
     masks: Tensor | None = None
@@ -48,49 +54,70 @@ def decode_masks(
     mask_decoder: nn.Module,
     embedding: Tensor,
     position: Tensor,
-    high_res: tuple[Tensor, Tensor],
+    high_res: tuple[Tensor, ...],
     sparse: Tensor,
     dense: Tensor,
+    hq_features: Tensor | None = None,
 ) -> DecodedMasks:
     """Masks of all prompts of all images from every mask token; index 0 is the single-mask token.
 
+    Under torch.compile and torch.export all prompts go in one chunk, so that no loop is unrolled, and an exported
+    program may take any number of them.
+
     Args:
-        mask_decoder: transformers' `Sam2MaskDecoder` or `EdgeTamMaskDecoder`. Its projections are read as plain
+        mask_decoder: of transformers' SAM, SAM-HQ, SAM 2, EdgeTAM or SAM 3 tracker. Its projections are read as plain
             weights, so adapters such as LoRA must be merged into them first.
         embedding: image embedding, [B, C, h, w].
         position: position encoding of its cells, [1, C, h, w].
-        high_res: what `conv_s0` and `conv_s1` made of the finer maps, [B, C/8, 4h, 4w] and [B, C/4, 2h, 2w].
+        high_res: what `conv_s0` and `conv_s1` made of the finer maps, [B, C/8, 4h, 4w] and [B, C/4, 2h, 2w]; empty
+            where there are none.
         sparse: embedded points and boxes, [B, P, T, C].
         dense: embedded mask prompts, [B or 1, P or 1, C, h or 1, w or 1].
+        hq_features: of SAM-HQ alone, [B, C/8, 4h, 4w]: the mask that its own token makes of them comes last, and has
+            no predicted IoU.
     """
     b, p = sparse.shape[:2]
     c, h, w = embedding.shape[1:]
     masks_per_image = dense.shape[1]  # 1 or P
     dense = dense.expand(b, -1, -1, -1, -1).flatten(0, 1)  # [B|1, P|1, C, h|1, w|1] -> [N, C, h|1, w|1]
-    learned = [mask_decoder.obj_score_token.weight, mask_decoder.iou_token.weight, mask_decoder.mask_tokens.weight]
+    learned = [getattr(mask_decoder, name).weight for name in TOKENS if hasattr(mask_decoder, name)]
     tokens = torch.cat([torch.cat(learned).expand(b, p, -1, -1), sparse.to(learned[0].dtype)], dim=2)
     tokens = tokens.reshape(len(dense), -1, *tokens.shape[2:])  # [B, P, T, C] -> [N, G, T, C]
     position = _nest(position.to(embedding.dtype), 0)
-    s0, s1 = high_res
-    s0 = s0 + mask_decoder.upscale_conv2.bias[:, None, None]
-    s1 = s1 + mask_decoder.upscale_conv1.bias[:, None, None]
+    skips = [_nest(feature, level) for feature, level in zip(high_res, (2, 1), strict=False)]
 
-    prompts = max(1, (CPU_CHUNK if embedding.device.type == "cpu" else ACCELERATOR_CHUNK) // (c * h * w))
-    images = max(1, prompts // tokens.shape[1])
     owners = torch.arange(len(dense), device=embedding.device) // masks_per_image  # image n shows picture owners[n]
-    decoded = []
-    for owner, of_image, own in zip(owners.split(images), dense.split(images), tokens.split(images), strict=True):
+
+    def decode_some(owner: Tensor, of_image: Tensor, own: Tensor, prompts: int) -> list[Tensor]:
+        """Some images and all their prompts, so many at a time."""
         image = _SharedImage(_nest(embedding[owner] + of_image, 0), position, mask_decoder.transformer.layers[0])
-        skips = _nest(s1[owner], 1), _nest(s0[owner], 2)
-        parts = [_decode_chunk(mask_decoder, some, image, position, skips) for some in own.split(prompts, dim=1)]
-        decoded.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])  # each [n, G, ...]
-    masks, iou, mask_tokens, object_logits = (
-        torch.cat(part).view(b, p, *part[0].shape[2:]) for part in zip(*decoded, strict=True)
-    )
-    # From nested order to rows and columns:
-    # [B, P, M, L*16] -> [B, P, M, h, w, 2, 2, 2, 2] -> [B, P, M, h, 2, 2, w, 2, 2] -> [B, P, M, 4h, 4w]
-    masks = masks.unflatten(-1, (h, w, 2, 2, 2, 2)).permute(0, 1, 2, 3, 5, 7, 4, 6, 8).reshape(b, p, -1, 4 * h, 4 * w)
-    return DecodedMasks(masks=masks, iou=iou, tokens=mask_tokens, object_logits=object_logits)
+        finer = [skip[owner] for skip in skips]
+        hq = None if hq_features is None else hq_features[owner]
+        chunks = [own] if prompts == 0 else own.split(prompts, dim=1)
+        parts = [_decode_chunk(mask_decoder, chunk, image, position, finer, hq, (h, w)) for chunk in chunks]
+        return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]  # each [n, G, ...]
+
+    if torch.compiler.is_compiling():
+        parts = decode_some(owners, dense, tokens, 0)
+    else:
+        prompts = prompts_per_chunk(embedding)
+        images = max(1, prompts // tokens.shape[1])
+        split = zip(owners.split(images), dense.split(images), tokens.split(images), strict=True)
+        chunks = [decode_some(*some, prompts) for some in split]
+        parts = [torch.cat(part) for part in zip(*chunks, strict=True)]
+    return DecodedMasks(*(part.view(b, p, *part.shape[2:]) for part in parts))  # [N, G, ...] -> [B, P, ...]
+
+
+def prompts_per_chunk(embedding: Tensor) -> int:
+    """How many prompts are decoded at once over an image embedding [B, C, h, w]."""
+    size = embedding[0].numel() * embedding.element_size()
+    if embedding.device.type == "cpu":
+        return max(1, CPU_CACHE // size)
+    if embedding.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(embedding.device)
+        reserved = torch.cuda.memory_reserved(embedding.device) - torch.cuda.memory_allocated(embedding.device)
+        return max(1, int(SHARE_OF_FREE_MEMORY * (free + reserved)) // (COPIES * size))
+    return max(1, ACCELERATOR_CACHE // size)
 
 
 def _nest(feature: Tensor, levels: int) -> Tensor:
@@ -102,24 +129,64 @@ def _nest(feature: Tensor, levels: int) -> Tensor:
     return feature.permute(0, *pairs, 1).flatten(1, -2).contiguous()
 
 
+def _unnest(rows: Tensor, h: int, w: int) -> Tensor:
+    """Two levels of `_nest` undone on the last axis:
+    [..., h*w*16] -> [..., h, w, 2, 2, 2, 2] -> [..., h, 2, 2, w, 2, 2] -> [..., 4h, 4w]."""
+    cells = rows.unflatten(-1, (h, w, 2, 2, 2, 2)).movedim((-4, -2), (-5, -4))
+    return cells.flatten(-3).flatten(-4, -2)
+
+
 def _decode_chunk(
-    decoder: nn.Module, prompt: Tensor, image: "_SharedImage", position: Tensor, skips: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prompts [N, G, T, C] on N images -> masks [N, G, M, L*16] in nested order, iou, mask tokens, object logits."""
+    decoder: nn.Module,
+    prompt: Tensor,
+    image: "_SharedImage",
+    position: Tensor,
+    skips: list[Tensor],
+    hq_features: Tensor | None,
+    size: tuple[int, int],
+) -> list[Tensor]:
+    """Prompts [N, G, T, C] on N images -> masks [N, G, M, 4h, 4w], iou, mask tokens and, if told, object logits."""
     tokens, rows = _two_way_transformer(decoder.transformer, prompt, image, position)
-    mask_tokens = tokens[:, :, 2 : 2 + decoder.num_mask_tokens]
+    first = 1 if hasattr(decoder, "obj_score_token") else 0  # the IoU token, which the mask tokens follow
+    mask_tokens = tokens[:, :, first + 1 : first + 1 + decoder.num_mask_tokens]
     hyper = [mlp(mask_tokens[:, :, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)]
 
-    # Each position becomes four, twice; a convolution's weight [C, C', 2, 2] is a matrix [C, 4*C'].
-    n, g, length, c = rows.shape
-    s1, s0 = skips[0][:, None], skips[1][:, None]  # [N, 1, L*4, C/4], [N, 1, L*16, C/8]
-    rows = (rows @ decoder.upscale_conv1.weight.permute(0, 2, 3, 1).flatten(1)).view(n, g, length * 4, c // 4) + s1
+    # Each position becomes four, twice.
     norm = decoder.upscale_layer_norm  # its own forward expects channels first
+    rows = _upscale(rows, decoder.upscale_conv1, skips[1] if skips else None)  # -> [N, G, L*4, C/4]
     rows = decoder.activation(F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-    rows = (rows @ decoder.upscale_conv2.weight.permute(0, 2, 3, 1).flatten(1)).view(n, g, length * 16, c // 8) + s0
-    masks = torch.stack(hyper, dim=2) @ decoder.activation(rows).mT  # [N, G, M, C/8] @ [N, G, C/8, L*16]
-    object_token, iou_token = tokens[:, :, 0], tokens[:, :, 1]
-    return masks, decoder.iou_prediction_head(iou_token), mask_tokens, decoder.pred_obj_score_head(object_token)
+    rows = decoder.activation(_upscale(rows, decoder.upscale_conv2, skips[0] if skips else None))  # [N, G, L*16, C/8]
+    masks = _unnest(torch.stack(hyper, dim=2) @ rows.mT, *size)  # [N, G, M, C/8] @ [N, G, C/8, L*16]
+    if hq_features is not None:
+        hq_mask = _hq_mask(decoder, _unnest(rows.mT, *size), mask_tokens[:, :, -1], hq_features)
+        masks = torch.cat([masks, hq_mask], dim=2)
+    parts = [masks, decoder.iou_prediction_head(tokens[:, :, first]), mask_tokens]
+    return parts + [decoder.pred_obj_score_head(tokens[:, :, 0]) for _ in range(first)]
+
+
+def _upscale(rows: Tensor, convolution: nn.ConvTranspose2d, skip: Tensor | None) -> Tensor:
+    """A transposed convolution whose kernel is its stride, [N, G, L, C] -> [N, G, L*4, C'] nested, plus the skip
+    [N, L*4, C'] of each image: its weight [C, C', 2, 2] is a matrix [C, 4*C']."""
+    n, g, length, _ = rows.shape
+    weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
+    added = convolution.bias.expand(n, length * 4, -1) if skip is None else skip + convolution.bias
+    added = added.reshape(n, 1, length, -1).expand(-1, g, -1, -1).flatten(0, 1)  # -> [N*G, L, 4*C']
+    return torch.baddbmm(added, rows.flatten(0, 1), weight.expand(n * g, -1, -1)).view(n, g, length * 4, -1)
+
+
+def _hq_mask(decoder: nn.Module, upscaled: Tensor, token: Tensor, hq_features: Tensor) -> Tensor:
+    """SAM-HQ's mask [N, G, 1, 4h, 4w] of the upscaled image [N, G, C/8, 4h, 4w], its own token [N, G, C] and the finer
+    features [N, C/8, 4h, 4w].
+
+    The mask is a product with `hyper`, and so is its last convolution: of that only one channel is computed."""
+    n, g = upscaled.shape[:2]
+    hyper = decoder.hq_mask_mlp(token)  # [N, G, C/8]
+    maps = decoder.activation(decoder.mask_norm(decoder.mask_conv1(upscaled.flatten(0, 1))))  # [N*G, C/4, 4h, 4w]
+    last = decoder.mask_conv2
+    kernel = (hyper.flatten(0, 1) @ last.weight.flatten(1)).unflatten(1, last.weight.shape[1:])  # [N*G, C/4, 3, 3]
+    own = F.conv2d(maps.flatten(0, 1)[None], kernel, padding=last.padding, groups=n * g)[0]  # -> [N*G, 4h, 4w]
+    shared = torch.einsum("ngc,nchw->nghw", hyper, hq_features + last.bias[:, None, None])
+    return (own.view_as(shared) + shared)[:, :, None]
 
 
 def _two_way_transformer(
@@ -157,13 +224,13 @@ class _SharedImage:
         """Tokens [N, G, T, C] attend to the image -> [N, G, T, C]."""
         query = _split_heads(attention.q_proj(queries.flatten(1, 2)), attention)  # -> [N, H, G*T, d]
         read = F.scaled_dot_product_attention(query, self.key, self.value, scale=attention.scaling)
-        return attention.o_proj(read.transpose(1, 2).flatten(2)).view_as(queries)
+        return _output(attention)(read.transpose(1, 2).flatten(2)).view_as(queries)
 
     def write(self, attention: nn.Module, keys: Tensor, values: Tensor) -> Tensor:
         """The image attends to the tokens [N, G, T, C] and adds what it finds -> [N, G, L, C]."""
         key = _split_heads(attention.k_proj(keys.flatten(1, 2)), attention) * attention.scaling  # [N, H, G*T, d]
         scores = (key @ self.query.mT).unflatten(2, keys.shape[1:3])  # [N, H, G*T, L] -> [N, H, G, T, L]
-        return self.rows[:, None] + _mix(attention, scores.transpose(1, 2), values)
+        return _mix(attention, scores.transpose(1, 2), values, self.rows[:, None])
 
 
 class _PromptImages:
@@ -179,30 +246,41 @@ class _PromptImages:
         weights = self._scores(attention, query, attention.k_proj).softmax(-1)  # [N, G, H, T, L]
         mean = (weights.flatten(2, 3) @ self.rows).view(*query.shape[:4], -1)  # [N, G, H*T, C] -> [N, G, H, T, C]
         read = mean @ attention.v_proj.weight.unflatten(0, (query.shape[2], -1)).mT  # [N, G, H, T, C] @ [H, C, d]
-        return attention.o_proj(read.transpose(2, 3).flatten(3) + attention.v_proj.bias)
+        return _output(attention)(read.transpose(2, 3).flatten(3) + attention.v_proj.bias)
 
     def write(self, attention: nn.Module, keys: Tensor, values: Tensor) -> Tensor:
         """The image attends to the tokens [N, G, T, C] and adds what it finds -> [N, G, L, C]."""
         key = _split_heads(attention.k_proj(keys), attention)
-        return self.rows + _mix(attention, self._scores(attention, key, attention.q_proj), values)
+        return _mix(attention, self._scores(attention, key, attention.q_proj), values, self.rows)
 
     def _scores(self, attention: nn.Module, tokens: Tensor, projection: nn.Linear) -> Tensor:
         """Scaled products of tokens [N, G, H, T, d] with the projection of the image -> [N, G, H, T, L]."""
+        n, g, heads, count, _ = tokens.shape
         tokens = tokens * attention.scaling
-        heads = tokens.shape[2]
         folded = tokens @ projection.weight.unflatten(0, (heads, -1))  # @ [H, d, C] -> [N, G, H, T, C]
         constant = tokens @ projection.bias.unflatten(0, (heads, -1, 1))  # @ [H, d, 1] -> [N, G, H, T, 1]
-        return (folded.flatten(2, 3) @ self.placed.mT).unflatten(2, tokens.shape[2:4]) + constant
+        folded, constant = (part.reshape(n * g, heads * count, -1) for part in (folded, constant))
+        return torch.baddbmm(constant, folded, self.placed.flatten(0, 1).mT).view(n, g, heads, count, -1)
 
 
-def _mix(attention: nn.Module, scores: Tensor, values: Tensor) -> Tensor:
-    """Scores [N, G, H, T, L] of every position for every token, and the tokens' values [N, G, T, C] -> [N, G, L, C]."""
-    # o_proj goes onto the values; its bias is shared out over the heads, since each head's weights sum to one.
+def _mix(attention: nn.Module, scores: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """Scores [N, G, H, T, L] of every position for every token, and the tokens' values [N, G, T, C], added to the rows
+    [N, G or 1, L, C] -> [N, G, L, C]."""
+    # The output projection goes onto the values; its bias is shared out over the heads, whose weights sum to one each.
+    n, g, heads = scores.shape[:3]
+    output = _output(attention)
     value = _split_heads(attention.v_proj(values), attention)  # [N, G, H, T, d]
-    weight = attention.o_proj.weight.unflatten(1, (attention.num_attention_heads, -1))  # [C, H*d] -> [C, H, d]
-    value = value @ weight.permute(1, 2, 0) + attention.o_proj.bias / attention.num_attention_heads  # [N, G, H, T, C]
+    weight = output.weight.unflatten(1, (heads, -1))  # [C, H*d] -> [C, H, d]
+    value = value @ weight.permute(1, 2, 0) + output.bias / heads  # [N, G, H, T, C]
     # Softmax over the tokens with positions innermost vectorises; rows of ten elements would not.
-    return scores.softmax(3).flatten(2, 3).mT @ value.flatten(2, 3)  # [N, G, L, H*T] @ [N, G, H*T, C]
+    weights, value = (part.reshape(n * g, -1, part.shape[-1]) for part in (scores.softmax(3), value))
+    rows = rows.expand(n, g, -1, -1).flatten(0, 1)
+    return torch.baddbmm(rows, weights.mT, value).unflatten(0, (n, g))  # [N*G, L, H*T] @ [N*G, H*T, C]
+
+
+def _output(attention: nn.Module) -> nn.Linear:
+    """Its output projection, which transformers' SAM 1 calls otherwise than SAM 2."""
+    return attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
 
 
 def _split_heads(features: Tensor, attention: nn.Module) -> Tensor:

@@ -2,10 +2,10 @@
 
 from transformers import EdgeTamModel
 
-from .base import SamSide
+from .sam2 import Sam2Side
 
 
-class EdgeTamSide(SamSide):
+class EdgeTamSide(Sam2Side):
     """An `EdgeTamModel`; takes an `EdgeTamConfig`, whose trunk may be any of timm's with maps at strides 4 to 32."""
 
     model_class = EdgeTamModel
