@@ -1,12 +1,16 @@
 """Puts measured figures into the documents: `python benchmarks/figures.py RESULTS.json`, from `ovsam eval --json`.
 
-Each document has a `<!-- figures -->` line; the table after it is replaced, so that no figure is typed by hand.
+README.md and model_card.md have a `<!-- figures -->` line; the table after it is replaced. The model-index in the front
+matter of model_card.md and of the adapters' cards, which the Hub reads, is replaced as well. So no figure is typed by
+hand. `python hub/build.py --cards` then brings the cards to where they are published.
 """
 
 import json
 import re
 import sys
 from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "model_card.md")
@@ -32,6 +36,16 @@ ROWS = (
 )
 FORMATS = {"share": "{:.2f}", "percent": "{:.1%}", "seconds": "{:.2f} s", "ratio": "{:.2f} x"}
 
+# The figures of each published card's model-index, by the Hub's names of metrics.
+MASKS = {"box: mean IoU": "mean_iou", "click: mean IoU": "mean_iou"}
+NAMES = {"name (box): top-1, base": "accuracy", "name (box): top-5, novel": "accuracy"}
+WORDS = {"words -> masks: AP50": "mean_average_precision", "words -> masks: AP": "mean_average_precision"}
+CARDS = {
+    "model_card.md": ("ovsam-tiny", MASKS | NAMES | WORDS),
+    "adapters/clip2sam-tiny/README.md": ("clip2sam-tiny", NAMES),
+    "adapters/concepts-tiny/README.md": ("concepts-tiny", WORDS),
+}
+
 
 def table(figures: dict[str, float]) -> str:
     lines = ["| figure | measured | target |", "|---|---|---|"]
@@ -42,12 +56,36 @@ def table(figures: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def with_index(card: str, name: str, metrics: dict[str, str], figures: dict[str, float]) -> str:
+    """A card with these figures as the model-index of its front matter."""
+    made = ModelCard(card)
+    made.data.model_name = name
+    made.data.metrics = sorted(set(metrics.values()))
+    made.data.eval_results = [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type="emojiscenes",
+            dataset_name="EmojiScenes, held-out scenes",
+            dataset_split="test",
+            metric_type=metric,
+            metric_name=figure,
+            metric_value=figures[figure],
+        )
+        for figure, metric in metrics.items()
+    ]
+    return str(made)
+
+
 def main(results: Path) -> None:
-    rows = table(json.loads(results.read_text()))
+    figures = json.loads(results.read_text())
+    rows = table(figures)
     for name in DOCUMENTS:
         path = ROOT / name
         text = re.sub(r"(<!-- figures -->\n)(\n?\|.*\n)*", rf"\1\n{rows}\n", path.read_text())
         path.write_text(text)
+    for name, (model, metrics) in CARDS.items():
+        path = ROOT / name
+        path.write_text(with_index(path.read_text(), model, metrics, figures))
 
 
 if __name__ == "__main__":

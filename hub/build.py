@@ -1,5 +1,7 @@
 """Builds a Hub folder from trained parts: `python hub/build.py`. Run after the recipes of adapters/; see CONTRIBUTING.
 
+`--cards` writes the cards alone, from model_card.md; `--check` says where a mirror has drifted from what it is made of.
+
 It merges runs/*/model.safetensors into hub/ovsam-tiny/ (config, processor, tokenizer, weights, shim, card) and writes
 each adapter's own folder in adapters/. Matrices are stored in half precision, vectors in full; everything loads as
 float32. The text tower is a shard of its own that git does not track (see hatch_build.py).
@@ -7,14 +9,18 @@ float32. The text tower is a shard of its own that git does not track (see hatch
 
 import argparse
 import json
+import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, Sam2ImageProcessor
+from transformers import AutoConfig, AutoTokenizer, Sam2ImageProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it also runs from a checkout that is not installed
@@ -22,15 +28,26 @@ sys.path.insert(0, str(ROOT))  # so that it also runs from a checkout that is no
 import ovsam  # noqa: E402
 from ovsam.adapters.clip2sam import Clip2SamConfig  # noqa: E402
 from ovsam.adapters.concepts import ConceptHeadConfig  # noqa: E402
+from ovsam.cards import LINK, check_card  # noqa: E402
 from ovsam.checkpoints import TEXT_SHARD  # noqa: E402
 from ovsam.clip import DualEncoderConfig  # noqa: E402
+from ovsam.errors import InputError  # noqa: E402
+from ovsam.push import CARD, full_precision, write_json  # noqa: E402
+from ovsam.remote_code import SHIM, auto_map, write_shim  # noqa: E402
 from ovsam.scenes.words import all_words  # noqa: E402
-from ovsam.training.sam_stage import edgetam_config  # noqa: E402
 from ovsam.training.texts import text_config  # noqa: E402
+from ovsam.training.towers import edgetam_config  # noqa: E402
 
 IMAGE_SIZE = 512
 TRAINED_SHARD = "vision_model.safetensors"  # not model.safetensors, which would be taken for the whole
 CHANNELS = [32, 64, 96, 960]  # MobileNetV4-S at strides 4, 8, 16, 32
+MIRROR = ROOT / "hub" / "ovsam-tiny"
+ADAPTERS = {"clip2sam": ROOT / "adapters" / "clip2sam-tiny", "concepts": ROOT / "adapters" / "concepts-tiny"}
+SOURCE = ROOT / "model_card.md"
+SHARED = ("Training data and licences", "Limits")  # its sections that adapters' cards end with
+FROM_SOURCE = "<!-- from model_card.md -->\n"
+COMMON = ("license", "library_name", "language", "datasets")  # its front matter that theirs repeats
+NOT_COMPARED = ("transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
 PARTS = ("clip-tiny", "sam-tiny-512", "concepts-tiny", "clip2sam-tiny")  # of one tensor, the last part's counts
 
 
@@ -50,17 +67,6 @@ def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
 def compact(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Matrices in half precision, vectors (biases, norms, running statistics) as they are."""
     return {n: t.half().contiguous() if t.ndim > 1 and "positional" not in n else t for n, t in state.items()}
-
-
-def full_precision(config: dict) -> dict:
-    """`"dtype": "float32"` at every level, or a half-precision folder would open as half precision."""
-    return {k: full_precision(v) if isinstance(v, dict) else v for k, v in config.items()} | (
-        {"dtype": "float32"} if "model_type" in config else {}
-    )
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def write_adapter(folder: Path, config, state: dict[str, Tensor]) -> None:
@@ -91,27 +97,128 @@ def build_tiny(runs: Path, folder: Path, thresholds: dict) -> None:
     config.save_pretrained(folder)  # and the shim
     content = full_precision(json.loads((folder / "config.json").read_text()))
     write_json(folder / "config.json", content)
+    tiny_processor(folder).save_pretrained(folder)
+    for name, target in ADAPTERS.items():
+        own = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
+        write_adapter(target, getattr(config, f"{name}_config"), own)
+    write_cards(folder)
+
+
+def tiny_processor(folder: Path) -> ovsam.OVSamProcessor:
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     mask_side = {"height": IMAGE_SIZE // 4, "width": IMAGE_SIZE // 4}
-    processor = ovsam.OVSamProcessor(
-        Sam2ImageProcessor(size=side, mask_size=mask_side), AutoTokenizer.from_pretrained(folder), max_text_length=64
-    )
-    processor.save_pretrained(folder)
-    if (ROOT / "model_card.md").is_file():
-        shutil.copy(ROOT / "model_card.md", folder / "README.md")
+    images = Sam2ImageProcessor(size=side, mask_size=mask_side)
+    return ovsam.OVSamProcessor(images, AutoTokenizer.from_pretrained(folder), max_text_length=64)
 
-    for name, part_config in (("clip2sam", config.clip2sam_config), ("concepts", config.concepts_config)):
-        own = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
-        target = ROOT / "adapters" / f"{name}-tiny"
-        target.mkdir(parents=True, exist_ok=True)
-        write_adapter(target, part_config, own)
+
+def mirror_card() -> tuple[str, dict[str, Path]]:
+    """model_card.md as it is published, and its pictures, which lie beside it there."""
+    card = SOURCE.read_text()
+    pictures = {Path(link).name: ROOT / link for link in LINK.findall(card)}
+    return LINK.sub(lambda link: f"]({Path(link.group(1)).name}", card), pictures
+
+
+def adapter_card(folder: Path) -> str:
+    """An adapter's card: its own words, then what holds for the whole model, by model_card.md."""
+    source = SOURCE.read_text()
+    sections = [re.search(rf"^## {title}\n.*?(?=^## |\Z)", source, re.M | re.S).group(0).strip() for title in SHARED]
+    own, _, _ = (folder / CARD).read_text().partition(FROM_SOURCE)
+    return own.rstrip("\n") + "\n\n" + FROM_SOURCE + "\n" + "\n\n".join(sections) + "\n"
+
+
+def write_cards(folder: Path) -> None:
+    card, pictures = mirror_card()
+    (folder / CARD).write_text(card)
+    for name, picture in pictures.items():
+        shutil.copyfile(picture, folder / name)
+    for adapter in ADAPTERS.values():
+        (adapter / CARD).write_text(adapter_card(adapter))
+
+
+def differences(folder: Path = MIRROR, adapters: dict[str, Path] = ADAPTERS) -> list[str]:
+    """Where the published folders are not what they are made of, a sentence each. The text tower, which git does not
+    track, is not looked at: hatch_build.py has its hash."""
+    found = []
+    card, pictures = mirror_card()
+    if (folder / CARD).read_text() != card:
+        found.append(f"{folder / CARD} is not model_card.md: run `python hub/build.py --cards`.")
+    for name, picture in pictures.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != picture.read_bytes():
+            found.append(f"{folder / name} is not {picture}: run `python hub/build.py --cards`.")
+    for adapter in adapters.values():
+        if (adapter / CARD).read_text() != adapter_card(adapter):
+            found.append(f"{adapter / CARD} does not end as model_card.md says: run `python hub/build.py --cards`.")
+        ours, theirs = (ModelCard(text).data.to_dict() for text in (card, (adapter / CARD).read_text()))
+        unlike = [key for key in COMMON if ours.get(key) != theirs.get(key)]
+        found += [f"{adapter / CARD} has another {key} than model_card.md." for key in unlike]
+    for published in (folder, *adapters.values()):
+        try:
+            check_card((published / CARD).read_text(), published)
+        except InputError as error:
+            found.append(str(error))
+
+    # The configuration and the processor are what this file would write today, but for the calibrated thresholds.
+    config = AutoConfig.from_pretrained(folder)
+    thresholds = {name: value for name, value in config.to_dict().items() if name.endswith("_threshold")}
+    wanted = tiny_config(thresholds)
+    found += _config_differences(folder, wanted)
+    content = json.loads((folder / "config.json").read_text())
+    if content != full_precision(content):
+        found.append(f'{folder / "config.json"} lacks "dtype": "float32" at some level, so it would open as float16.')
+    if content.get("auto_map") != auto_map(AutoConfig="OVSamConfig", **wanted.auto_classes):
+        found.append(f"{folder / 'config.json'} has another auto_map than {SHIM} serves.")
+    made = tiny_processor(folder).to_dict()
+    if ovsam.OVSamProcessor.from_pretrained(folder).to_dict() != made:
+        found.append(f"{folder / 'processor_config.json'} is not the processor that hub/build.py makes.")
+    with tempfile.TemporaryDirectory() as scratch:
+        write_shim(scratch)
+        if (folder / SHIM).read_bytes() != (Path(scratch) / SHIM).read_bytes():
+            found.append(f"{folder / SHIM} is not the shim of ovsam/remote_code.py.")
+
+    # Every tensor of the model is in the shard that the index says; and adapters are the whole's own tensors.
+    shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    with torch.device("meta"):
+        names = set(ovsam.OVSamModel(wanted).state_dict())
+    trained = load_file(folder / TRAINED_SHARD)
+    if set(shards) != names or {name for name in shards if shards[name] == TRAINED_SHARD} != set(trained):
+        found.append(f"{folder / 'model.safetensors.index.json'} does not list the tensors of the model.")
+    for name, adapter in adapters.items():
+        found += _config_differences(adapter, getattr(wanted, f"{name}_config"))
+        with safe_open(adapter / "model.safetensors", framework="pt") as file:
+            own = {f"{name}.{key}": file.get_tensor(key) for key in file.keys()}
+        part = {key: tensor for key, tensor in trained.items() if key.startswith(f"{name}.")}
+        if own.keys() != part.keys() or not all(torch.equal(own[key], part[key]) for key in part):
+            found.append(f"{adapter / 'model.safetensors'} has other weights than {folder / TRAINED_SHARD}.")
+    return found
+
+
+def _config_differences(folder: Path, wanted) -> list[str]:
+    """Compared as what they are once loaded: a field at its default may be missing from the file."""
+    ours, theirs = wanted.to_dict(), AutoConfig.from_pretrained(folder).to_dict()
+    keys = sorted((ours.keys() | theirs.keys()) - set(NOT_COMPARED))
+    unlike = [key for key in keys if _compared(ours.get(key)) != _compared(theirs.get(key))]
+    return [f"{folder / 'config.json'} has another {key} than hub/build.py makes." for key in unlike]
+
+
+def _compared(value):
+    """Without what depends on the version of transformers or on how the file was written."""
+    if isinstance(value, dict):
+        return {key: _compared(each) for key, each in value.items() if key not in NOT_COMPARED}
+    return [_compared(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where `ovsam train` wrote the parts")
-    parser.add_argument("--folder", type=Path, default=ROOT / "hub" / "ovsam-tiny")
+    parser.add_argument("--folder", type=Path, default=MIRROR)
+    parser.add_argument("--cards", action="store_true", help="write the cards alone")
+    parser.add_argument("--check", action="store_true", help="change nothing, and fail where a mirror has drifted")
     arguments = parser.parse_args()
+    if arguments.check:
+        sys.exit("\n".join(differences(arguments.folder)) or None)
+    if arguments.cards:
+        write_cards(arguments.folder)
+        sys.exit()
     calibrated = arguments.runs / "thresholds.json"
     build_tiny(
         arguments.runs, arguments.folder, json.loads(calibrated.read_text()) if calibrated.is_file() else {}

@@ -2,9 +2,19 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor
 
-from .adapters.clip2sam import Clip2SamAdapter, Clip2SamConfig
-from .adapters.concepts import ConceptHead, ConceptHeadConfig, ConceptOutput
-from .adapters.sam2clip import Sam2ClipAdapter, Sam2ClipConfig
+from .adapters import (
+    Clip2SamAdapter,
+    Clip2SamConfig,
+    Clip2SamFpnAdapter,
+    Clip2SamFpnConfig,
+    ConceptHead,
+    ConceptHeadConfig,
+    ConceptOutput,
+    Sam2ClipAdapter,
+    Sam2ClipConfig,
+    Sam2ClipVitAdapter,
+    Sam2ClipVitConfig,
+)
 from .configuration_ovsam import OVSamConfig
 from .errors import InputError
 from .modeling_ovsam import OVSamFeatures, OVSamMaskDecoder, OVSamModel, OVSamOutput, OVSamVisionModel
@@ -22,10 +32,11 @@ AutoModelForMaskGeneration.register(OVSamConfig, OVSamModel)
 AutoProcessor.register(OVSamConfig, OVSamProcessor)
 for _config, _adapter in (
     (Clip2SamConfig, Clip2SamAdapter),
+    (Clip2SamFpnConfig, Clip2SamFpnAdapter),
     (ConceptHeadConfig, ConceptHead),
     (Sam2ClipConfig, Sam2ClipAdapter),
+    (Sam2ClipVitConfig, Sam2ClipVitAdapter),
 ):
-    AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _adapter)
 register_pipeline()
 
@@ -33,6 +44,8 @@ __all__ = [
     "TASK",
     "Clip2SamAdapter",
     "Clip2SamConfig",
+    "Clip2SamFpnAdapter",
+    "Clip2SamFpnConfig",
     "ConceptHead",
     "ConceptHeadConfig",
     "ConceptOutput",
@@ -49,6 +62,8 @@ __all__ = [
     "Results",
     "Sam2ClipAdapter",
     "Sam2ClipConfig",
+    "Sam2ClipVitAdapter",
+    "Sam2ClipVitConfig",
     "Segmenter",
     "Vocabulary",
     "load",

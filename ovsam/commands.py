@@ -1,5 +1,6 @@
 """What the commands of `ovsam_cli` do. All that the user passed is checked before a model is loaded."""
 
+import importlib.util
 import math
 import sys
 from argparse import Namespace
@@ -77,15 +78,124 @@ def train(arguments: Namespace) -> int:
         resume=arguments.resume,
         steps=arguments.steps,
         device=arguments.device,
+        data=arguments.data,
+        images=arguments.images,
+        settings=arguments.settings,
     )
     return 0
 
 
+def compare(arguments: Namespace) -> int:
+    """Print the figures of two models side by side. Returns 1 if the second is not the better one, else 0."""
+    from ovsam.evaluation import run_compare
+
+    better = run_compare(
+        arguments.base,
+        arguments.tuned,
+        data=arguments.data,
+        images=arguments.images,
+        json_path=arguments.json,
+        limit=arguments.limit,
+        device=arguments.device,
+    )
+    return 0 if better else 1
+
+
+def models(arguments: Namespace) -> int:
+    """Print the presets."""
+    from ovsam.presets import table
+
+    print(table())
+    return 0
+
+
+def compose(arguments: Namespace) -> int:
+    """Write a whole model made of parts, and say what it can do and under which licences its parts are."""
+    from transformers.utils import logging
+
+    from ovsam import compose as parts
+    from ovsam.convert.base import new_folder
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    names = ("sam", "clip", *parts.ADAPTERS)
+    chosen = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    with new_folder(arguments.output) as folder:
+        model, found = parts.compose_model(**chosen, composition=arguments.composition)
+        processor = parts.build_processor(model, found["sam"], found["clip"])
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    print(f"{arguments.output}: {parts.describe(model)}")
+    for name, part in found.items():
+        print(f"  {name}: {part.name} ({type(getattr(model, name)).__name__}, licence: {parts.licence(part)})")
+    return 0
+
+
+def convert(arguments: Namespace) -> int:
+    """Convert a foreign checkpoint and say what became of its tensors."""
+    from transformers.utils import logging
+
+    from ovsam.convert import convert_checkpoint
+
+    logging.set_verbosity_error()  # it would warn that a tracker's folder is opened as an image model, as is meant
+    logging.disable_progress_bar()
+    report = convert_checkpoint(arguments.source, arguments.output, arguments.kind, arguments.image_size)
+    print(f"{arguments.source}: {report.size}, {report.used} tensors used, {len(report.unused)} not")
+    for key, reason in report.unused.items():
+        print(f"  not used: {key} ({reason})")
+    print(f"{arguments.output}: loads with the same weights as {' and as '.join(report.classes)}")
+    return 0
+
+
+def push(arguments: Namespace) -> int:
+    """Publish a folder and print its address."""
+    from transformers.utils import logging
+
+    from ovsam.push import push as push_folder
+
+    logging.disable_progress_bar()
+    address = push_folder(
+        arguments.folder,
+        arguments.repo,
+        private=arguments.private,
+        revision=arguments.revision,
+        create_pr=arguments.create_pr,
+        dry_run=arguments.dry_run,
+    )
+    if address:
+        print(address)
+    return 0
+
+
+def demo(arguments: Namespace) -> int:
+    """Serve the demo until it is interrupted."""
+    package = Path(__file__).parent
+    # A wheel carries the folder; a checkout has it beside the package.
+    folder = next((one for one in (package / "_demo", package.parent / "demo") if (one / "app.py").is_file()), None)
+    if folder is None:
+        raise InputError(
+            "The demo is not in this installation; `pip install --force-reinstall --no-deps ovsam` has it."
+        )
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError('The demo needs Gradio, which `pip install "ovsam[demo]"` brings.')
+    sys.path.insert(0, str(folder))  # its modules lie flat, as on a Space
+    from app import main
+
+    try:
+        main(arguments.model, arguments.host, arguments.port, arguments.share)
+    except OSError as error:
+        raise InputError(
+            f"The demo cannot be served at {arguments.host}:{arguments.port}; try another --port."
+        ) from error
+    return 0
+
+
 def _ask(segmenter: "Segmenter", image: Image.Image, words: Vocabulary | None, arguments: Namespace) -> Results:
+    how = {name: getattr(arguments, name) for name in ("threshold", "proposer", "refine", "tile", "exclusive")}
     if arguments.text:
-        return segmenter.where(image, words, negative=arguments.negative, threshold=arguments.threshold)
+        return segmenter.where(image, words, negative=arguments.negative, **how)
     if arguments.everything:
-        return segmenter.everything(image, vocabulary=words, threshold=arguments.threshold)
+        return segmenter.everything(image, vocabulary=words, **how)
     return segmenter.what(
         image,
         points=[[x, y] for x, y, _ in arguments.points] or None,
@@ -105,6 +215,9 @@ def _check_question(arguments: Namespace) -> Vocabulary | None:
             "--text, --point or --box, and --everything are three questions, ask one at a time; "
             "the names for clicks, boxes and everything are chosen with --vocabulary."
         )
+    for option in ("proposer", "tile", "exclusive"):
+        if prompts and getattr(arguments, option):
+            raise InputError(f"--{option} goes with --text or --everything, which look for things.")
     if text and arguments.vocabulary:
         raise InputError("--text already gives the words; use --vocabulary with --point, --box or --everything.")
     if arguments.negative and not text:

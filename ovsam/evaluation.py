@@ -1,4 +1,7 @@
-"""`ovsam eval`: the figures of a model on a COCO-style set with clicks, absent words and synonyms (scenes/freeze.py).
+"""`ovsam eval` and `ovsam compare`: the figures of models on a COCO-style set.
+
+The frozen sets (scenes/freeze.py) come with clicks, absent words and synonyms. For any other COCO json the click is the
+pixel deepest inside the mask, absent words are drawn from its categories, and there are no synonyms.
 
 Definitions: IoU is per instance, at the picture's resolution, averaged over instances (Open-Vocabulary SAM's IoU_b and
 IoU_n). A name counts if the right word is the best (top-1) or among the best five of *all* words of the set. Words ->
@@ -25,11 +28,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ovsam.errors import InputError
+from ovsam.frames import maps_to_clip
 from ovsam.results import write_whole
+from ovsam.scenes.freeze import deepest_point
 from ovsam.segmenter import Segmenter, load
 from ovsam.vocabulary import Vocabulary
 
+PROMPTS = ("input_points", "input_labels", "input_boxes")
 AP_FLOOR = 0.02  # detections below this score cannot move AP
+COMPARED = (
+    "box: mean IoU",
+    "click: mean IoU",
+    "name (box): top-1",
+    "name (box): top-5",
+    "words -> masks: AP50",
+    "words -> masks: AP",
+    "absent words that return anything",
+)
+DECISIVE = ("name (box): top-1", "words -> masks: AP50")
+MARGIN = 0.01  # less is no difference
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # COCO's, in pixels of area
 
 
@@ -38,28 +55,83 @@ def run_eval(model="ovsam-tiny", data="tests/data/emojiscenes-val", json_path=No
     annotations = Path(data) / "annotations.json"
     if not annotations.is_file():
         raise InputError(f"{data} is no test set: it has no annotations.json (tests/data/emojiscenes-val has).")
-    segmenter = load(model)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(annotations))
+    segmenter, coco = load(model), open_coco(annotations)
     figures = measure(segmenter, coco, Path(data), limit)
     figures |= measure_time(segmenter, coco, Path(data))
     print(f"\n{segmenter.name} on {data}, {min(limit or 10**9, len(coco.imgs))} pictures\n")
     for name, value in figures.items():
         print(f"{name:<58}{value:>9.3f}")
     if json_path:
-        text = json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=1) + "\n"
-        write_whole(Path(json_path), lambda path: Path(path).write_text(text))
+        _write_json(json_path, {name: round(value, 4) for name, value in figures.items()})
     return figures
+
+
+def run_compare(base, tuned, data, images=None, json_path=None, limit=None, device=None) -> bool:
+    """Measure two models on a COCO json and print their figures side by side.
+
+    Returns:
+        whether the second beats the first: it names masks better or finds words better, and does neither worse.
+
+    Raises:
+        InputError: no such model, json or folder.
+    """
+    coco = open_coco(Path(data))
+    folder = Path(images) if images is not None else Path(data).parent
+    figures = []
+    for name in (base, tuned):
+        segmenter = load(name, device=device)
+        figures.append(measure(segmenter, coco, folder, limit))
+    before, after = figures
+    print(f"\n{min(limit or 10**9, len(coco.imgs))} pictures of {data}\nbase: {base}\ntuned: {tuned}\n")
+    print(f"{'':<40}{'base':>9}{'tuned':>9}{'change':>9}")
+    for name in COMPARED:
+        print(f"{name:<40}{before[name]:>9.3f}{after[name]:>9.3f}{after[name] - before[name]:>+9.3f}")
+    changes = {name: after[name] - before[name] for name in DECISIVE}
+    gained = [name for name, change in changes.items() if change >= MARGIN]
+    lost = [name for name, change in changes.items() if change <= -MARGIN]
+    better = bool(gained) and not lost
+    print(f"\nThe tuned model {'beats' if better else 'does not beat'} the base: of {' and '.join(DECISIVE)},")
+    print(f"better is {', '.join(gained) or 'neither'}, worse is {', '.join(lost) or 'neither'} (by {MARGIN} or more).")
+    if json_path:
+        _write_json(json_path, {str(base): before, str(tuned): after})
+    return better
+
+
+def open_coco(annotations: Path) -> COCO:
+    """Raises InputError for what is missing or no COCO json."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO(str(annotations))
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {annotations}; name a COCO json.") from error
+    except (ValueError, AssertionError, KeyError, TypeError) as error:
+        raise InputError(f"{annotations} is no COCO json of instances: {error}.") from error
+    if not coco.anns or not coco.cats:
+        raise InputError(f"{annotations} has no annotation or no category, so there is nothing to measure.")
+    for annotation in coco.anns.values():  # hand-made files often lack what pycocotools needs
+        annotation.setdefault("iscrowd", 0)
+        if annotation.get("segmentation") and not {"area", "bbox"} <= annotation.keys():
+            code = coco.annToRLE(annotation)
+            annotation.setdefault("area", float(rle.area(code)))
+            annotation.setdefault("bbox", rle.toBbox(code).tolist())
+    return coco
+
+
+def _write_json(path, content) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(Path(path), lambda temporary: temporary.write_text(text))
 
 
 @torch.no_grad()
 def measure(segmenter: Segmenter, coco: COCO, folder: Path, limit: int | None = None) -> dict[str, float]:
     """Accuracy figures of one model on one set."""
-    names = [coco.cats[i]["name"] for i in sorted(coco.cats)]
-    category = {name: i for i, name in zip(sorted(coco.cats), names, strict=True)}
+    words_of = {i: coco.cats[i]["name"].strip() for i in sorted(coco.cats)}  # category -> word
+    category = {word: i for i, word in words_of.items()}
+    names = list(category)
+    column = {i: names.index(word) for i, word in words_of.items()}
     _, all_words = segmenter.embed(Vocabulary(names))
-    synonyms = coco.dataset["synonyms"]
-    _, synonym_embeds = segmenter.embed(Vocabulary(list(synonyms)))
+    synonyms = coco.dataset.get("synonyms", {})
+    synonym_embeds = segmenter.embed(Vocabulary(list(synonyms)))[1] if synonyms else None
     rows: list[dict] = []  # one per object
     detections: list[dict] = []
     absent_fired, absent_asked = 0, 0
@@ -68,28 +140,35 @@ def measure(segmenter: Segmenter, coco: COCO, folder: Path, limit: int | None = 
     image_ids = sorted(coco.imgs)[:limit]
     for image_id in tqdm(image_ids, desc="evaluating"):
         info = coco.imgs[image_id]
-        picture = segmenter.encode(Image.open(folder / info["file_name"]))
-        objects = coco.loadAnns(coco.getAnnIds(image_id))
-        truth = np.stack([coco.annToMask(a) for a in objects]).astype(bool)
-        rows += prompt_figures(segmenter, picture, objects, truth, all_words, coco)
+        objects, truth = true_objects(coco, image_id)
+        if not objects:
+            continue
+        picture = segmenter.encode(folder / info["file_name"])
+        if picture[0].size != (info["width"], info["height"]):
+            raise InputError(f"{folder / info['file_name']} has not the size that its annotations are for.")
+        rows += prompt_figures(segmenter, picture, objects, truth, all_words, coco, column)
 
-        present = list(dict.fromkeys(coco.cats[a["category_id"]]["name"] for a in objects))
-        words = present + info["absent_words"]
-        index = torch.tensor([category[word] - 1 for word in words])
+        present = list(dict.fromkeys(words_of[a["category_id"]] for a in objects))
+        absent = info.get("absent_words")
+        if absent is None:
+            here = {words_of[i] for i in coco.getCatIds() if coco.getAnnIds(image_id, i)}
+            absent = draw_absent([name for name in names if name not in here], image_id)
+        words = present + absent
+        index = torch.tensor([names.index(word) for word in words])
         found = ask(segmenter, picture, all_words[index], words, AP_FLOOR)
         for score, label, mask in zip(found["scores"].tolist(), found["text_labels"], found["masks"], strict=True):
-            code = rle.encode(np.asfortranarray(mask.numpy()))
+            code = rle.encode(np.asfortranarray(mask.cpu().numpy()))
             where = {"image_id": image_id, "category_id": category[label]}
             detections.append({**where, "score": score, "segmentation": code})
         fired = {w for w, s in zip(found["text_labels"], found["scores"].tolist(), strict=True) if s >= threshold}
-        absent_fired += len(fired & set(info["absent_words"]))
-        absent_asked += len(info["absent_words"])
+        absent_fired += len(fired & set(absent))
+        absent_asked += len(absent)
 
         for i, (synonym, target) in enumerate(synonyms.items()):
             if target in present:
                 found = ask(segmenter, picture, synonym_embeds[i : i + 1], [synonym], threshold)
-                own = truth[[coco.cats[a["category_id"]]["name"] == target for a in objects]]
-                hit = len(found["masks"]) and iou(found["masks"][:1].numpy(), own).max() > 0.5
+                own = truth[[words_of[a["category_id"]] == target for a in objects]]
+                hit = len(found["masks"]) and iou(found["masks"][:1].cpu().numpy(), own).max() > 0.5
                 synonym_hits[synonym].append(float(hit))
 
     figures = summarise(rows)
@@ -100,34 +179,55 @@ def measure(segmenter: Segmenter, coco: COCO, folder: Path, limit: int | None = 
     return figures
 
 
-def prompt_figures(segmenter, picture, objects, truth: np.ndarray, all_words: Tensor, coco: COCO) -> list[dict]:
-    """One row per object: IoU of its box's and of its click's mask, the rank of its name, and the baseline's."""
+def true_objects(coco: COCO, image_id: int) -> tuple[list[dict], np.ndarray]:
+    """Annotations of single things with pixels, and their masks [n, H, W] bool."""
+    annotations = coco.loadAnns(coco.getAnnIds(image_id, iscrowd=False))
+    objects, masks = [], []
+    for annotation in annotations:
+        mask = coco.annToMask(annotation).astype(bool) if annotation.get("segmentation") else np.zeros((1, 1), bool)
+        if mask.any():
+            objects.append(annotation)
+            masks.append(mask)
+    return objects, np.stack(masks) if masks else np.zeros((0, 1, 1), bool)
+
+
+def draw_absent(words: list[str], seed: int, count: int = 20) -> list[str]:
+    """Some of the words that a picture does not show, always the same ones for a picture."""
+    rng = np.random.default_rng(seed)
+    return [words[i] for i in rng.permutation(len(words))[:count]]
+
+
+def prompt_figures(
+    segmenter, picture, objects, truth: np.ndarray, all_words: Tensor, coco: COCO, column: dict[int, int]
+) -> list[dict]:
+    """One row per object: IoU of its box's and of its click's mask, the rank of its name, and the baseline's. `column`
+    is the place of each category among all words."""
     image, features = picture
     boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in objects)]
-    points = [[a["point"]] for a in objects]
+    points = [[list(a.get("point") or deepest_point(mask))] for a, mask in zip(objects, truth, strict=True)]
     size = [(image.height, image.width)]
     by_kind = {}
-    for kind, prompt in (("box", {"input_boxes": [boxes]}), ("click", {"input_points": [points]})):
-        if kind == "click":
-            prompt["input_labels"] = [[[1]] * len(points)]
+    clicks = {"input_points": [points], "input_labels": [[[1]] * len(points)]}
+    for kind, prompt in (("box", {"input_boxes": [boxes]}), ("click", clicks)):
         inputs = segmenter.processor(images=image, **prompt)
-        given = {k: inputs[k] for k in ("input_points", "input_labels", "input_boxes") if k in inputs}
+        given = {k: inputs[k].to(all_words.device) for k in PROMPTS if k in inputs}
         by_kind[kind] = segmenter.model(features=features, text_embeds=all_words, **given)
     overlap = {}
     for kind, outputs in by_kind.items():
         found = segmenter.processor.post_process_instance_segmentation(outputs, target_sizes=size)[0]
-        masks = found["masks"].numpy()
+        masks = found["masks"].cpu().numpy()
         overlap[kind] = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
 
-    # The training-free baseline: the frozen CLIP's own features, averaged under the same masks (feature-crop).
-    masks = by_kind["box"].pred_masks[:, :, 0].sigmoid()
-    pooled = segmenter.model.clip.pool(features.clip, masks=masks)[0]
-    target = torch.tensor([a["category_id"] - 1 for a in objects])
+    target = torch.tensor([column[a["category_id"]] for a in objects], device=all_words.device)
     ranks = {kind: rank(outputs.logits[0], target) for kind, outputs in by_kind.items()}
-    ranks["feature-crop"] = rank(pooled @ all_words.T, target)
+    if features.clip is not None:
+        # The training-free baseline: the frozen CLIP's own features, averaged under the same masks (feature-crop).
+        masks = by_kind["box"].pred_masks[:, :, 0].sigmoid()
+        masks = maps_to_clip(masks, features.clip_frame, segmenter.model.sam.image_size, features.clip_size)
+        ranks["feature-crop"] = rank(segmenter.model.clip.pool(features.clip, masks=masks)[0] @ all_words.T, target)
     return [
         {
-            "split": coco.cats[a["category_id"]]["split"],
+            "split": coco.cats[a["category_id"]].get("split", "base"),
             "size": next(name for name, (low, high) in SIZES.items() if low <= a["area"] < high),
             "iou": {kind: values[i] for kind, values in overlap.items()},
             "rank": {kind: int(values[i]) for kind, values in ranks.items()},
@@ -170,9 +270,10 @@ def summarise(rows: list[dict]) -> dict[str, float]:
         for size in SIZES:
             figures[f"{kind}: mean IoU, {size}"] = mean([r["iou"][kind] for r in rows if r["size"] == size])
     for kind in ("box", "click", "feature-crop"):
-        for split in ("base", "novel"):
-            for top in (1, 5):
-                hits = [r["rank"][kind] < top for r in rows if r["split"] == split]
+        for top in (1, 5):
+            figures[f"name ({kind}): top-{top}"] = mean([r["rank"][kind] < top for r in rows if kind in r["rank"]])
+            for split in ("base", "novel"):
+                hits = [r["rank"][kind] < top for r in rows if r["split"] == split and kind in r["rank"]]
                 figures[f"name ({kind}): top-{top}, {split}"] = mean(hits)
     for size in SIZES:
         hits = [r["rank"]["box"] < 1 for r in rows if r["split"] == "base" and r["size"] == size]
@@ -187,7 +288,7 @@ def average_precision(coco: COCO, detections: list[dict], image_ids: list[int]) 
     held = {a["category_id"] for a in coco.loadAnns(coco.getAnnIds(image_ids))}
     figures = {}
     for split in ("all", "base", "novel"):
-        chosen = sorted(i for i in held if split in ("all", coco.cats[i]["split"]))
+        chosen = sorted(i for i in held if split in ("all", coco.cats[i].get("split", "base")))
         suffix = "" if split == "all" else f", {split}"
         if not detections or not chosen:
             figures |= {f"words -> masks: AP50{suffix}": 0.0, f"words -> masks: AP{suffix}": 0.0}

@@ -21,10 +21,12 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ovsam.adapters import CLIP2SAM_ADAPTERS, SAM2CLIP_ADAPTERS, ConceptHead, ConceptOutput
+from ovsam.adapters.common import maps_at_strides
 from ovsam.boxes import masks_to_boxes
 from ovsam.clip import CLIP_SIDES, ClipFeatures
 from ovsam.configuration_ovsam import OVSamConfig
 from ovsam.errors import InputError
+from ovsam.fitting import check_fit
 from ovsam.frames import boxes_from_clip, clip_frame, maps_from_clip, maps_to_clip
 from ovsam.naming import FusedNaming, Naming, clip_scale_shift, instance_scores, mean_logits, row_labels
 from ovsam.nms import fast_box_nms, mask_overlap, suppress
@@ -163,9 +165,11 @@ def encode_image(
     pixel_values = pixel_values.to(model.dtype)
     if model.config.composition == "sam":
         sam = model.sam.encode(pixel_values)
-        # SAM's pyramid ends at stride 16; the adapters' fourth map is its stride-16 map, halved.
-        maps = (*sam.pyramid, F.avg_pool2d(sam.pyramid[-1], 2))
-        return OVSamFeatures(sam=sam, maps=maps)
+        # SAM's pyramid ends at stride 16, and SAM 1's is no more than that: the finer maps are then the same, resampled,
+        # and the adapters' fourth map is that of stride 16, halved.
+        finer = (sam.pyramid[0],) * (3 - len(sam.pyramid))
+        maps = (*finer, *sam.pyramid, F.avg_pool2d(sam.pyramid[-1], 2))
+        return OVSamFeatures(sam=sam, maps=maps_at_strides(maps, tuple(pixel_values.shape[-2:])))
     frame, clip_size = None, tuple(pixel_values.shape[-2:])
     if clip_pixel_values is None:
         clip_pixel_values = pixel_values
@@ -174,8 +178,11 @@ def encode_image(
         whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=pixel_values.device).expand(len(pixel_values), -1)
         frame = clip_frame(whole if clip_window is None else clip_window, pixel_values.shape[-1], clip_size)
     clip = model.clip.encode_image(clip_pixel_values.to(model.dtype))
-    sam = model.sam2clip(clip.maps) if model.config.composition == "clip" else model.sam.encode(pixel_values)
-    return OVSamFeatures(sam=sam, clip=clip, maps=clip.maps, clip_frame=frame, clip_size=clip_size)
+    maps, config = clip.maps, model.config
+    if config.sam2clip_config or config.clip2sam_config or config.concepts_config:  # somebody reads them
+        maps = maps_at_strides(maps, clip_size)
+    sam = model.sam2clip(maps) if config.composition == "clip" else model.sam.encode(pixel_values)
+    return OVSamFeatures(sam=sam, clip=clip, maps=maps, clip_frame=frame, clip_size=clip_size)
 
 
 class OVSamModel(OVSamPreTrainedModel):
@@ -189,7 +196,17 @@ class OVSamModel(OVSamPreTrainedModel):
         self.sam2clip = _sam2clip(config) if composition == "clip" else None
         self.clip2sam = _clip2sam(config) if config.clip2sam_config else None
         self.concepts = ConceptHead(config.concepts_config) if config.concepts_config else None
+        check_fit(self)
         self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls, sam, clip, clip2sam=None, sam2clip=None, concepts=None, composition=None, **config
+    ) -> "OVSamModel":
+        """A whole model out of a SAM, a CLIP and adapters: Hub ids, folders, or models in memory (ovsam/compose.py)."""
+        from ovsam.compose import compose_model  # which imports this module
+
+        return compose_model(sam, clip, clip2sam, sam2clip, concepts, composition, **config)[0]
 
     # ---- the two encoders -------------------------------------------------------------------------------------
 

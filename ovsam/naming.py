@@ -9,6 +9,7 @@ from torch import Tensor
 from ovsam.errors import InputError
 
 SOFTMAX_SHIFT = -0.25
+CHUNK = 4096  # words that many locations are compared with at a time
 TRAINED, UNTRAINED = 0.1, 0.9  # CLIP's share in the name of a mask, Open-Vocabulary SAM
 
 
@@ -21,12 +22,16 @@ class Naming:
     shift: Tensor | None
 
     def best_logit(self, words: Tensor, asked: Tensor | None = None) -> Tensor:
-        """The largest of `logits`, [B, I], at a fraction of the memory traffic: scale and shift are the same for all
+        """The largest of `logits`, [B, I], in memory that does not grow with K: scale and shift are the same for all
         words and keep their order, so that they come after the maximum."""
-        cosine = self.embeds @ words.to(self.embeds.dtype).T  # [B, I, K]
-        if asked is not None:
-            cosine = cosine.masked_fill(~asked[:, None], torch.finfo(cosine.dtype).min)
-        return ((cosine.amax(-1, keepdim=True) + self.shift) * self.scale)[..., 0]
+        best = self.embeds.new_full((*self.embeds.shape[:2], 1), torch.finfo(self.embeds.dtype).min)
+        for start in range(0, len(words), CHUNK):
+            some = slice(start, start + CHUNK)
+            cosine = self.embeds @ words[some].to(self.embeds.dtype).T  # [B, I, CHUNK]
+            if asked is not None:
+                cosine = cosine.masked_fill(~asked[:, None, some], torch.finfo(cosine.dtype).min)
+            best = torch.maximum(best, cosine.amax(-1, keepdim=True))
+        return ((best + self.shift) * self.scale)[..., 0]
 
     def logits(
         self, words: Tensor | None, asked: Tensor | None = None, labels: Sequence[str] | None = None

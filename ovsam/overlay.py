@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from pycocotools import mask as rle
+
+from ovsam import rle
 
 if TYPE_CHECKING:
     from ovsam.results import Instance
@@ -47,7 +48,7 @@ def draw_overlay(image: Image.Image, instances: Sequence["Instance"], zoom: int 
 
 
 def _enlarge(instance: "Instance", zoom: int) -> "Instance":
-    segmentation = rle.encode(np.asfortranarray(instance.mask.repeat(zoom, axis=0).repeat(zoom, axis=1), np.uint8))
+    segmentation = rle.encode(instance.mask.repeat(zoom, axis=0).repeat(zoom, axis=1))
     x, y, width, height = instance.bbox
     return replace(instance, bbox=(x * zoom, y * zoom, width * zoom, height * zoom), segmentation=segmentation)
 

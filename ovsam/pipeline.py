@@ -7,6 +7,7 @@ from ovsam.images import open_image
 from ovsam.modeling_ovsam import OVSamOutput
 
 TASK = "open-vocabulary-segmentation"
+RIDERS = ("original_sizes", "text_labels", "negative_labels", "prompt_counts")  # from pre- to post-processing
 
 
 class OpenVocabularySegmentationPipeline(Pipeline):
@@ -44,8 +45,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         return self.processor(images=open_image(image), return_tensors="pt", **prompts)
 
     def _forward(self, model_inputs):
-        riders = {name: model_inputs.pop(name, None) for name in ("original_sizes", "text_labels", "prompt_counts")}
-        outputs = self.model(**model_inputs)
+        riders = {name: model_inputs.pop(name, None) for name in RIDERS}
+        outputs = self.model(**model_inputs, text_labels=riders["text_labels"])
         # As a dictionary: the base class moves outputs to the CPU, and would make a nameless ModelOutput of ours.
         return {"outputs": {name: outputs[name] for name in outputs if name != "features"}, **riders}
 
@@ -60,6 +61,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             target_sizes=model_outputs["original_sizes"],
             text_labels=text_labels,
             prompt_counts=model_outputs["prompt_counts"],
+            negative_labels=model_outputs["negative_labels"],
         )[0]
         rows = zip(
             result["scores"].tolist(),

@@ -3,18 +3,20 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
+import torch
 from PIL import Image
-from pycocotools import mask as rle
 
+from ovsam import rle
 from ovsam.errors import InputError
 from ovsam.images import Picture, open_image
+from ovsam.nms import NMS, within
 from ovsam.overlay import draw_overlay
 
 if TYPE_CHECKING:
@@ -27,9 +29,10 @@ class Instance:
 
     `id` counts from 1 within its picture; `label_id` is the label's place in the vocabulary. `score` is how surely the
     label is right and `mask_score` the predicted IoU of the mask, both in [0, 1]. `prompt` is what asked for it: a
-    word, or the clicks or the box in pixels; `source` is "text", "point", "box", "mask" or "auto". `bbox` is x, y,
+    phrase, or the clicks or the box in pixels; `source` is "text", "point", "box", "mask" or "auto". `bbox` is x, y,
     width, height, and `area` a count, in pixels. `segmentation` is the mask [H, W] as COCO's compressed RLE, its counts
-    a string. `topk` holds the best labels with their scores, best first.
+    a string. `topk` holds the best labels with their scores, best first. `objectness` is how surely it is a thing at
+    all, None where somebody pointed at it.
     """
 
     id: int
@@ -43,11 +46,12 @@ class Instance:
     area: int
     segmentation: dict[str, Any]
     topk: list[tuple[str, float]]
+    objectness: float | None = None
 
     @property
     def mask(self) -> np.ndarray:
         """The mask [H, W] as bool, decoded anew at each call."""
-        return rle.decode(self.segmentation).astype(bool)
+        return rle.decode(self.segmentation)
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -66,15 +70,25 @@ class Results(Sequence[Instance]):
         size: Height and width of the picture, upright, in pixels.
         model: The model that made them.
         file_name: Where the picture came from.
+        presence: For each label asked about, the best score anything had, whether it was kept or not.
+        dropped: What looked more like a negative word: dicts of text_label, score, negative, negative_score.
     """
 
     def __init__(
-        self, instances: Iterable[Instance], size: tuple[int, int], model: str = "", file_name: str | None = None
+        self,
+        instances: Iterable[Instance],
+        size: tuple[int, int],
+        model: str = "",
+        file_name: str | None = None,
+        presence: Mapping[str, float] | None = None,
+        dropped: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.instances = list(instances)
         self.size = size
         self.model = model
         self.file_name = file_name
+        self.presence = dict(presence or {})
+        self.dropped = list(dropped)
 
     @classmethod
     def from_arrays(
@@ -89,15 +103,25 @@ class Results(Sequence[Instance]):
         topk: Sequence[Sequence[tuple[str, float]]] | None = None,
         model: str = "",
         file_name: str | None = None,
+        objectness: Sequence[float] | None = None,
+        size: tuple[int, int] | None = None,
+        presence: Mapping[str, float] | None = None,
+        dropped: Sequence[dict[str, Any]] = (),
     ) -> Self:
-        """Make the records from masks [n, H, W] of bool (or a CPU tensor of them) and n values of everything else."""
-        masks = np.asarray(masks)
+        """Make the records from masks and n values of everything else.
+
+        masks: [n, H, W] of bool, or a CPU tensor of them; or n of COCO's run lengths, and then the `size` (height,
+        width) of the picture too.
+        """
+        if size is None:
+            masks = np.asarray(masks)
+            size = masks.shape[1:]
         instances = []
-        columns = zip(labels, label_ids, scores, mask_scores, prompts, topk or [[]] * len(masks), strict=True)
+        extras = topk or [[]] * len(masks), [None] * len(masks) if objectness is None else objectness
+        columns = zip(labels, label_ids, scores, mask_scores, prompts, *extras, strict=True)
         for number, (mask, column) in enumerate(zip(masks, columns, strict=True), start=1):
-            label, label_id, score, mask_score, prompt, best = column
-            # One mask at a time: COCO reads column by column, and a copy of all of them in that order could be huge.
-            segmentation = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+            label, label_id, score, mask_score, prompt, best, thing = column
+            segmentation = mask if isinstance(mask, dict) else rle.encode(np.asarray(mask, dtype=bool))
             instances.append(
                 Instance(
                     id=number,
@@ -107,13 +131,14 @@ class Results(Sequence[Instance]):
                     mask_score=float(mask_score),
                     prompt=prompt,
                     source=source,
-                    bbox=tuple(rle.toBbox(segmentation).tolist()),
-                    area=int(rle.area(segmentation)),
-                    segmentation={"size": list(mask.shape), "counts": segmentation["counts"].decode("ascii")},
+                    bbox=rle.bbox(segmentation),
+                    area=rle.area(segmentation),
+                    segmentation=segmentation,
                     topk=[(name, float(value)) for name, value in best],
+                    objectness=None if thing is None else float(thing),
                 )
             )
-        return cls(instances, masks.shape[1:], model, file_name)
+        return cls(instances, size, model, file_name, presence, dropped)
 
     @overload
     def __getitem__(self, index: int) -> Instance: ...
@@ -132,11 +157,13 @@ class Results(Sequence[Instance]):
 
     def __repr__(self) -> str:
         height, width = self.size
-        found = ", ".join(f"{count} {label}" for label, count in self.counts().items()) or "nothing"
-        return f"Results({found}; {width}x{height} pixels; {self.model})"
+        return f"Results({self._count() or 'nothing'}; {width}x{height} pixels; {self.model})"
+
+    def _count(self) -> str:
+        return ", ".join(f"{count} {label}" for label, count in self.counts().items())
 
     def _of(self, instances: Iterable[Instance]) -> Self:
-        return type(self)(instances, self.size, self.model, self.file_name)
+        return type(self)(instances, self.size, self.model, self.file_name, self.presence, self.dropped)
 
     @cached_property
     def masks(self) -> np.ndarray:
@@ -163,25 +190,91 @@ class Results(Sequence[Instance]):
         return np.array([instance.mask_score for instance in self], dtype=np.float32)
 
     def filter(
-        self, score: float = 0.0, labels: Collection[str] | None = None, mask_score: float = 0.0, min_area: int = 0
+        self,
+        score: float = 0.0,
+        labels: Collection[str] | None = None,
+        mask_score: float = 0.0,
+        min_area: int = 0,
+        nms: str | None = None,
+        nms_threshold: float = 0.6,
+        per_word: bool = False,
     ) -> Self:
-        """Keep instances of at least these scores and this area in pixels, and of these labels; no model runs."""
+        """Other thresholds on the same instances: no model runs, and these results stay as they are.
+
+        Args:
+            score, mask_score: the least of each.
+            labels: these labels only.
+            min_area: in pixels.
+            nms: a key of `ovsam.nms.NMS`; where masks overlap by an IoU over `nms_threshold`, the better ones stay, and
+                soft kinds lower the others' scores. `per_word`: only among instances of one label.
+
+        Raises:
+            InputError: an NMS that there is not.
+        """
         labels = {labels} if isinstance(labels, str) else labels
-        return self._of(
+        kept = [
             instance
             for instance in self
-            if instance.score >= score
-            and instance.mask_score >= mask_score
+            if instance.mask_score >= mask_score
             and instance.area >= min_area
             and (labels is None or instance.label in labels)
-        )
+        ]
+        if nms is not None:
+            if nms not in NMS:
+                raise InputError(f"There is no NMS {nms!r}; there are {', '.join(NMS)}.")
+            masks = [instance.segmentation for instance in kept]
+            overlap = torch.from_numpy(rle.iou(masks, masks))
+            if per_word:
+                names = list(dict.fromkeys(instance.label for instance in kept))
+                overlap = within(overlap, torch.tensor([names.index(instance.label) for instance in kept]))
+            scores = torch.tensor([instance.score for instance in kept], dtype=torch.float64)
+            left = NMS[nms](overlap, scores, nms_threshold).tolist()
+            kept = [replace(one, score=value) for one, value in zip(kept, left, strict=True) if value > 0]
+        return self._of(instance for instance in kept if instance.score >= score)
+
+    def proposals(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where there is a thing, whatever it is: boxes [n, 4] and scores [n], best first, as detectors that ask for
+        object proposals take them (SAM, Kirillov et al. 2023, §7.3). The score is the objectness where it is known."""
+        scores = np.array([one.score if one.objectness is None else one.objectness for one in self], dtype=np.float32)
+        order = np.argsort(-scores, kind="stable")
+        return self.boxes[order], scores[order]
+
+    def id_map(self) -> np.ndarray:
+        """Which instance each pixel belongs to, [H, W] int32: its place counted from 1, 0 for none. Where masks
+        overlap, the higher score has the pixel."""
+        owners = np.zeros(self.size, dtype=np.int32)
+        for place in np.argsort(-self.scores, kind="stable")[::-1]:
+            owners[self[int(place)].mask] = place + 1
+        return owners
+
+    def to_semantic(self) -> np.ndarray:
+        """The label_id of each pixel [H, W] int32, -1 where there is no instance; see `id_map` for overlaps."""
+        label_ids = np.array([-1, *(instance.label_id for instance in self)], dtype=np.int32)
+        return label_ids[self.id_map()]
+
+    def to_panoptic(
+        self, label_ids_to_fuse: Collection[int] = (), overlap_mask_area_threshold: float = 0.8
+    ) -> dict[str, Any]:
+        """As Mask2Former's `post_process_panoptic_segmentation`: segmentation [H, W] int32, the segment's id or 0, and
+        segments_info, dicts of id, label_id, label, was_fused and score.
+
+        An instance that keeps no more than `overlap_mask_area_threshold` of its mask goes; those of one label in
+        `label_ids_to_fuse` are one segment. See `id_map` for overlaps.
+        """
+        owners = self.id_map()
+        left = np.bincount(owners.ravel(), minlength=len(self) + 1)[1:]
+        kept = [left[i] > overlap_mask_area_threshold * one.area for i, one in enumerate(self)]
+        label_ids = [instance.label_id for instance in self]
+        ids, segments = segments_of(label_ids, self.labels, self.scores.tolist(), kept, label_ids_to_fuse)
+        return {"segmentation": np.array([0, *ids], dtype=np.int32)[owners], "segments_info": segments}
 
     def counts(self) -> dict[str, int]:
         """How many there are of each label, the most frequent first."""
         return dict(Counter(self.labels).most_common())
 
     def table(self) -> str:
-        """The instances as lines of text; boxes are x1,y1,x2,y2, as the command line reads them."""
+        """The instances as lines of text; boxes are x1,y1,x2,y2, as the command line reads them. Of several the last
+        line says how many there are of each label."""
         rows = [("label", "score", "mask score", "box", "area")]
         for instance in self:
             box = ",".join(f"{value:.0f}" for value in instance.box)
@@ -189,10 +282,11 @@ class Results(Sequence[Instance]):
             rows.append((instance.label, *scores, box, f"{instance.area}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         first, *others = widths
-        return "\n".join(
+        lines = [
             "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
             for row in rows
-        )
+        ]
+        return "\n".join([*lines, self._count()] if len(self) > 1 else lines)
 
     def overlay(self, image: Picture, zoom: int = 1) -> Image.Image:
         """Draw masks and names over the picture they were found in, enlarged by a whole factor.
@@ -200,6 +294,10 @@ class Results(Sequence[Instance]):
         Names need room: a picture under about 256 pixels wants a `zoom`. Raises InputError for a picture of another
         size than theirs.
         """
+        return draw_overlay(self.check_picture(image), self, zoom)
+
+    def check_picture(self, image: Picture) -> Image.Image:
+        """Open the picture that these were found in; raises InputError for one of another size."""
         picture = open_image(image)
         if (picture.height, picture.width) != tuple(self.size):
             height, width = self.size
@@ -207,7 +305,7 @@ class Results(Sequence[Instance]):
                 f"The picture is {picture.width}x{picture.height} pixels and these results are for {width}x{height}; "
                 "draw them over the picture they were found in."
             )
-        return draw_overlay(picture, self, zoom)
+        return picture
 
     def to_coco(self, image_id: int = 1, labels: Sequence[str] = ()) -> dict[str, Any]:
         """This one picture as a COCO data set; see `to_coco`."""
@@ -226,12 +324,42 @@ class Results(Sequence[Instance]):
         )
 
 
+def segments_of(
+    label_ids: Sequence[int],
+    labels: Sequence[str | None],
+    scores: Sequence[float],
+    kept: Sequence[bool],
+    label_ids_to_fuse: Collection[int] | None = None,
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Number n instances as panoptic segments.
+
+    Returns:
+        the segment's id of each instance, from 1 on, 0 for those that are not kept; and the segments.
+    """
+    ids, segments = [], []
+    fused: dict[int, dict[str, Any]] = {}
+    for label_id, label, score, keep in zip(label_ids, labels, scores, kept, strict=True):
+        if not keep:
+            ids.append(0)
+            continue
+        fuse = label_id in (label_ids_to_fuse or ())
+        segment = fused.get(label_id) if fuse else None
+        if segment is None:
+            segment = {"id": len(segments) + 1, "label_id": label_id, "label": label, "was_fused": fuse, "score": score}
+            segments.append(segment)
+            if fuse:
+                fused[label_id] = segment
+        segment["score"] = max(segment["score"], score)
+        ids.append(segment["id"])
+    return ids, segments
+
+
 def to_coco(results: Iterable[Results], first_image_id: int = 1, labels: Sequence[str] = ()) -> dict[str, Any]:
     """Return pictures as one COCO data set: boxes are x, y, width, height, masks compressed RLE, iscrowd always 0.
 
-    Each annotation also carries `label`, `score`, `mask_score`, `prompt`, `source` and `topk`. Categories are numbered
-    from 1: first `labels` in their order (give the vocabulary to have the same numbers in every file), then other
-    labels as they come.
+    Each annotation also carries `label`, `score`, `mask_score`, `prompt`, `source`, `topk` and `objectness`.
+    Categories are numbered from 1: first `labels` in their order (give the vocabulary to have the same numbers in every
+    file), then other labels as they come.
     """
     results = list(results)
     category_ids = {label: number for number, label in enumerate(dict.fromkeys(labels), start=1)}
@@ -255,6 +383,7 @@ def to_coco(results: Iterable[Results], first_image_id: int = 1, labels: Sequenc
                     "prompt": instance.prompt,
                     "source": instance.source,
                     "topk": instance.topk,
+                    "objectness": instance.objectness,
                 }
             )
     return {

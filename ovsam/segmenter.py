@@ -3,21 +3,27 @@
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from ovsam.checkpoints import find_checkpoint
+from ovsam.compose import compose
+from ovsam.configuration_ovsam import OVSamConfig
 from ovsam.errors import InputError
 from ovsam.images import Picture, open_image
-from ovsam.modeling_ovsam import OVSamFeatures, OVSamModel
+from ovsam.modeling_ovsam import OVSamFeatures, OVSamModel, OVSamOutput
+from ovsam.presets import EMBEDDED, PRESETS, announce_download, choose_auto
 from ovsam.processing_ovsam import OVSamProcessor
+from ovsam.proposers import Proposer, Question, decode_proposals, get_proposer, mask_boxes
 from ovsam.results import Results
+from ovsam.tiling import segment_tiled
 from ovsam.vocabulary import Vocabulary
+from ovsam.weight_files import check_weights, fetch
 
-EMBEDDED = "ovsam-tiny"
 CACHE = Path(os.environ.get("OVSAM_CACHE") or Path.home() / ".cache" / "ovsam")
 
 Words = Vocabulary | str | os.PathLike | Sequence[str] | Mapping[str, str]
@@ -27,32 +33,63 @@ def load(model: str | os.PathLike = "auto", device: str | None = None) -> "Segme
     """A Segmenter for a preset, a folder or a Hub id.
 
     Args:
-        model: "ovsam-tiny", the checkpoint inside the package, which knows pictograms, not photographs; "auto", which
-            is the same for now, unless the environment variable OVSAM_MODEL names another; a folder; or a Hub id.
+        model: "photo" or "photo-large", composed of released models that are downloaded once (ovsam/presets.py);
+            "ovsam-tiny", the checkpoint inside the package, which knows pictograms, not photographs; "auto": what the
+            environment variable OVSAM_MODEL names, else `photo` where it is in the cache or the Hub answers, else
+            `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME" or "ORG/NAME@REVISION".
         device: "cpu", "cuda", ...; a GPU if there is one.
 
     Raises:
-        InputError: no such model, or no such device.
+        InputError: no such model, none in reach, or no such device.
     """
     name = str(model)
     if name == "auto":
-        name = os.environ.get("OVSAM_MODEL", EMBEDDED)
-    folder = str(find_checkpoint(name)) if name == EMBEDDED else name
+        name = os.environ.get("OVSAM_MODEL") or choose_auto()
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"The device {device!r} cannot be used here; `cpu` always works.") from error
+    if name in PRESETS and name != EMBEDDED:
+        announce_download(name)
+        parts = PRESETS[name].parts
+        whole, processor = compose(sam=parts["sam"], clip=parts["clip"])
+        return Segmenter(whole.to(target), processor, name)
+    folder = find_checkpoint(name) if name == EMBEDDED else _fetch(name)
+    check_weights(folder)
     try:
-        whole = AutoModel.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        if not isinstance(config, OVSamConfig):
+            raise InputError(
+                f"{name!r} holds a model of type {config.model_type!r}, not a whole OVSam model: `ovsam compose` makes "
+                "one of a SAM and a CLIP, and ovsam-tiny is one."
+            )
+        whole = OVSamModel.from_pretrained(folder, config=config)
         processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name!r} is no model that can be loaded: pass {EMBEDDED}, a folder with an OVSam model, or its Hub id."
-        ) from error
-    if not isinstance(whole, OVSamModel):
-        raise InputError(f"{name!r} is a {type(whole).__name__}, not an OVSam model; ovsam-tiny is one.")
+    except (OSError, KeyError) as error:
+        raise InputError(f"{name!r} cannot be loaded: {error}") from error
     return Segmenter(whole.to(target).eval(), processor, name)
+
+
+def _fetch(name: str) -> Path:
+    """The folder of a model that is no preset."""
+    if "/" not in name and not Path(name).exists():
+        raise InputError(f"There is no model {name!r}: pass {', '.join(PRESETS)}, a folder, or a Hub id, ORG/NAME.")
+    return fetch(name)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question, once its words are embedded. negatives: their vocabulary and embeddings."""
+
+    source: str
+    vocabulary: Vocabulary | None = None
+    embeds: Tensor | None = None
+    negatives: tuple[Vocabulary, Tensor] | None = None
+    threshold: float | None = None
+    proposer: str | Proposer | None = None
+    refine: bool = True
+    post: dict = field(default_factory=dict)
 
 
 class Segmenter:
@@ -65,13 +102,15 @@ class Segmenter:
     def __init__(self, model: OVSamModel, processor: OVSamProcessor, name: str = ""):
         self.model, self.processor, self.name = model, processor, name
         self._text_hash = ""
+        self._proposers: dict[str, Proposer] = {}
 
     @torch.no_grad()
     def encode(self, image: Picture) -> tuple[Picture, OVSamFeatures]:
         """Features of a picture, to ask about it several times: pass what this returns in place of the picture."""
         image = open_image(image)
         inputs = self._to_device(self.processor(images=image))
-        return image, self.model.encode(inputs["pixel_values"], inputs.get("clip_pixel_values"))
+        pixels = (inputs.get(name) for name in ("pixel_values", "clip_pixel_values", "clip_window"))
+        return image, self.model.encode(*pixels)
 
     @torch.no_grad()
     def embed(self, words: Words) -> tuple[Vocabulary, Tensor]:
@@ -89,100 +128,203 @@ class Segmenter:
     def where(
         self,
         image: Picture | tuple[Picture, OVSamFeatures],
-        words: Words,
+        words: Words | None = None,
         negative: Sequence[str] = (),
         threshold: float | None = None,
+        exemplars: Sequence | Mapping[str, Sequence] | None = None,
+        proposer: str | Proposer | None = None,
+        refine: bool = True,
+        tile: int | None = None,
+        **post,
     ) -> Results:
-        """Every instance of the words; what looks more like a negative word is left out."""
-        vocabulary, embeds = self.embed(words)
-        negatives = self.embed(list(negative))[1] if negative else None
-        return self._propose(image, vocabulary, embeds, negatives, threshold, source="text")
+        """Every instance of the words; what looks more like a negative word is left out, and `results.dropped` tells.
+
+        Args:
+            exemplars: boxes [x1, y1, x2, y2] around things of which all alike are wanted, alone or besides the words:
+                on this picture, or as (picture, box) on another. They go by the label "exemplar", or by their own:
+                {label: boxes}, which may be one of the words.
+            proposer: who says where to look: "concepts" (the model's own ConceptHead, the default where it has one),
+                "clip-dense", "grid", "detector:ID", "sam3:ID", or a function (ovsam.proposers).
+            refine: False keeps the ConceptHead's prototype masks, which takes half the time.
+            tile: side in pixels of the overlapping tiles in which a large picture is looked through for small things,
+                besides the whole; takes as many times as long as there are tiles (ovsam/tiling.py).
+            post: nms, per_word, rescore, exclusive, mask_threshold, top_k of
+                OVSamProcessor.post_process_instance_segmentation.
+        """
+        if words is None and not exemplars:
+            raise InputError("Pass words, or exemplars: what to look for.")
+        vocabulary, embeds = self.embed(words) if words is not None else (None, None)
+        if exemplars:
+            image = image if tile else self._encoded(image)
+            vocabulary, embeds = self._with_exemplars(vocabulary, embeds, exemplars, image)
+        negatives = self.embed(list(negative)) if negative else None
+        question = _Asked("text", vocabulary, embeds, negatives, threshold, proposer, refine, post)
+        return self._propose(image, question, tile)
 
     def everything(
         self,
         image: Picture | tuple[Picture, OVSamFeatures],
         vocabulary: Words | None = None,
         threshold: float | None = None,
+        proposer: str | Proposer | None = None,
+        refine: bool = True,
+        tile: int | None = None,
+        **post,
     ) -> Results:
-        """All there is, named from the vocabulary or, without one, from the checkpoint's own."""
-        words, embeds = self._names(vocabulary)
-        return self._propose(image, words, embeds, None, threshold, source="auto")
+        """All there is, named from the vocabulary or else from the checkpoint's own; the rest as in `where`."""
+        question = _Asked("auto", *self._names(vocabulary), None, threshold, proposer, refine, post)
+        return self._propose(image, question, tile)
 
-    @torch.no_grad()
     def what(
         self,
         image: Picture | tuple[Picture, OVSamFeatures],
         points: Sequence[Sequence[float]] | None = None,
         labels: Sequence[int] | None = None,
         boxes: Sequence[Sequence[float]] | None = None,
+        masks: Tensor | None = None,
         vocabulary: Words | None = None,
     ) -> Results:
-        """The mask of what was clicked or boxed, named from the vocabulary or, without one, the checkpoint's own.
+        """The mask of what was clicked, boxed or roughly painted, named from the vocabulary or, without one, the
+        checkpoint's own.
 
         Args:
             points: [[x, y], ...], clicks on one object; with `labels`, 1 on it and 0 beside it.
             boxes: [[x1, y1, x2, y2], ...], an object each; together with points, one box for their object.
+            masks: [n, H, W] bool over the picture, an object each: rough masks to be made exact, such as an earlier
+                result's; together with points, one.
         """
-        if not points and not boxes:
-            raise InputError("Pass points or boxes: what to name.")
+        if not points and not boxes and masks is None:
+            raise InputError("Pass points, boxes or masks: what to name.")
         if labels and len(labels) != len(points or ()):
             raise InputError(f"There are {len(labels)} labels for {len(points or ())} points; each point takes one.")
-        if points and boxes and len(boxes) > 1:
-            raise InputError(f"Points are on one object, so that they go with one box, not with {len(boxes)}.")
-        picture, features = self._features(image)
-        _check_inside(picture.size, points, boxes)
-        inputs = self._to_device(
-            self.processor(
-                images=picture,
-                input_points=[[list(map(list, points))]] if points else None,
-                input_labels=[[list(labels or [1] * len(points))]] if points else None,
-                input_boxes=[list(map(list, boxes))] if boxes else None,
-            )
-        )
+        for name, several in (("box", boxes), ("mask", masks)):
+            if points and several is not None and len(several) > 1:
+                raise InputError(f"Points are on one object, so that they go with one {name}, not with {len(several)}.")
+        if boxes and masks is not None and len(boxes) != len(masks):
+            raise InputError(f"There are {len(boxes)} boxes for {len(masks)} masks; each object takes one of each.")
+        image = self._encoded(image)
+        picture = image[0]
         words, embeds = self._names(vocabulary)
-        prompts = {k: inputs[k] for k in ("input_points", "input_labels", "input_boxes") if k in inputs}
-        outputs = self.model(features=features, text_embeds=embeds, **prompts)
-        asked = [list(map(list, points))] if points else [list(box) for box in boxes]
-        return self._results(outputs, picture, words, None, "point" if points else "box", asked)
+        outputs = self._prompt(image, points, labels, boxes, masks, words, embeds)
+        source: str = "mask"
+        prompts: list = ["mask"] * len(outputs.pred_masks[0])
+        if points:
+            source, prompts = "point", [list(map(list, points))]
+        elif boxes:
+            source, prompts = "box", [list(box) for box in boxes]
+        return self._results(outputs, picture, _Asked(source, words), prompts=prompts)
 
     @torch.no_grad()
-    def _propose(self, image, vocabulary, embeds, negatives, threshold, source: str) -> Results:
-        picture, features = self._features(image)
-        config, everything = self.model.config, source == "auto"
+    def _prompt(self, image, points=None, labels=None, boxes=None, masks=None, words=None, embeds=None) -> OVSamOutput:
+        picture, features = image
+        _check_inside(picture.size, points, boxes)
+        inputs = self.processor(
+            original_sizes=[(picture.height, picture.width)],
+            input_points=[[list(map(list, points))]] if points else None,
+            input_labels=[[list(labels or [1] * len(points))]] if points else None,
+            input_boxes=[list(map(list, boxes))] if boxes else None,
+        )
+        prompts = {k: inputs[k] for k in ("input_points", "input_labels", "input_boxes") if k in inputs}
+        if masks is not None:
+            prompts["input_masks"] = self.processor.mask_prompts(torch.as_tensor(masks), self.model.sam.image_size)
+            if not points:  # a mask prompt corrects a box or clicks; alone it says little to SAM
+                prompts.setdefault("input_boxes", mask_boxes(prompts["input_masks"]))
+        return self.model(features=features, text_embeds=embeds, text_labels=_labels(words), **self._to_device(prompts))
+
+    @torch.no_grad()
+    def _propose(self, image, asked: "_Asked", tile: int | None) -> Results:
+        if tile:
+            if isinstance(image, tuple):
+                raise InputError("tile looks at parts of the picture, each encoded anew: pass the picture itself.")
+            return segment_tiled(lambda part: self._propose(part, asked, None), open_image(image), tile, tile // 4)
+        picture, features = self._encoded(image)
+        config, everything = self.model.config, asked.source == "auto"
+        threshold = asked.threshold
         if threshold is None:
             threshold = config.objectness_threshold if everything else config.score_threshold
-        outputs = self.model(
-            features=features,
-            text_embeds=embeds,
-            negative_embeds=negatives,
-            everything=everything,
-            proposal_threshold=min(threshold, config.proposal_threshold),
-        )
-        return self._results(outputs, picture, vocabulary, threshold, source)
+        negatives = None if asked.negatives is None else asked.negatives[1]
+        propose = self._proposer(asked.proposer, features)
+        if propose is None:
+            outputs = self.model(
+                features=features,
+                text_embeds=asked.embeds,
+                text_labels=_labels(asked.vocabulary),
+                negative_embeds=negatives,
+                everything=everything,
+                refine=asked.refine,
+                proposal_threshold=min(threshold, config.proposal_threshold),
+            )
+        else:
+            words = asked.vocabulary.prompts if asked.vocabulary is not None else []
+            question = Question(
+                picture,
+                words,
+                asked.embeds,
+                everything,
+                self.model,
+                self.processor,
+                features,
+                _labels(asked.vocabulary),
+            )
+            outputs = decode_proposals(question, propose(question), negatives)
+        return self._results(outputs, picture, asked, threshold)
 
-    def _results(self, outputs, picture, vocabulary, threshold, source, asked=None) -> Results:
-        if outputs.logits is not None:
-            outputs.logits = vocabulary.reduce(outputs.logits)
+    def _proposer(self, proposer: str | Proposer | None, features: OVSamFeatures) -> Proposer | None:
+        """The function that proposes; None where the model does it itself, by its ConceptHead."""
+        if proposer is None:
+            if features.concepts is not None:
+                return None
+            proposer = "clip-dense" if features.clip is not None else "grid"
+        if proposer == "concepts":
+            return None
+        if not isinstance(proposer, str):
+            return proposer
+        if proposer not in self._proposers:
+            self._proposers[proposer] = get_proposer(proposer, str(self.model.device))
+        return self._proposers[proposer]
+
+    def _with_exemplars(self, vocabulary, embeds, exemplars, image) -> tuple[Vocabulary, Tensor]:
+        """Words and their embeddings, and those of exemplars, which are words that only have an embedding."""
+        by_label = exemplars if isinstance(exemplars, Mapping) else {"exemplar": exemplars}
+        labels = {} if vocabulary is None else vocabulary.as_mapping()
+        rows = [] if embeds is None else [embeds]
+        for label, boxes in by_label.items():
+            for number, given in enumerate(boxes, 1):
+                on, box = given if len(given) == 2 else (image, given)
+                found = self._prompt(self._encoded(on), boxes=[box])
+                rows.append(found.class_embeds[0].float() * self.model.config.exemplar_scale)
+                labels[f"{label} as in exemplar {number}"] = label
+        return Vocabulary(labels), torch.cat(rows)
+
+    def _results(self, outputs, picture, asked: "_Asked", threshold=None, prompts=None) -> Results:
+        size = (picture.height, picture.width)
         found = self.processor.post_process_instance_segmentation(
             outputs,
             threshold=threshold,
-            everything=source == "auto",
-            target_sizes=[(picture.height, picture.width)],
-            text_labels=vocabulary.labels if vocabulary is not None else None,
+            everything=asked.source == "auto",
+            target_sizes=[size],
+            text_labels=asked.vocabulary.as_mapping() if asked.vocabulary is not None else None,
+            negative_labels=asked.negatives[0].prompts if asked.negatives is not None else None,
+            return_coco_annotation=True,
+            **asked.post,
         )[0]
         labels = [label if label is not None else "object" for label in found["text_labels"]]
-        if not labels:
-            return Results([], (picture.height, picture.width), model=self.name)
+        phrases = [phrase if phrase is not None else "object" for phrase in found["phrases"]]
+        objectness = found["objectness"]
         return Results.from_arrays(
-            found["masks"].cpu(),
+            found["masks"],
             labels,
-            found["labels"].cpu(),
-            found["scores"].cpu(),
-            found["mask_scores"].cpu(),
-            asked if asked is not None else labels,
-            source,
+            found["labels"].tolist(),
+            found["scores"].tolist(),
+            found["mask_scores"].tolist(),
+            prompts if prompts is not None else phrases,
+            asked.source,
             topk=found["topk"],
             model=self.name,
+            objectness=None if objectness is None else objectness.tolist(),
+            size=size,
+            presence=found["presence"],
+            dropped=found["dropped"],
         )
 
     def _names(self, vocabulary: Words | None) -> tuple[Vocabulary | None, Tensor | None]:
@@ -190,7 +332,7 @@ class Segmenter:
         words = vocabulary if vocabulary is not None else self.model.config.vocabulary
         return self.embed(words) if words is not None else (None, None)
 
-    def _features(self, image) -> tuple[Picture, OVSamFeatures]:
+    def _encoded(self, image) -> tuple[Picture, OVSamFeatures]:
         return image if isinstance(image, tuple) else self.encode(image)
 
     def _encode_words(self, phrases: list[str]) -> Tensor:
@@ -206,6 +348,11 @@ class Segmenter:
             probe = self._encode_words(["dog", "a red ball", "zzyzx"]).float().cpu()
             self._text_hash = hashlib.sha256((probe * 1e4).round().numpy().tobytes()).hexdigest()[:16]
         return self._text_hash
+
+
+def _labels(words: Vocabulary | None) -> list[str] | None:
+    """The label that each phrase stands for."""
+    return None if words is None else list(words.as_mapping().values())
 
 
 def _check_inside(size: tuple[int, int], points, boxes) -> None:

@@ -67,6 +67,11 @@ class Vocabulary:
         self.prompt_label_ids = [label_ids[label] for label in labels.values()]
         self.templates = None if templates is None else _check_templates(templates)
 
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Each prompt's label; as `text_labels` for post-processing it makes instances keep both."""
+        return {prompt: self.labels[index] for prompt, index in zip(self.prompts, self.prompt_label_ids, strict=True)}
+
     def embed(
         self,
         encode: "Callable[[list[str]], torch.Tensor]",
@@ -124,6 +129,10 @@ class Vocabulary:
                 chunks.append(normalize(mean, dim=-1).cpu())
                 bar.update(len(prompts))
         return torch.cat(chunks)
+
+    def as_mapping(self) -> dict[str, str]:
+        """{prompt: label}"""
+        return {prompt: self.labels[i] for prompt, i in zip(self.prompts, self.prompt_label_ids, strict=True)}
 
     def reduce(self, scores: "torch.Tensor") -> "torch.Tensor":
         """Scores of the prompts [..., K] -> scores of the labels [..., len(labels)]: the best of a label's synonyms."""
@@ -244,6 +253,7 @@ _BUILT_IN = {"coco": lambda: _bundled("coco"), "lvis": lambda: _bundled("lvis"),
 
 def _load_cached(path: Path, metadata: dict[str, str], count: int) -> "torch.Tensor | None":
     """The embeddings in a cache file, or None where there is none or it is not what was saved."""
+    import torch
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -251,8 +261,8 @@ def _load_cached(path: Path, metadata: dict[str, str], count: int) -> "torch.Ten
             embeds, found = file.get_tensor("text_embeds"), file.metadata()
     except (OSError, SafetensorError):
         return None
-    sound = found == metadata | {"sha256": _digest(embeds)} and embeds.ndim == 2 and len(embeds) == count
-    return embeds if sound else None
+    sound = embeds.dtype == torch.float32 and embeds.ndim == 2 and len(embeds) == count and embeds.isfinite().all()
+    return embeds if sound and found == metadata | {"sha256": _digest(embeds)} else None
 
 
 def _save_cached(path: Path, metadata: dict[str, str], embeds: "torch.Tensor") -> None:

@@ -1,22 +1,34 @@
 """Whole models at tiny random size, one for every composition and for sides of several families."""
 
 import copy
+import json
+from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     CLIPConfig,
+    CLIPModel,
     EdgeTamConfig,
+    EdgeTamModel,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
     PreTrainedTokenizerFast,
     Sam2Config,
     Sam2ImageProcessor,
+    Sam2Model,
+    SamConfig,
+    SamImageProcessor,
+    SamModel,
     SiglipConfig,
+    SiglipModel,
 )
 
 import ovsam
-from ovsam.clip import DualEncoderConfig, OpenClipConfig
+from ovsam.clip import DualEncoderConfig, OpenClipConfig, OpenClipSide
 
 SIZE, GRID, C, D = 128, 8, 32, 32
 WORDS = ("cat", "dog", "car", "tree", "red ball", "cup", "moon", "star")
@@ -49,10 +61,17 @@ _HIERA = {
 }
 _TEXT = {"vocab_size": 64, "max_position_embeddings": 12, "bos_token_id": 62, "eos_token_id": 63}
 _TOWER = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-_PATCHES = _TOWER | {"image_size": SIZE, "patch_size": 16}
+_PATCHES = _TOWER | {"image_size": SIZE, "patch_size": 16, "num_hidden_layers": 4}
 
 
 def _sam(kind: str):
+    if kind == "sam":
+        grid = {"image_size": SIZE, "patch_size": 16}
+        vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 32, "window_size": 4}
+        vision |= {"output_channels": C, "num_pos_feats": C // 2, "global_attn_indexes": [0]}
+        prompts = {"hidden_size": C, "image_embedding_size": GRID, "mask_input_channels": 4}
+        decoder = _SAM["mask_decoder_config"] | {"num_hidden_layers": 2}
+        return SamConfig(vision_config=vision | grid, prompt_encoder_config=prompts | grid, mask_decoder_config=decoder)
     trunk = {
         "edgetam": {"backbone_config": _TIMM, "fpn_top_down_levels": [0, 1, 2, 3]},
         "sam2": {"backbone_config": _HIERA, "backbone_channel_list": [64, 32, 16, 8]},
@@ -90,9 +109,12 @@ def _clip(kind: str):
             return CLIPConfig(text_config=_TOWER | _TEXT, vision_config=_PATCHES, projection_dim=D)
         case "siglip":
             return SiglipConfig(text_config=_TOWER | _TEXT | {"projection_size": D}, vision_config=_PATCHES)
+        case "owlv2":
+            return Owlv2Config(text_config=_TOWER | _TEXT, vision_config=_PATCHES, projection_dim=D)
 
 
 CHANNELS = {"dual_encoder": [24, 32, 48, 64], "convnext": [24, 32, 48, 64], "resnet": [32, 64, 128, 256]}
+CHANNELS |= dict.fromkeys(("clip", "siglip", "owlv2"), [D] * 4)
 
 
 def tiny_config(composition="dual", sam="edgetam", clip="dual_encoder", adapters=True, **more) -> ovsam.OVSamConfig:
@@ -130,7 +152,45 @@ def tiny_model(*args, **kwargs) -> ovsam.OVSamModel:
     return model
 
 
-def tiny_processor(**more) -> ovsam.OVSamProcessor:
+def save_sam(folder: Path, kind: str) -> Path:
+    """A SAM of a family, random, as it is published: weights, configuration, image processor."""
+    torch.manual_seed(1)
+    model = randomise({"sam": SamModel, "sam2": Sam2Model, "edgetam": EdgeTamModel}[kind](_sam(kind)))
+    code = model.prompt_encoder.shared_embedding.positional_embedding  # one and the same in released weights
+    model.shared_image_embedding.positional_embedding.data.copy_(code)
+    model.mask_decoder.iou_prediction_head.proj_out.bias.data.fill_(1.0)  # mostly above 0, as trained ones
+    model.save_pretrained(folder)
+    square, small = {"height": SIZE, "width": SIZE}, {"height": SIZE // 4, "width": SIZE // 4}
+    if kind == "sam":
+        edges = {"size": {"longest_edge": SIZE}, "mask_size": {"longest_edge": SIZE // 4}}
+        SamImageProcessor(**edges, pad_size=square, mask_pad_size=small).save_pretrained(folder)
+    else:
+        Sam2ImageProcessor(size=square, mask_size=small).save_pretrained(folder)
+    return folder
+
+
+def save_clip(folder: Path, kind: str) -> Path:
+    """A CLIP of a family, random, as it is published: by open_clip (convnext, resnet), or by transformers."""
+    torch.manual_seed(2)
+    config = _clip(kind)
+    if kind in ("convnext", "resnet"):
+        folder.mkdir()
+        model = randomise(OpenClipSide(config).model)
+        preprocess = {"mean": list(config.image_mean), "std": list(config.image_std)}
+        published = {"model_cfg": config.model_cfg, "preprocess_cfg": preprocess}
+        (folder / "open_clip_config.json").write_text(json.dumps(published))
+        save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    else:
+        classes = {"clip": CLIPModel, "siglip": SiglipModel, "owlv2": Owlv2ForObjectDetection}
+        model = randomise(classes[kind](config))
+        if kind == "owlv2":  # untrained scales are near 0
+            model.class_head.logit_scale.bias.data.fill_(8.0)
+        model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = ["[PAD]", "[UNK]", *sorted({part for word in WORDS for part in word.split()})]
     ids = {word: index for index, word in enumerate(vocabulary)} | {"[BOS]": 62, "[EOS]": 63}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
@@ -138,10 +198,13 @@ def tiny_processor(**more) -> ovsam.OVSamProcessor:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 62), ("[EOS]", 63)]
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+
+
+def tiny_processor(**more) -> ovsam.OVSamProcessor:
     side, mask_side = {"height": SIZE, "width": SIZE}, {"height": SIZE // 4, "width": SIZE // 4}
     images = Sam2ImageProcessor(size=side, mask_size=mask_side)
-    return ovsam.OVSamProcessor(images, fast, **{"max_text_length": 12} | more)
+    return ovsam.OVSamProcessor(images, tiny_tokenizer(), **{"max_text_length": 12} | more)
 
 
 def picture(seed=0, width=SIZE, height=SIZE) -> Image.Image:

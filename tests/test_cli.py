@@ -201,11 +201,34 @@ def test_eval_and_train_hand_over(monkeypatch, capsys):
         setattr(stand_in, function, lambda *arguments, **named: calls.append((arguments, named)))
         monkeypatch.setitem(sys.modules, module, stand_in)
     assert run("eval --data here --json figures.json --limit 5") == 0
-    assert run("train adapters/x/recipe.toml --resume --steps 7 --output there --device cpu") == 0
+    more = "--data coco.json --images pictures --set optim.workers=2"
+    assert run(f"train adapters/x/recipe.toml --resume --steps 7 --output there --device cpu {more}") == 0
     assert calls == [
         ((), {"model": "ovsam-tiny", "data": "here", "json_path": "figures.json", "limit": 5}),
-        (("adapters/x/recipe.toml",), {"output": "there", "resume": True, "steps": 7, "device": "cpu"}),
+        (
+            ("adapters/x/recipe.toml",),
+            {
+                "output": "there",
+                "resume": True,
+                "steps": 7,
+                "device": "cpu",
+                "data": "coco.json",
+                "images": "pictures",
+                "settings": ["optim.workers=2"],
+            },
+        ),
     ]
+
+
+def test_compare_fails_unless_the_tuned_model_is_better(monkeypatch):
+    calls = []
+    stand_in = type(sys)("ovsam.evaluation")
+    stand_in.run_compare = lambda *models, **named: calls.append((models, named)) or len(calls) == 1
+    monkeypatch.setitem(sys.modules, "ovsam.evaluation", stand_in)
+    assert run("compare ovsam-tiny runs/mine --data coco.json --limit 3") == 0
+    assert run("compare ovsam-tiny runs/mine --data coco.json") == 1
+    named = {"data": "coco.json", "images": None, "json_path": None, "limit": 3, "device": None}
+    assert calls[0] == (("ovsam-tiny", "runs/mine"), named)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["segment", "--help"], ["--version"], ["segment"]])

@@ -1,5 +1,7 @@
 """The yardstick itself: perfect answers get full marks, and known mistakes get known marks."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from ovsam import evaluation
+from ovsam.errors import InputError
 
 
 def test_rank_counts_better_words():
@@ -75,3 +78,51 @@ def test_summary_splits_by_size_and_novelty():
     assert figures["box: mean IoU, small"] == pytest.approx(0.8) and np.isnan(figures["box: mean IoU, medium"])
     assert figures["name (box): top-1, base"] == 1 and figures["name (click): top-1, base"] == 0
     assert figures["name (click): top-5, novel"] == 1 and figures["name (feature-crop): top-5, base"] == 0
+
+
+def test_a_plain_coco_json_is_completed_and_what_is_none_is_refused(tmp_path):
+    square = {"id": 1, "image_id": 1, "category_id": 7, "segmentation": [[2, 3, 12, 3, 12, 8, 2, 8]]}
+    crowd = {**square, "id": 2, "iscrowd": 1, "segmentation": {"size": [20, 20], "counts": [0, 400]}}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 20, "height": 20}],
+        "categories": [{"id": 7, "name": "mat"}],
+        "annotations": [square, crowd],
+    }
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(content))
+    plain = evaluation.open_coco(path)
+    assert plain.anns[1]["bbox"] == [2, 3, 10, 5] and plain.anns[1]["area"] == 50 and plain.anns[1]["iscrowd"] == 0
+    objects, masks = evaluation.true_objects(plain, 1)
+    assert [a["id"] for a in objects] == [1] and masks.sum() == 50  # a crowd is no single thing
+    path.write_text(json.dumps({**content, "annotations": []}))
+    with pytest.raises(InputError, match="nothing to measure"):
+        evaluation.open_coco(path)
+    path.write_text("[1, 2]")
+    with pytest.raises(InputError, match="no COCO json"):
+        evaluation.open_coco(path)
+    with pytest.raises(InputError, match="There is no file"):
+        evaluation.open_coco(tmp_path / "nothing.json")
+
+
+def test_absent_words_are_the_same_every_time_and_twenty_at_most():
+    words = [str(i) for i in range(50)]
+    first = evaluation.draw_absent(words, 3)
+    assert first == evaluation.draw_absent(words, 3) != evaluation.draw_absent(words, 4)
+    assert len(set(first)) == 20 and evaluation.draw_absent(["a"], 3) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "name, found, better",
+    [(0.02, 0.0, True), (0.0, 0.0, False), (0.005, 0.005, False), (0.2, -0.02, False), (-0.005, 0.02, True)],
+)
+def test_a_tuned_model_must_gain_and_lose_nothing(coco, tmp_path, monkeypatch, capsys, name, found, better):
+    """Less than MARGIN is no difference."""
+    change = dict(zip(evaluation.DECISIVE, (name, found), strict=True))
+    figures = {model: dict.fromkeys(evaluation.COMPARED, 0.5) for model in ("base", "tuned")}
+    figures["tuned"] |= {key: 0.5 + value for key, value in change.items()}
+    monkeypatch.setattr(evaluation, "load", lambda model, device: model)
+    monkeypatch.setattr(evaluation, "open_coco", lambda path: coco[0])
+    monkeypatch.setattr(evaluation, "measure", lambda model, *_: figures[model])
+    assert evaluation.run_compare("base", "tuned", data="x.json", json_path=tmp_path / "both.json") is better
+    assert ("does not beat" not in capsys.readouterr().out) is better
+    assert json.loads((tmp_path / "both.json").read_text())["base"] == figures["base"]

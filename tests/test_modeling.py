@@ -12,7 +12,7 @@ from transformers import pipeline
 
 from ovsam import InputError
 from ovsam.boxes import masks_to_boxes
-from ovsam.naming import instance_scores
+from ovsam.naming import clip_scale_shift, instance_scores
 
 COMPOSITIONS = {  # composition, SAM side, CLIP side
     "dual": ("dual", "edgetam", "dual_encoder"),
@@ -269,6 +269,7 @@ def test_nothing_found_is_an_empty_answer():
     out = ask(model, proposal_threshold=1.0, **inputs)
     assert out.pred_masks.shape == (2, 0, 1, 32, 32) and out.logits.shape == (2, 0, 1)
     for result in processor().post_process_instance_segmentation(out, target_sizes=[(50, 40), (30, 20)]):
+        assert result.pop("presence") == {"0": 0.0}
         assert all(len(value) == 0 for value in result.values())
     assert result["masks"].shape == (0, 30, 20) and result["boxes"].shape == (0, 4)
 
@@ -388,8 +389,9 @@ def test_without_adapters_names_are_clips_own(clip):
         words = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
         regions = model.clip.pool(out.features.clip, masks=out.pred_masks[:, :, 0].sigmoid())
     assert_close(out.class_embeds, regions, rtol=0, atol=1e-6)
-    assert_close(out.logits, 100 * regions @ words.T, rtol=0, atol=1e-3)
-    assert out.logits.std() > 0.1
+    scale, shift = clip_scale_shift(model.clip)
+    assert_close(out.logits, (regions @ words.T + shift) * scale, rtol=0, atol=1e-3)
+    assert out.logits.std() > 0.05
     for asked in ({"input_ids": inputs["input_ids"]}, {}):
         with pytest.raises(InputError, match="no ConceptHead"):
             ask(model, features=out.features, **asked)

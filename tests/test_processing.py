@@ -7,10 +7,12 @@ import pytest
 import torch
 from common import SIZE, WORDS, picture, tiny_model, tiny_processor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, CLIPImageProcessor, pipeline
+from transformers.models.mask2former.image_processing_mask2former import compute_segments
 
 import ovsam
-from ovsam import InputError, OVSamOutput, Segmenter
+from ovsam import InputError, OVSamOutput, Segmenter, rle
 
 BOXES = [[[10, 20, 60, 80], [70, 5, 125, 50], [1, 1, 9, 9]], [[30, 30, 100, 80]]]
 
@@ -169,13 +171,22 @@ def blocks(*squares):
     return logits
 
 
-def proposals(masks, objectness, logits=None, negative=None, **more):
+def proposals(masks, objectness, logits=None, negative=None, everything=False, **more):
+    """As the model gives them for words (or for everything): a word's score is its probability, and the objectness."""
+    objectness = torch.tensor([objectness])
+
+    def scores(logits):
+        if logits is None:
+            return None
+        score = torch.tensor([logits]).sigmoid()
+        return score if everything else (score * objectness[..., None]).sqrt()
+
     return OVSamOutput(
         pred_masks=masks,
-        objectness=torch.tensor([objectness]),
-        logits=None if logits is None else torch.tensor([logits]),
-        negative_logits=None if negative is None else torch.tensor([negative]),
-        valid=torch.ones(1, len(objectness), dtype=torch.bool),
+        objectness=objectness,
+        scores=scores(logits),
+        negative_scores=scores(negative),
+        valid=torch.ones_like(objectness, dtype=torch.bool),
         **more,
     )
 
@@ -223,7 +234,9 @@ def test_what_looks_more_like_a_negative_word_goes():
     logits, negative = [[2.0], [2.0], [2.0], [2.0]], [[-5.0, 1.9], [2.1, -5.0], [2.0, 0.0], [-5.0, -5.0]]
     for everything in (False, True):
         found = post_process(
-            proposals(APART, [0.5, 0.6, 0.7, 0.8], logits, negative), text_labels=["cat"], everything=everything
+            proposals(APART, [0.5, 0.6, 0.7, 0.8], logits, negative, everything),
+            text_labels=["cat"],
+            everything=everything,
         )
         assert found["prompt_ids"].tolist() == [3, 0]
     unnamed = post_process(proposals(APART, [0.5, 0.6, 0.7, 0.8], None, [[-1.0], [0.5], [1.0], [1.0]]))
@@ -231,7 +244,8 @@ def test_what_looks_more_like_a_negative_word_goes():
 
 
 def test_everything_is_ordered_by_objectness_and_scored_by_name():
-    out = proposals(APART, [0.5, 0.9, 0.2, 0.8], [[3.0, 0.0], [-3.0, -4.0], [5.0, 5.0], [0.0, 1.0]])
+    logits = [[3.0, 0.0], [-3.0, -4.0], [5.0, 5.0], [0.0, 1.0]]
+    out = proposals(APART, [0.5, 0.9, 0.2, 0.8], logits, everything=True)
     found = post_process(out, text_labels=["cat", "dog"], everything=True)
     assert found["prompt_ids"].tolist() == [1, 3, 0] and found["text_labels"] == ["cat", "dog", "cat"]
     assert_close(found["scores"], torch.tensor([-3.0, 1.0, 3.0]).sigmoid())
@@ -245,14 +259,14 @@ def test_prompts_keep_their_order_their_best_candidate_and_no_threshold():
     out = OVSamOutput(
         pred_masks=masks,
         iou_scores=torch.tensor([[[0.2, 0.7], [0.9, 0.1]]]),
-        logits=torch.tensor([[[-9.0, -8.0], [4.0, 0.0]]]),
+        scores=torch.tensor([[[-9.0, -8.0], [4.0, 0.0]]]).sigmoid(),
         valid=torch.ones(1, 2, dtype=torch.bool),
     )
     found = post_process(out, threshold=0.99, text_labels=["cat", "dog"])
     assert found["boxes"].tolist() == [[0, 0, 30, 30], [5, 5, 9, 9]] and found["text_labels"] == ["dog", "cat"]
     assert_close(found["mask_scores"], torch.tensor([0.7, 0.9]))
     assert_close(found["scores"], torch.tensor([-8.0, 4.0]).sigmoid())
-    out.logits = None
+    out.scores = None
     unnamed = post_process(out)
     assert unnamed["scores"].tolist() == [1, 1] and unnamed["text_labels"] == [None, None]
     assert unnamed["topk"] == [[], []] and unnamed["labels"].tolist() == [-1, -1]
@@ -262,13 +276,268 @@ def test_labels_index_the_images_own_words():
     lists = [["cat", "dog"], ["moon", "dog"], []]
     out = OVSamOutput(
         pred_masks=blocks((0, 0, 4, 4)).expand(3, -1, -1, -1, -1),
-        logits=torch.tensor([[[1.0, 2.0, 9.0]], [[9.0, 2.0, 1.0]], [[1.0, 1.0, 1.0]]]),  # cat, dog, moon
+        scores=torch.tensor([[[0.1, 0.2, 0.9]], [[0.9, 0.2, 0.1]], [[0.1, 0.1, 0.1]]]),  # cat, dog, moon
         valid=torch.ones(3, 1, dtype=torch.bool),
     )
     found = processor().post_process_instance_segmentation(out, text_labels=lists)
     assert [one["labels"].tolist() for one in found] == [[1], [1], [-1]]
     assert [one["text_labels"] for one in found] == [["dog"], ["dog"], [None]]
     assert [[word for word, _ in one["topk"][0]] for one in found] == [["dog", "cat"], ["dog", "moon"], []]
+
+
+def test_phrases_stand_for_labels():
+    people = {"a pedestrian": "person", "cyclist": "person", "dog": "dog"}
+    logits = [[0.0, 3.0, 1.0], [2.0, -1.0, 1.0], [-1.0, -1.0, 4.0], [-9.0, -9.0, -9.0]]
+    out = proposals(APART, [1.0, 1.0, 1.0, 0.0], logits)
+    found = post_process(out, text_labels=people)
+    assert found["phrases"] == ["dog", "cyclist", "a pedestrian"] and found["text_labels"] == [
+        "dog",
+        "person",
+        "person",
+    ]
+    assert found["labels"].tolist() == [1, 0, 0]
+    best = torch.tensor([[4.0, -1.0], [3.0, 1.0], [2.0, 1.0]]).sigmoid().sqrt().tolist()
+    for names, (first, second) in zip(found["topk"], best, strict=True):
+        assert [score for _, score in names] == pytest.approx([first, second], abs=1e-4)
+    words = [[word for word, _ in names] for names in found["topk"]]
+    assert words == [["dog", "person"], ["person", "dog"], ["person", "dog"]]
+    highest = {"person": 3.0, "dog": 4.0}
+    assert found["presence"] == pytest.approx({k: torch.tensor(v).sigmoid().sqrt().item() for k, v in highest.items()})
+    several = OVSamOutput(
+        pred_masks=blocks((0, 0, 4, 4)).expand(2, -1, -1, -1, -1),
+        scores=torch.tensor([[[0.1, 0.2, 0.9]], [[0.3, 0.2, 0.1]]]),  # a pedestrian, dog, cyclist
+        valid=torch.ones(2, 1, dtype=torch.bool),
+    )
+    lists = [{"a pedestrian": "person", "dog": "dog"}, {"cyclist": "person", "a pedestrian": "person"}]
+    found = processor().post_process_instance_segmentation(several, text_labels=lists)
+    assert [one["phrases"] for one in found] == [["dog"], ["a pedestrian"]]
+    assert [one["text_labels"] for one in found] == [["dog"], ["person"]]
+
+
+def test_a_mapping_of_phrases_goes_through_the_processor():
+    mapping = {"red ball": "ball", "cat": "cat"}
+    inputs = processor()(images=pictures(), text=mapping).to("cpu")
+    assert inputs["text_labels"] == mapping and len(inputs["input_ids"]) == 2 and "text_mask" not in inputs
+    for found in answer(inputs, threshold=0.5):
+        assert {mapping[phrase] for phrase in found["phrases"]} == set(found["text_labels"]) <= {"ball", "cat"}
+    inputs = processor()(images=pictures(), text=[mapping, {"moon": "sky"}])
+    assert inputs["text_mask"].tolist() == [[True, True, False], [False, False, True]]
+    assert set(answer(inputs, threshold=0.5)[1]["text_labels"]) == {"sky"}
+
+
+def test_what_was_dropped_says_why():
+    logits, negative = (
+        [[2.0, 1.0], [0.0, 1.0], [2.0, 0.0], [-9.0, -9.0]],
+        [[-5.0, 1.9], [2.1, -5.0], [-1.0, 4.0], [9, 9]],
+    )
+    found = post_process(
+        proposals(APART, [1.0, 1.0, 1.0, 1.0], logits, negative, everything=True),
+        text_labels=["cat", "dog"],
+        negative_labels=["moon", "star"],
+    )
+    assert found["prompt_ids"].tolist() == [0]
+    probability = torch.tensor([1.0, 2.1, 2.0, 4.0]).sigmoid().tolist()
+    expected = [("dog", "moon", *probability[:2]), ("cat", "star", *probability[2:])]
+    keys = ("text_label", "negative", "score", "negative_score")
+    assert [tuple(one[key] for key in keys) for one in found["dropped"]] == [
+        (label, word, pytest.approx(score), pytest.approx(other)) for label, word, score, other in expected
+    ]  # what was under the threshold anyway is not told
+    inputs = processor()(images=picture(), text=["cat"], negative_text="moon")
+    assert inputs["negative_labels"] == ["moon"]
+
+
+def test_other_kinds_of_nms():
+    masks = blocks((0, 0, 10, 10), (0, 0, 10, 9), (20, 20, 20, 20))  # IoU 0.9; the last is empty
+    out = proposals(masks, [1.0, 1.0, 1.0], [[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]], everything=True)
+    first, second = torch.tensor([2.0, 1.0]).sigmoid().tolist()
+    own = tiny_processor(mask_nms_threshold=0.6).post_process_instance_segmentation
+
+    def scores(**options):
+        return own(out, threshold=0.05, text_labels=["cat", "dog"], **options)[0]["scores"].tolist()
+
+    assert scores() == scores(nms="greedy") == pytest.approx([first])
+    assert scores(nms="soft") == pytest.approx([first, 0.1 * second], rel=1e-4)
+    assert scores(per_word=True) == scores(nms=None) == pytest.approx([first, second])
+    out.objectness = torch.tensor([[0.2, 0.6, 0.9]])
+    found = own(out, threshold=0.01, text_labels=["cat", "dog"], nms="soft", everything=True)[0]
+    assert found["prompt_ids"].tolist() == [1, 0] and found["objectness"].tolist() == pytest.approx([0.6, 0.2])
+    assert found["scores"].tolist() == pytest.approx([second, 0.1 * first], rel=1e-4)
+    with pytest.raises(InputError, match="no NMS 'best'; there are fast, greedy"):
+        post_process(out, nms="best")
+
+
+def test_rescored_by_the_masks_own_quality():
+    out = proposals(
+        APART, [1.0] * 4, [[2.0], [1.0], [0.5], [-9.0]], iou_scores=torch.tensor([[[0.5], [0.9], [1.2], [1.0]]])
+    )
+    best = torch.tensor([2.0, 1.0, 0.5]).sigmoid().sqrt() * torch.tensor([0.5, 0.9, 1.0])
+    found = post_process(out, rescore=True, threshold=0.3)
+    assert found["prompt_ids"].tolist() == [2, 1, 0]
+    assert_close(found["scores"], best.flip(0))
+    assert post_process(out, rescore=True, threshold=0.5)["prompt_ids"].tolist() == [2, 1]
+
+
+def test_exclusive_masks_share_no_pixel():
+    masks = blocks((0, 0, 10, 10), (5, 0, 20, 10), (2, 2, 4, 4), (30, 30, 32, 32))
+    out = proposals(masks, [1.0] * 4, [[1.0], [3.0], [0.0], [2.0]])
+    for coco in (False, True):
+        found = post_process(out, exclusive=True, threshold=0.0, target_sizes=[(64, 64)], return_coco_annotation=coco)
+        assert found["prompt_ids"].tolist() == [1, 3, 0]  # nothing is left of 2
+        assert found["boxes"].tolist() == [[10, 0, 40, 20], [60, 60, 64, 64], [0, 0, 10, 20]]
+        dense = torch.stack([torch.from_numpy(rle.decode(m)) for m in found["masks"]]) if coco else found["masks"]
+        assert dense.sum(0).max() == 1 and dense[2].sum() == 200
+    clicks = OVSamOutput(pred_masks=masks, iou_scores=torch.ones(1, 4, 1), valid=torch.ones(1, 4, dtype=torch.bool))
+    found = post_process(clicks, exclusive=True)
+    assert found["prompt_ids"].tolist() == [0, 1, 2, 3] and not found["masks"][2].any()  # of equals the first has it
+
+
+def test_masks_are_enlarged_as_by_interpolate():
+    torch.manual_seed(0)
+    masks = torch.randn(1, 5, 1, 32, 32)
+    masks[0, 1:, 0, :20], masks[0, 2:, 0, :, 9:] = -5, -5
+    for size in ((96, 128), (75, 331), (20, 10), (32, 32)):
+        expected = torch.nn.functional.interpolate(masks[0], size, mode="bilinear")[:, 0]
+        for level in (0.5, 0.2):
+            found = post_process(
+                proposals(masks, [0.9, 0.8, 0.7, 0.6, 0.5], [[9.0]] * 5), target_sizes=[size], mask_threshold=level
+            )
+            assert (found["masks"] != (expected.sigmoid() > level)).sum() <= 2  # a pixel may be just at the threshold
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_run_lengths_are_those_of_the_dense_masks(pads, monkeypatch):
+    if pads:  # a picture of 3:4 in a square
+        monkeypatch.setattr(ovsam.OVSamProcessor, "picture_share", lambda self, height, width: (1.0, 0.75))
+    torch.manual_seed(0)
+    coarse = torch.randn(1, 20, 1, 8, 8)
+    masks = torch.nn.functional.interpolate(coarse[:, :, 0], (32, 32), mode="bicubic")[:, :, None]
+    out = proposals(masks, torch.rand(20).tolist(), [[4.0]] * 20)
+    for size, level in (((96, 128), 0.5), ((75, 331), 0.3), ((20, 10), 0.6)):
+        asked = {"target_sizes": [size], "mask_threshold": level, "threshold": 0.0}
+        dense, lengths = post_process(out, **asked), post_process(out, **asked, return_coco_annotation=True)
+        again = np.stack([rle.decode(mask) for mask in lengths["masks"]])
+        assert again.shape == dense["masks"].shape and 0.2 < again.mean() < 0.9
+        assert (again != dense["masks"].numpy()).mean() < 1e-4
+        assert torch.equal(lengths["prompt_ids"], dense["prompt_ids"])
+        assert (lengths["boxes"] - dense["boxes"]).abs().max() <= 1
+
+
+def test_padding_is_cut_off(monkeypatch):
+    monkeypatch.setattr(ovsam.OVSamProcessor, "picture_share", lambda self, height, width: (1.0, 0.5))
+    out = proposals(blocks((8, 4, 16, 12)), [0.9], [[3.0]], pred_boxes=torch.tensor([[[32.0, 16, 64, 48]]]))
+    found = post_process(out, target_sizes=[(160, 320)])
+    assert found["boxes"].tolist() == [[80, 40, 160, 120]]
+    (detected,) = processor().post_process_grounded_object_detection(out, target_sizes=[(160, 320)])
+    assert detected["boxes"].tolist() == [[80, 40, 160, 120]]
+
+
+def test_300_masks_of_a_large_picture_fit_into_memory():
+    corners = torch.randint(0, 28, (300, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    masks = blocks(*((x, y, x + 4, y + 4) for x, y in corners))
+    out = proposals(masks, [0.9] * 300, [[3.0]] * 300)
+    tracker = LargestTensor()
+    with tracker:
+        found = post_process(out, target_sizes=[(3000, 4000)], return_coco_annotation=True, nms=None)
+    assert len(found["masks"]) == 300 and tracker.bytes < 10e6  # a mask is at most 6 cells: 560 x 750 pixels
+    assert rle.area(found["masks"][0]) == pytest.approx(375 * 500, rel=0.03)
+
+
+class LargestTensor(TorchDispatchMode):
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.bytes = max(self.bytes, result.numel() * result.element_size())
+        return result
+
+
+# ------------------------------------------------------------------------------------------------ maps and boxes out
+
+
+def test_semantic_maps_by_hand():
+    masks = blocks((0, 0, 10, 10), (5, 0, 20, 10), (5, 0, 20, 10), (30, 30, 32, 32))
+    masks[0, 0, 0, :10, 5:10] = 0.5  # unsure where they meet: 0.62
+    out = proposals(masks, [1.0] * 4, [[2.0, -9.0], [-9.0, 1.0], [-9.0, 0.9], [-9.0, -9.0]], everything=True)
+    options = {"text_labels": {"a cat": "cat", "dog": "dog"}, "threshold": 0.3}
+    (labels,), (values,) = processor().post_process_semantic_segmentation(out, return_scores=True, **options)
+    expected = torch.full((32, 32), -1)
+    expected[:10, :5], expected[:10, 5:20] = 0, 1
+    assert torch.equal(labels, expected)
+    sure = torch.tensor(6.0).sigmoid()
+    assert_close(
+        values[0, [0, 6, 25]],
+        torch.stack([torch.tensor(2.0).sigmoid() * sure, torch.tensor(1.0).sigmoid() * sure, 0 * sure]),
+    )
+    (large,) = processor().post_process_semantic_segmentation(out, target_sizes=[(96, 64)], **options)
+    assert large.shape == (96, 64) and large[0, 0] == 0 and large[27, 37] == 1 and large[95, 63] == -1
+    (strict,) = processor().post_process_semantic_segmentation(out, text_labels=["cat", "dog"], threshold=0.8)
+    assert set(strict.unique().tolist()) == {-1, 0}
+    (none,) = processor().post_process_semantic_segmentation(out, threshold=0.95)
+    assert (none == -1).all()
+
+
+def test_panoptic_is_mask2formers():
+    """Against transformers' own function, where it and ours mean the same."""
+    torch.manual_seed(0)
+    masks = torch.nn.functional.interpolate(2 * torch.randn(1, 12, 4, 4), (32, 32), mode="bicubic")
+    out = proposals(masks[:, :, None], [1.0] * 12, torch.randn(12, 3).tolist(), everything=True)
+    scores, labels = out.scores[0].max(-1)
+    order = scores.argsort(descending=True)
+    order = order[scores[order] >= 0.3]
+    inside = masks[0, order].sigmoid()
+    # Theirs would let a pixel belong to a mask that is not there: under the threshold we give it no probability.
+    reference, segments = compute_segments(
+        torch.where(inside > 0.5, inside, 0.0), scores[order], labels[order], 1e-6, 0.1, set()
+    )
+    (found,) = processor().post_process_panoptic_segmentation(
+        out, overlap_mask_area_threshold=0.1, text_labels=["cat", "dog", "cow"], nms=None
+    )
+    there = (inside > 0.5).any(0)
+    assert len(segments) > 2
+    assert [one["label_id"] for one in found["segments_info"]] == [one["label_id"] for one in segments]
+    assert torch.equal(found["segmentation"][there], reference[there]) and (found["segmentation"][~there] == 0).all()
+
+
+def test_panoptic_segments_may_be_fused():
+    out = proposals(APART, [1.0] * 4, [[2.0, 0.0], [1.0, 0.0], [0.0, 3.0], [-9.0, -9.0]], everything=True)
+    (found,) = processor().post_process_panoptic_segmentation(
+        out, label_ids_to_fuse={0}, text_labels=["sky", "dog"], target_sizes=[(64, 64)]
+    )
+    dog, sky = found["segments_info"]
+    assert (dog["id"], dog["label_id"], dog["label"], dog["was_fused"]) == (1, 1, "dog", False)
+    assert (sky["id"], sky["label_id"], sky["label"], sky["was_fused"]) == (2, 0, "sky", True)
+    assert sky["score"] == pytest.approx(torch.tensor(2.0).sigmoid().item())
+    assert found["segmentation"].dtype == torch.int32 and found["segmentation"].shape == (64, 64)
+    assert found["segmentation"][[5, 5, 30, 63], [5, 30, 5, 0]].tolist() == [2, 2, 1, 0]
+    (empty,) = processor().post_process_panoptic_segmentation(out, threshold=0.99)
+    assert empty["segments_info"] == [] and not empty["segmentation"].any()
+
+
+def test_boxes_as_zero_shot_detectors_give_them():
+    boxes = torch.tensor([[[0.0, 0, 32, 32], [40, 0, 80, 32], [0, 40, 32, 160], [48, 48, 120, 120]]])
+    out = proposals(APART, [0.5, 0.6, 0.9, 0.9], [[0.0, -2.0], [3.0, 1.0], [-1.0, 4.0], [-9.0, -9.0]], pred_boxes=boxes)
+    asked = {"text_labels": [["cat", "dog"]], "threshold": 0.3}
+    (found,) = processor().post_process_grounded_object_detection(out, target_sizes=[(100, 200)], **asked)
+    same = post_process(out, **asked)
+    assert torch.equal(found["scores"], same["scores"]) and torch.equal(found["labels"], same["labels"])
+    assert found["text_labels"] == ["dog", "cat", "cat"]
+    assert_close(found["boxes"], torch.tensor([[0, 31.25, 50, 100], [62.5, 0, 125, 25], [0, 0, 50, 25]]))
+    (relative,) = processor().post_process_grounded_object_detection(out, **asked)
+    assert_close(relative["boxes"][1], torch.tensor([0.3125, 0, 0.625, 0.25]))
+
+
+@torch.no_grad()
+def test_another_word_changes_no_score():
+    few, many = (processor()(images=picture(), text=words) for words in (["cat", "dog"], ["cat", "moon", "dog", "cup"]))
+    one, other = (model()(**inputs, everything=True) for inputs in (few, many))
+    assert one.scores.shape[1] > 3
+    assert (one.scores - other.scores[..., [0, 2]]).abs().max() < 1e-4
+    asked = [answer(inputs, everything=True, threshold=0.0)[0]["presence"] for inputs in (few, many)]
+    assert asked[1] | asked[0] == pytest.approx(asked[1], abs=1e-4) and asked[1].keys() > asked[0].keys()
+    boxes = {"input_boxes": BOXES[:1]}
+    one, other = (model()(**processor()(images=picture(), text=t, **boxes)) for t in (["cat"], ["star", "cat"]))
+    assert (one.scores[..., 0] - other.scores[..., 1]).abs().max() < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------ pipeline
@@ -393,7 +662,7 @@ def test_segmenter_finds_everything_by_objectness():
 @pytest.mark.parametrize(
     "prompt, said",
     [
-        ({}, "Pass points or boxes"),
+        ({}, "Pass points, boxes"),
         ({"points": [[128, 5]]}, "point 128,5 is outside the picture, which is 128x128"),
         ({"points": [[-1, 5]]}, "point -1,5 is outside"),
         ({"boxes": [[50, 5, 10, 60]]}, "box 50,5,10,60 is not left,top,right,bottom"),
@@ -410,9 +679,8 @@ def test_segmenter_refuses_prompts_that_make_no_sense(prompt, said):
 def test_segmenter_without_a_concept_head_says_so():
     bare = Segmenter(tiny_model(adapters=False), processor())
     assert len(bare.what(picture(), boxes=BOXES[0], vocabulary=["cat", "dog"])) == 3
-    for question in (lambda: bare.where(picture(), ["cat"]), lambda: bare.everything(picture())):
-        with pytest.raises(InputError, match="no ConceptHead"):
-            question()
+    with pytest.raises(InputError, match="no ConceptHead"):
+        bare.where(picture(), ["cat"], proposer="concepts")
 
 
 def test_long_vocabularies_are_cached_by_tower(tmp_path, monkeypatch):

@@ -5,11 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pycocotools.mask
 import pytest
 from PIL import Image, ImageFont
 from pycocotools.coco import COCO
 
-from ovsam import overlay
+from ovsam import overlay, rle
 from ovsam.errors import InputError
 from ovsam.results import Results, to_coco, write_coco, write_whole
 
@@ -77,13 +78,118 @@ def test_filter_and_counts(results, masks):
     assert results.filter(score=0.5).model == "fake" and len(results.filter(score=0.95)) == 0
 
 
+def test_masks_may_be_run_lengths(results, masks):
+    segmentations = [rle.encode(mask) for mask in masks]
+    again = Results.from_arrays(
+        segmentations,
+        labels=results.labels,
+        label_ids=[1, 0, 1],
+        scores=results.scores,
+        mask_scores=[0.8, 0.7, 0.6],
+        prompts=["puppy", "cat", "dog"],
+        source="text",
+        topk=[instance.topk for instance in results],
+        size=(HEIGHT, WIDTH),
+    )
+    assert list(again) == list(results) and again.size == results.size
+    none = Results.from_arrays([], [], [], [], [], [], "text", size=(HEIGHT, WIDTH))
+    assert len(none) == 0 and none.masks.shape == (0, HEIGHT, WIDTH)
+
+
+OVERLAPPING = ((0, 0, 10, 10), (0, 0, 10, 9), (0, 0, 10, 4), (50, 50, 60, 60))  # IoU with the first: 0.9, 0.4, 0
+
+
+def overlapping(**more):
+    labels, scores = ["dog", "cat", "dog", "dog"], [0.9, 0.8, 0.7, 0.2]
+    masks = masks_of(*OVERLAPPING)
+    return Results.from_arrays(masks, labels, [1, 0, 1, 1], scores, scores, labels, "text", **more)
+
+
+def test_filtering_again_needs_no_model():
+    found = overlapping()
+    before = list(found)
+
+    def ids(results):
+        return [instance.id for instance in results]
+
+    assert ids(found.filter(nms="fast")) == [1, 3, 4] and ids(found.filter(nms="greedy", nms_threshold=0.3)) == [1, 4]
+    assert ids(found.filter(nms="fast", per_word=True)) == [1, 2, 3, 4]
+    assert ids(found.filter(nms="fast", nms_threshold=0.3, per_word=True)) == [1, 2, 4]
+    assert ids(found.filter(score=0.5, nms="fast", nms_threshold=0.95)) == [1, 2, 3]
+    soft = found.filter(nms="soft")
+    np.testing.assert_allclose(soft.scores, [0.9, 0.8 * 0.1, 0.7, 0.2], rtol=1e-5)
+    assert ids(found.filter(score=0.1, nms="soft")) == [1, 3, 4]
+    assert ids(found.filter(min_area=95, nms="fast")) == [1, 4] and list(found) == before
+    assert len(found[:0].filter(nms="matrix")) == 0
+    with pytest.raises(InputError, match="no NMS 'best'; there are fast, greedy, soft, matrix, density"):
+        found.filter(nms="best")
+
+
+def test_proposals_are_ranked_by_objectness():
+    boxes, scores = overlapping().proposals()
+    np.testing.assert_allclose(scores, [0.9, 0.8, 0.7, 0.2])
+    boxes, scores = overlapping(objectness=[0.1, 0.5, 0.3, 0.9]).proposals()
+    np.testing.assert_allclose(scores, [0.9, 0.5, 0.3, 0.1])
+    np.testing.assert_array_equal(boxes, np.array(OVERLAPPING)[[3, 1, 2, 0]])
+
+
+def test_maps_of_pixels():
+    found = Results(reversed(list(overlapping())), (HEIGHT, WIDTH))  # the order does not matter, the score does
+    ids, semantic = found.id_map(), found.to_semantic()
+    assert ids[5, 5] == ids[9, 5] == 4 and ids[55, 55] == 1 and ids[100, 100] == 0
+    assert semantic[5, 5] == 1 and semantic[55, 55] == 1 and semantic[100, 100] == -1 and (semantic != 0).all()
+    assert found[:0].to_semantic().tolist() == np.full((HEIGHT, WIDTH), -1).tolist()
+
+
+def test_panoptic():
+    masks = masks_of((0, 0, 40, 40), (0, 0, 40, 50), (60, 0, 70, 10), (80, 0, 90, 10))
+    found = Results.from_arrays(
+        masks, ["dog", "cat", "sky", "sky"], [1, 0, 2, 2], [0.9, 0.8, 0.3, 0.7], [1] * 4, [""] * 4, "auto"
+    )
+    parts = found.to_panoptic(label_ids_to_fuse={2})
+    assert parts["segments_info"] == [
+        {"id": 1, "label_id": 1, "label": "dog", "was_fused": False, "score": pytest.approx(0.9)},
+        {"id": 2, "label_id": 2, "label": "sky", "was_fused": True, "score": pytest.approx(0.7)},
+    ]  # of the cat only a fifth is left
+    segmentation = parts["segmentation"]
+    assert np.bincount(segmentation.ravel())[1:].tolist() == [1600, 200] and segmentation[45, 5] == 0
+    kept = found.to_panoptic(overlap_mask_area_threshold=0.1)
+    assert [one["id"] for one in kept["segments_info"]] == [1, 2, 3, 4] and kept["segmentation"][45, 5] == 2
+
+
+def test_run_lengths_of_parts_are_those_of_the_whole():
+    whole = np.random.default_rng(0).random((30, 20)) < 0.6
+    for y1, y2, x1, x2 in ((0, 30, 0, 20), (0, 30, 3, 9), (4, 5, 0, 20), (7, 25, 6, 20), (3, 3, 5, 5)):
+        inside = np.zeros_like(whole)
+        inside[y1:y2, x1:x2] = whole[y1:y2, x1:x2]
+        part = rle.encode(whole[y1:y2, x1:x2], x1, y1, (30, 20))
+        assert part == rle.encode(inside)
+        reference = pycocotools.mask.encode(np.asfortranarray(inside, np.uint8))
+        assert part["counts"] == reference["counts"].decode() and part["size"] == reference["size"]
+        np.testing.assert_array_equal(rle.decode(part), inside)
+        assert rle.area(part) == inside.sum()
+    with pytest.raises(InputError, match="20x30 pixels at 1,0 does not lie inside"):
+        rle.encode(whole, 1, 0, (30, 20))
+
+
+def test_run_lengths_are_compared():
+    masks = masks_of(*OVERLAPPING, (0, 0, 0, 0))
+    lengths = [rle.encode(mask) for mask in masks]
+    np.testing.assert_allclose(rle.iou(lengths, lengths)[0], [1, 0.9, 0.4, 0, 0])
+    np.testing.assert_allclose(rle.covered(lengths, lengths)[:, 1], [0.9, 1, 1, 0, 0])
+    np.testing.assert_array_equal(rle.decode(rle.union(lengths)), masks.any(0))
+    assert rle.iou([], lengths).shape == (0, 5) and rle.covered(lengths, []).shape == (5, 0)
+
+
 def test_table(results):
     assert results.table().splitlines() == [
         "label  score  mask score            box  area",
         "dog     0.90        0.80    10,20,50,60  1600",
         "cat     0.50        0.70  70,30,150,110  6300",
         "dog     0.25        0.60    5,90,15,100   100",
+        "2 dog, 1 cat",
     ]
+    assert len(results[:1].table().splitlines()) == 2
 
 
 def test_coco_file_loads_in_pycocotools(results, masks, tmp_path):

@@ -1,192 +1,211 @@
-"""Each stage learns on a batch, and an interrupted run ends where an uninterrupted one does."""
+"""A stranger's way: fine-tune a whole model on a COCO json, compare it with its base, calibrate it, and use it."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from common import tiny_model, tiny_processor
+from PIL import Image
 
+import ovsam
+from ovsam import evaluation
+from ovsam.data import reader_keys
 from ovsam.errors import InputError
-from ovsam.scenes.drawing import SceneConfig
-from ovsam.scenes.words import all_words
-from ovsam.training import losses, targets
-from ovsam.training import run as training_run
-from ovsam.training.adapters_stage import AdaptersStage, assign, text_targets
-from ovsam.training.clip_stage import ClipStage
-from ovsam.training.data import SceneDataset
-from ovsam.training.sam_stage import SamStage
-from ovsam.training.texts import WordTable
+from ovsam.scenes.words import Word
+from ovsam.training import calibrate, texts
+from ovsam.training.finetune_stage import FinetuneStage
+from ovsam.training.recipe import read_recipe
+from ovsam.training.run import train_recipe
 
-MODEL = {
-    "architecture": "mobilenetv4_conv_small",
-    "channels": [32, 64, 96, 960],
-    "width": 64,
-    "mlp_dim": 64,
-    "image_size": 128,
-}
-SCENES = SceneConfig(canvas=64, min_objects=2, max_objects=4, min_size=20, max_size=40)
-
-
-@pytest.fixture(scope="module")
-def words():
-    generator = torch.Generator().manual_seed(0)
-    count = len(all_words())
-    embeds = torch.nn.functional.normalize(torch.randn(count + 50, 384, generator=generator), dim=-1)
-    has_keyword = torch.rand(count, 50, generator=generator) < 0.05
-    is_base = torch.tensor([w.split == "base" for w in all_words()])
-    return WordTable(embeds[:count], embeds[count:], has_keyword, is_base)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    items = [SceneDataset(4, 1, SCENES)[i] for i in range(4)]
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-
-
-def learn(stage, batch, steps, rate):
-    torch.manual_seed(0)
-    optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=rate)
-    history = []
-    for _ in range(steps):
-        loss = stage(**batch)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(float(loss.detach()))
-    return sum(history[:3]) / 3, sum(history[-3:]) / 3
-
-
-def sam_stage():
-    torch.manual_seed(0)
-    return SamStage(MODEL, prompts=2, focal_gamma=0.0, mask_weight=5.0, dice_weight=5.0)
-
-
-def test_clip_stage_learns_names(words, batch):
-    torch.manual_seed(0)
-    stage = ClipStage(words, "mobilenetv4_conv_small", label_smoothing=0.05, keyword_weight=0.3)
-    first, last = learn(stage, batch, 20, 2e-3)
-    assert last < 0.7 * first
-    assert not any("text_model" in name for name in stage.published_state())
-
-
-def test_sam_stage_learns_masks(batch):
-    first, last = learn(sam_stage(), batch, 25, 1e-3)
-    assert last < 0.9 * first
-
-
-def test_sam_stage_ties_its_position_codes_and_goes_on_from_weights():
-    stage, other = sam_stage(), SamStage(MODEL, 2, 0.0, 5.0, 5.0)
-    codes = stage.sam.shared_image_embedding, stage.sam.prompt_encoder.shared_embedding
-    assert torch.equal(*(code.positional_embedding for code in codes))
-    other.load_published(stage.published_state())
-    for name, tensor in stage.published_state().items():
-        assert torch.equal(tensor, other.published_state()[name]), name
-
-
-def test_adapters_stage_learns_and_leaves_clip_alone(words, batch, tmp_path):
-    torch.manual_seed(0)
-    clip = ClipStage(words, "mobilenetv4_conv_small", label_smoothing=0.05, keyword_weight=0.3)
-    save_file({n: t.contiguous() for n, t in clip.published_state().items()}, tmp_path / "clip.safetensors")
-    arguments = {"width": 32, "prompts": 3, "label_smoothing": 0.05, "word_weight": 0.2}
-    stage = AdaptersStage(words, str(tmp_path / "clip.safetensors"), "mobilenetv4_conv_small", **arguments)
-    stage.train()
-    before = {name: tensor.clone() for name, tensor in stage.clip.state_dict().items()}
-    first, last = learn(stage, batch, 20, 1e-3)
-    assert last < 0.75 * first
-    assert all(torch.equal(before[name], tensor) for name, tensor in stage.clip.state_dict().items())
-
-
-def test_a_location_belongs_to_the_object_under_it(batch):
-    masks = targets.object_masks(batch["index_map"], 4)
-    from ovsam.boxes import masks_to_boxes
-
-    place = assign(batch["index_map"], masks_to_boxes(masks), masks, (16, 32))
-    assert place.owner.shape == (4, 4 * 4 + 2 * 2)
-    for b in range(4):
-        # Each object has at least one location that is surely its own.
-        visible = {i for i in range(4) if masks[b, i].sum() >= 64}
-        assert visible <= {int(o) for o, c in zip(place.owner[b], place.centrality[b], strict=True) if c > 0.5}
-
-
-def test_text_targets_leave_out_names_that_also_fit():
-    words = WordTable(
-        names=torch.eye(3),
-        keywords=torch.eye(2, 3),
-        has_keyword=torch.tensor([[True, False], [True, False], [False, True]]),
-        is_base=torch.tensor([True, True, False]),
-    )
-    # Words 0 and 1 share their only keyword; word 2 is novel, so its name is no target of anyone.
-    assert text_targets(words).tolist() == [[1, -1, 1, 0], [-1, 1, 1, 0], [0, 0, 0, 1]]
-
-
-def test_losses_by_hand():
-    boxes, truth = torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2]])
-    loss, iou = losses.giou_loss(boxes, truth)
-    assert iou.item() == pytest.approx(1 / 3) and loss.item() == pytest.approx(2 / 3)  # the hull adds nothing here
-    assert losses.dice_loss(torch.full((1, 4, 4), 50.0), torch.ones(1, 4, 4)).item() == pytest.approx(0, abs=1e-5)
-    logits, target = torch.tensor([2.0]), torch.tensor([1.0])
-    plain = losses.focal_loss(logits, target, gamma=0.0)
-    assert losses.focal_loss(logits, target, gamma=2.0).item() == pytest.approx(
-        (plain * (1 - logits.sigmoid()) ** 2).item()
-    )
-
-
-def recipe(folder, steps=4):
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = "\n".join(f"{k} = {json.dumps(v)}" for k, v in MODEL.items())
-    scenes = "\n".join(f"{k} = {v}" for k, v in vars(SCENES).items())
-    text = f"""
-stage = "sam"
-seed = 5
-[stage_args]
-prompts = 2
-focal_gamma = 0.0
-mask_weight = 5.0
-dice_weight = 5.0
-[stage_args.model]
-{rows}
+COLOURS = {"cat": (220, 40, 40), "dog": (40, 200, 60), "moon": (60, 60, 230)}
+RECIPE = """
+stage = "finetune"
+seed = 3
+[model]
+base = {base}
 [data]
-{scenes}
+format = "coco"
+annotations = "unused.json"
+max_objects = 4
+flip = true
+[stage_args]
+prompts = 4
+[rehearsal]
+share = {share}
+scenes = {{ min_objects = 1, max_objects = 3, min_size = 30.0, max_size = 60.0 }}
 [optim]
-batch_size = 2
+batch_size = 4
 steps = {steps}
-learning_rate = 1e-3
-weight_decay = 0.05
-warmup_steps = 1
-save_steps = 2
-logging_steps = 1
+learning_rate = 5e-3
+warmup_steps = 4
+save_steps = {steps}
+logging_steps = 10
+[eval]
+every = {steps}
+pictures = 3
+data = {{ format = "coco", annotations = {held_out} }}
 """
-    (folder / "recipe.toml").write_text(text)
-    return folder / "recipe.toml"
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
-    path = recipe(tmp_path / "tiny")
-    whole = training_run.train_recipe(path, output=tmp_path / "whole", device="cpu")
-
-    drawn = []
-    original = SceneDataset.__getitem__
-
-    def stop_at_seven(self, index):
-        drawn.append(index)
-        if len(drawn) == 7:  # in step 4, after the checkpoint of step 2
-            raise KeyboardInterrupt
-        return original(self, index)
-
-    monkeypatch.setattr(SceneDataset, "__getitem__", stop_at_seven)
-    with pytest.raises(KeyboardInterrupt):
-        training_run.train_recipe(path, output=tmp_path / "broken", device="cpu")
-    assert not (tmp_path / "broken" / "model.safetensors").exists()
-    monkeypatch.setattr(SceneDataset, "__getitem__", lambda self, index: drawn.append(index) or original(self, index))
-    before = len(drawn)
-    resumed = training_run.train_recipe(path, output=tmp_path / "broken", resume=True, device="cpu")
-    assert len(drawn) - before == 4  # two steps of two pictures: nothing seen before is drawn again
-
-    expected, got = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
+def write_set(folder, pictures, seed):
+    """Coloured squares on grey: each colour is a word. COCO as an annotator writes it, with polygons."""
+    rng = np.random.default_rng(seed)
+    images, annotations = [], []
+    folder.mkdir(parents=True)
+    for number in range(pictures):
+        pixels = np.full((128, 128, 3), rng.integers(90, 160), np.uint8)
+        for column, place in enumerate(rng.permutation(3)[: rng.integers(2, 4)].tolist()):
+            name, side = list(COLOURS)[place], int(rng.integers(26, 38))
+            x, y = 2 + 42 * column, int(rng.integers(2, 80))
+            pixels[y : y + side, x : x + side] = COLOURS[name]
+            corners = [x, y, x + side, y, x + side, y + side, x, y + side]
+            fixed = {"id": len(annotations) + 1, "image_id": number, "category_id": place + 1}
+            annotations.append({**fixed, "segmentation": [corners]})
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 128, "height": 128})
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(COLOURS)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "coco.json").write_text(json.dumps(content))
+    return folder / "coco.json"
 
 
-def test_a_missing_recipe_is_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="There is no recipe"):
-        training_run.train_recipe(tmp_path / "nothing.toml")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("finetune")
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    model = tiny_model()
+    model.config.vocabulary = ["tree", "cat"]
+    model.save_pretrained(folder / "base")
+    tiny_processor().save_pretrained(folder / "base")
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return write_set(folder / "train", 12, seed=1), write_set(folder / "held-out", 6, seed=2)
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, base, data):
+    numbers = {"base": json.dumps(str(base)), "held_out": json.dumps(str(data[1])), "steps": 60, "share": 0.0}
+    (folder / "recipe.toml").write_text(RECIPE.format(**numbers))
+    output = folder / "tuned"
+    return train_recipe(folder / "recipe.toml", output=output, data=data[0], images=data[0].parent, device="cpu")
+
+
+def test_the_tuned_model_beats_its_base_on_pictures_it_has_not_seen(base, tuned, data, capsys):
+    assert evaluation.run_compare(base, tuned, data=data[1], device="cpu")
+    printed = capsys.readouterr().out
+    assert "The tuned model beats the base" in printed and "box: mean IoU" in printed
+    figures = evaluation.measure(ovsam.load(tuned), evaluation.open_coco(data[1]), data[1].parent)
+    assert figures["name (box): top-1"] > 0.8
+    assert not evaluation.run_compare(tuned, tuned, data=data[1], limit=2, device="cpu")
+
+
+def test_the_output_is_a_whole_model_and_its_adapters(base, tuned):
+    whole, before = ovsam.OVSamModel.from_pretrained(tuned), ovsam.OVSamModel.from_pretrained(base)
+    changed = {name.split(".")[0] for name, t in whole.state_dict().items() if not t.equal(before.state_dict()[name])}
+    assert changed == {"clip2sam", "concepts"}
+    assert whole.config.vocabulary == ["cat", "dog", "moon", "tree"]  # what it was tuned for, and what it knew
+    for name, kind in (("clip2sam", ovsam.Clip2SamAdapter), ("concepts", ovsam.ConceptHead)):
+        adapter = kind.from_pretrained(tuned / name)
+        for key, tensor in adapter.state_dict().items():
+            assert tensor.equal(getattr(whole, name).state_dict()[key]), key
+    found = ovsam.load(tuned).where(Image.open(tuned.parent / "held-out" / "0.png"), ["cat", "dog"])
+    assert {one.label for one in found} <= {"cat", "dog"}
+
+
+def test_curves_and_samples_are_drawn(tuned):
+    with Image.open(tuned / "samples.png") as sheet:
+        assert sheet.size == (2 * (2 * 384 + 6) + 18, 2 * 384 + 6)  # three pairs, two a row
+        assert len(sheet.convert("RGB").getcolors(2**24)) > 50
+    with Image.open(tuned / "curves.png") as curves:
+        assert curves.width > 1000
+
+
+def test_rehearsal_is_on_unless_a_recipe_says_no(folder, base, data, capsys):
+    """And the small CLIP tower can learn too; the text tower stays as it is."""
+    numbers = {"base": json.dumps(str(base)), "held_out": json.dumps(str(data[1])), "steps": 2, "share": 0.5}
+    text = RECIPE.format(**numbers).replace("share = 0.5\n", "")
+    text = text.replace("prompts = 4", "prompts = 4\ntrain_clip = true")
+    (folder / "rehearsal.toml").write_text(text)
+    output = train_recipe(
+        folder / "rehearsal.toml", output=folder / "both", data=data[0], images=data[0].parent, device="cpu"
+    )
+    assert "rehearsal: 25% of the samples" in capsys.readouterr().out
+    after, before = (ovsam.OVSamModel.from_pretrained(path).state_dict() for path in (output, base))
+    changed = {name.rsplit(".", 1)[0] for name in after if not after[name].equal(before[name])}
+    assert any(name.startswith("clip.vision_model") for name in changed)
+    assert not any(name.startswith(("clip.text_model", "sam.")) for name in changed)
+
+
+def test_calibration_chooses_thresholds_and_writes_a_whole_model(folder, tuned, data):
+    (folder / "calibrate.toml").write_text(
+        f'stage = "calibrate"\nseed = 1\n[model]\nbase = {json.dumps(str(tuned))}\n'
+        f'[stage_args]\npictures = 4\nabsent = 0.1\n[data]\nformat = "coco"\nannotations = {json.dumps(str(data[1]))}\n'
+    )
+    output = train_recipe(folder / "calibrate.toml", output=folder / "calibrated", device="cpu")
+    thresholds = json.loads((output / "thresholds.json").read_text())
+    config = ovsam.OVSamModel.from_pretrained(output).config
+    assert {name: getattr(config, name) for name in thresholds} == thresholds
+    assert 0 < thresholds["proposal_threshold"] < thresholds["score_threshold"] < 1
+    with pytest.raises(InputError, match="already holds a model"):
+        train_recipe(folder / "calibrate.toml", output=output, device="cpu")
+
+
+def test_temperature_and_shift_are_those_the_labels_were_drawn_with():
+    generator = torch.Generator().manual_seed(0)
+    cosine = torch.rand(40_000, generator=generator) * 2 - 1
+    own = torch.rand(len(cosine), generator=generator) < torch.sigmoid(9.0 * (cosine - 0.0))
+    pairs = calibrate.Pairs()
+    words = torch.eye(1)  # one word: an embedding is its cosine
+    pairs.add(cosine[:, None], torch.tensor(6.0), torch.tensor(-0.2), words, own[:, None])
+    factor, shift = calibrate._fit(pairs, "test")
+    assert factor == pytest.approx(1.5, abs=0.05) and shift == pytest.approx(0.2, abs=0.02)
+
+
+def test_calibrated_numbers_do_in_the_head_what_was_fitted(base, data):
+    segmenter, other = ovsam.load(base, device="cpu"), ovsam.load(base, device="cpu")
+    fitted = {"names of masks": (1.3, 0.1), "words of locations": (0.7, -0.05)}
+    source = calibrate.read_data({"format": "coco", "annotations": str(data[0])}, 0, 1, 128)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "_fit", lambda pairs, title: fitted[title])
+        calibrate.calibrate(other, source, seed=0, pictures=2, absent=0.5)
+    image = Image.open(data[0].parent / "0.png")
+    before, after = segmenter.encode(image)[1].concepts, other.encode(image)[1].concepts
+    torch.testing.assert_close(after.logit_scale, 0.7 * before.logit_scale)
+    torch.testing.assert_close(after.logit_shift, before.logit_shift - 0.05)
+    torch.testing.assert_close(other.model.clip2sam.log_scale.exp(), 1.3 * segmenter.model.clip2sam.log_scale.exp())
+    torch.testing.assert_close(other.model.clip2sam.logit_shift, segmenter.model.clip2sam.logit_shift + 0.1)
+
+
+def test_what_cannot_be_tuned_is_refused(base):
+    model = tiny_model(adapters=False)
+    none = torch.zeros(2, 0, dtype=torch.bool)
+    table = texts.WordTable(torch.eye(2, 32), torch.zeros(0, 32), none, torch.tensor([True, True]))
+    with pytest.raises(InputError, match="nothing to fine-tune"):
+        FinetuneStage(table, model)
+    with pytest.raises(InputError, match="train_clip is for the small CLIP tower"):
+        FinetuneStage(table, tiny_model(clip="convnext"), train_clip=True)
+
+
+def test_a_word_table_counts_base_words_keywords_only():
+    words = [Word("", "cat", ("pet", "dog"), "base"), Word("", "dog", ("pet",), "base")]
+    words.append(Word("", "cup", ("tea",), "novel"))
+    asked = []
+    table = texts.word_table(words, lambda texts: asked.extend(texts) or torch.eye(len(texts), 8))
+    assert asked == ["cat", "dog", "cup", "pet"]  # dog is a name, and tea is of a novel word alone
+    assert table.has_keyword.tolist() == [[True], [True], [False]] and table.is_base.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["finetune", "calibrate-tiny"])
+def test_the_recipes_that_start_from_a_whole_model_are_understood(name):
+    recipe = read_recipe(Path(__file__).parents[1] / "adapters" / name / "recipe.toml")
+    accepted = reader_keys(recipe["data"].get("format", "emojiscenes"))
+    assert recipe["data"].keys() - {"format"} <= accepted.keys()

@@ -1,9 +1,12 @@
 """Vocabulary: reading words, embedding them once, and the cache."""
 
+import hashlib
 import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from ovsam.errors import InputError
@@ -36,6 +39,7 @@ def test_synonyms_share_a_label():
     assert vocabulary.prompts == ["puppy", "cat", "hound"]
     assert vocabulary.labels == ["dog", "cat"]
     assert vocabulary.prompt_label_ids == [0, 1, 0]
+    assert vocabulary.as_mapping() == {"puppy": "dog", "cat": "cat", "hound": "dog"}
 
 
 def test_reduce_takes_the_best_synonym():
@@ -227,16 +231,44 @@ def replace_with_another(path):
     other.replace(path)
 
 
-def reshape(path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+def rewrite(change, rename="text_embeds", **other):
+    """Other embeddings under metadata that vouch for them."""
 
+    def damage(path):
+        with safe_open(path, framework="pt") as file:
+            metadata, embeds = file.metadata(), change(file.get_tensor("text_embeds"))
+        digest = hashlib.sha256(embeds.contiguous().view(torch.uint8).numpy().data).hexdigest()
+        save_file({rename: embeds.contiguous()}, path, metadata | {"sha256": digest} | other)
+
+    return damage
+
+
+def no_metadata(path):
     with safe_open(path, framework="pt") as file:
-        metadata, embeds = file.metadata(), file.get_tensor("text_embeds")
-    save_file({"text_embeds": embeds.view(4, 4)}, path, metadata)
+        embeds = file.get_tensor("text_embeds")
+    save_file({"text_embeds": embeds}, path)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, replace_with_text, empty, replace_with_another, reshape])
+DAMAGES = {
+    "truncated": truncate,
+    "one bit": flip_a_bit,
+    "text": replace_with_text,
+    "empty": empty,
+    "another vocabulary": replace_with_another,
+    "shape": rewrite(lambda embeds: embeds.view(4, 4)),
+    "one row more": rewrite(lambda embeds: torch.cat([embeds, embeds[:1]])),
+    "one dimension": rewrite(lambda embeds: embeds.flatten()),
+    "NaN": rewrite(lambda embeds: embeds.clone().index_fill_(1, torch.tensor([3]), float("nan"))),
+    "infinity": rewrite(lambda embeds: embeds / 0),
+    "precision": rewrite(lambda embeds: embeds.bfloat16()),
+    "another tower": rewrite(lambda embeds: embeds, text_hash="another"),
+    "another format": rewrite(lambda embeds: embeds, format="else"),
+    "another tensor": rewrite(lambda embeds: embeds, rename="embeds"),
+    "no metadata": no_metadata,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_or_foreign_cache_file_is_rebuilt(tmp_path, damage):
     fresh, _ = cached(tmp_path)
     damage(next(tmp_path.glob("*.safetensors")))
@@ -258,8 +290,6 @@ def test_a_cache_without_the_towers_hash_is_refused(tmp_path):
 
 
 def test_cache_metadata_is_readable(tmp_path):
-    from safetensors import safe_open
-
     cached(tmp_path)
     with safe_open(next(tmp_path.iterdir()), framework="pt") as file:
         assert json.loads(file.metadata()["prompts"]) == ["dog", "cat"]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel
+from transformers import initialization as init
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ovsam.clip.base import ClipFeatures, map_blocks, region_pool, value_path
@@ -77,13 +78,23 @@ class _TransformersSide(nn.Module):
         return F.normalize(features.pool_map, dim=1)
 
 
+class ClipModel(CLIPModel):
+    """A CLIPModel that also initialises its scale where a checkpoint lacks it, which transformers forgets."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+
+
 class TransformersClipSide(_TransformersSide):
     """CLIP (Radford et al., 2021). Its value path is that of the last block; the text tower is causal and does not read
     what comes after a phrase."""
 
     image_mean = tuple(OPENAI_CLIP_MEAN)
     image_std = tuple(OPENAI_CLIP_STD)
-    model_class = CLIPModel
+    model_class = ClipModel
     text_padding = "longest"
     softmax = True
 

@@ -24,7 +24,8 @@ class Question:
     """What is looked for, in one picture.
 
     words: K phrases, none where everything is wanted and nobody said which names there are; text_embeds [K, D] of them;
-    everything: whatever is a thing is wanted, and the words only name it; features: of the picture, by `model`.
+    everything: whatever is a thing is wanted, and the words only name it; features: of the picture, by `model`; labels:
+    what each phrase stands for, itself if not given.
     """
 
     image: Image.Image
@@ -34,12 +35,22 @@ class Question:
     model: "OVSamModel"
     processor: "OVSamProcessor"
     features: "OVSamFeatures"
+    labels: list[str] | None = None
 
     @property
     def extent(self) -> tuple[float, float]:
         """Width and height, in pixels of the model input, of the part that shows the picture (the rest is padding)."""
         share = self.processor.picture_share(self.image.height, self.image.width)
         return share[0] * self.model.sam.image_size, share[1] * self.model.sam.image_size
+
+    def check_named(self) -> None:
+        """Raises InputError where words are looked for and nothing in the model can tell which is which."""
+        namers = self.model.clip2sam, self.features.clip, self.features.concepts
+        if self.words and not self.everything and all(namer is None for namer in namers):
+            raise InputError(
+                "This model names nothing (it has no CLIP image tower, ConceptHead or Clip2SamAdapter), so words need "
+                "a proposer that knows them, such as detector:google/owlv2-base-patch16-ensemble."
+            )
 
     def boxes_from_clip(self, boxes: Tensor) -> Tensor:
         """boxes [n, 4] in fractions of CLIP's input -> in pixels of the picture, and not beyond it."""
@@ -90,6 +101,8 @@ def decode_proposals(question: Question, proposals: Proposals, negative_embeds: 
     """
     model, device = question.model, question.model.device
     _check(proposals, len(question.words))
+    if proposals.word_scores is None:
+        question.check_named()
     prompts = {}
     size = [(question.image.height, question.image.width)]
     if proposals.boxes is not None and len(proposals):
@@ -110,6 +123,7 @@ def decode_proposals(question: Question, proposals: Proposals, negative_embeds: 
     outputs = model(
         features=question.features,
         text_embeds=question.text_embeds,
+        text_labels=question.labels,
         negative_embeds=negative_embeds,
         multimask_output="input_points" in prompts and "input_boxes" not in prompts,
         refine="input_masks" not in prompts,

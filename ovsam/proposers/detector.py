@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from ovsam.errors import InputError
+from ovsam.weight_files import fetch
 
 from .base import Proposals, Question
 
@@ -25,10 +26,11 @@ class Detector:
 
     @classmethod
     def from_pretrained(cls, model_id: str, device: str = "cpu") -> Self:
-        """Raises InputError: no such detector in reach."""
+        """model_id: a folder, "ORG/NAME" or "ORG/NAME@REVISION". Raises InputError: no such detector in reach."""
+        folder = fetch(model_id)
         try:
-            model = AutoModelForZeroShotObjectDetection.from_pretrained(model_id)
-            return cls(model.to(device).eval(), AutoProcessor.from_pretrained(model_id))
+            model = AutoModelForZeroShotObjectDetection.from_pretrained(folder)
+            return cls(model.to(device).eval(), AutoProcessor.from_pretrained(folder))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{model_id!r} is no zero-shot object detector that can be loaded; "

@@ -28,7 +28,11 @@ def grid(
         stability_threshold: least IoU between the mask cut at +offset and at -offset of its logits.
         nms_threshold: of two masks that overlap more, the one with the lower predicted IoU goes.
         most: how many are returned, best first.
+
+    Raises:
+        InputError: words, which nothing in this model can tell apart.
     """
+    question.check_named()
     side = question.model.sam
     features = question.features.sam
     width, height = question.extent

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoProcessor, Sam3Model
 
 from ovsam.errors import InputError
+from ovsam.weight_files import fetch
 
 from .base import Proposals, Question
 
@@ -21,9 +22,10 @@ class Sam3:
 
     @classmethod
     def from_pretrained(cls, model_id: str, device: str = "cpu") -> Self:
-        """Raises InputError: no such model in reach."""
+        """model_id: a folder, "ORG/NAME" or "ORG/NAME@REVISION". Raises InputError: no such model in reach."""
+        folder = fetch(model_id)
         try:
-            return cls(Sam3Model.from_pretrained(model_id).to(device).eval(), AutoProcessor.from_pretrained(model_id))
+            return cls(Sam3Model.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{model_id!r} is no SAM 3 that can be loaded; facebook/sam3 is one, for those who were granted it."

@@ -1,60 +1,124 @@
-"""Stage `clip`: the image tower of the small dual encoder, drawn towards a locked text tower (LiT, Zhai et al. 2022).
+"""Stage `clip`: an image tower drawn towards a locked text tower (LiT, Zhai et al. 2022).
 
-A "picture" is one object of a scene: the tower sees a whole window once, and each object's features are averaged under
-its mask. That costs per object what a small crop costs, and the tower learns the dense features that the adapters will
-read, at the scale and in the clutter in which they will read them.
+What is a picture? With `pictures = "objects"` it is one object of a scene: the tower sees a whole window once, and each
+object's features are averaged under its mask. That costs per object what a small crop costs, and the tower learns the
+dense features that the adapters will read, at the scale and in the clutter in which they will read them. With "whole"
+it is the whole picture, named by its first named object, as in a folder of pictures a class; plain vision transformers
+may then skip a share of their patches (FLIP, Li et al. 2023), which saves that share of the work.
 """
 
+import open_clip.transformer
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchDropout
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ovsam.clip.base import ClipFeatures, mask_pool
-from ovsam.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
+from ovsam.clip import OpenClipSide
+from ovsam.clip.base import mask_pool
+from ovsam.clip.transformers_clip import TransformersClipSide, TransformersSiglipSide
+from ovsam.errors import InputError
 
-from .targets import object_masks
-from .texts import WordTable, text_config
+from .predictions import Found
+from .targets import visible_objects
+from .texts import WordTable
+from .towers import Pixels, Towers
+from .word_losses import LitLosses, check_width
+
+PICTURES = ("objects", "whole")
 
 
 class ClipStage(nn.Module):
-    def __init__(self, words: WordTable, architecture: str, label_smoothing: float, keyword_weight: float):
+    """
+    Args:
+        words: the words as the locked text tower sees them.
+        towers: with the CLIP side whose image tower learns.
+        label_smoothing: of the cross entropy among all names.
+        keyword_weight: of the cross entropy against a word's keywords.
+        pictures: "objects" or "whole".
+        patch_drop: share of the patches to skip while training on whole pictures (FLIP: 0.5).
+    """
+
+    def __init__(
+        self,
+        words: WordTable,
+        towers: Towers,
+        label_smoothing: float = 0.05,
+        keyword_weight: float = 0.3,
+        pictures: str = "objects",
+        patch_drop: float = 0.0,
+    ):
         super().__init__()
-        self.clip = DualEncoderSide(
-            DualEncoderConfig(architecture=architecture, text_config=text_config()), part="vision"
-        )
+        if pictures not in PICTURES:
+            raise InputError(f"pictures is {pictures!r}; it is one of {', '.join(PICTURES)}.")
+        if patch_drop and pictures != "whole":
+            raise InputError("patch_drop needs pictures = 'whole': objects are read where their patches lie.")
+        check_width(words, towers.embed_dim)
+        self.clip = towers.clip.requires_grad_(True)
         self.clip.to(memory_format=torch.channels_last)
-        self.log_scale = nn.Parameter(torch.tensor(3.0))
-        self.label_smoothing, self.keyword_weight = label_smoothing, keyword_weight
-        # Classes are the base words; a base word's class is its rank among them.
-        self.register_buffer("names", words.names[words.is_base], persistent=False)  # [V, D]
-        self.register_buffer("keywords", words.keywords, persistent=False)  # [Kw, D]
-        share = words.has_keyword.float() / words.has_keyword.sum(1, keepdim=True).clamp(min=1)
-        self.register_buffer("keyword_share", share, persistent=False)  # [W, Kw], rows sum to 1 or 0
-        self.register_buffer("class_of", words.is_base.long().cumsum(0) - 1, persistent=False)  # [W]
-        self.register_buffer("mean", torch.tensor(self.clip.image_mean)[:, None, None] * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(self.clip.image_std)[:, None, None] * 255, persistent=False)
+        if patch_drop:
+            drop_patches(self.clip, patch_drop)
+        size = self.clip.image_size if pictures == "whole" else towers.clip_size
+        self.clip_pixels = Pixels(self.clip.image_mean, self.clip.image_std, size)
+        self.pictures = pictures
+        self.lit = LitLosses(words, label_smoothing, keyword_weight)
 
     def published_state(self) -> dict[str, Tensor]:
         return {f"clip.{name}": tensor for name, tensor in self.clip.state_dict().items()}
 
-    def forward(self, image: Tensor, index_map: Tensor, word_ids: Tensor) -> dict[str, Tensor]:
-        features = self.clip.encode_image(self.pixels(image))
-        masks = object_masks(index_map, word_ids.shape[1])  # [B, O, H, W]
-        visible = (masks.flatten(2).sum(-1) >= 64) & (word_ids >= 0)
-        return self.losses(features, masks, visible, word_ids)
+    def load_published(self, state: dict[str, Tensor]) -> None:
+        self.clip.load_state_dict({name.removeprefix("clip."): tensor for name, tensor in state.items()})
 
-    def pixels(self, image: Tensor) -> Tensor:
-        return ((image.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+    def forward(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> dict[str, Tensor]:
+        if self.pictures == "whole":
+            named = word_ids >= 0
+            seen = named.any(1)
+            ids = word_ids.gather(1, named.int().argmax(1, keepdim=True))[seen, 0]
+            return self.lit(F.normalize(self.picture_embeds(image)[seen].float(), dim=-1), ids)
+        visible = visible_objects(masks, word_ids)
+        embeds = mask_pool(self.clip.encode_image(self.clip_pixels(image)).pool_map, masks)[visible]  # [n, D]
+        return self.lit(F.normalize(embeds.float(), dim=-1), word_ids[visible])
 
-    def losses(self, features: ClipFeatures, masks: Tensor, visible: Tensor, word_ids: Tensor) -> dict[str, Tensor]:
-        embeds = F.normalize(mask_pool(features.pool_map, masks)[visible].float(), dim=-1)  # [n, D]
-        ids = word_ids[visible]
-        scale = self.log_scale.clamp(max=4.6).exp()
-        logits = scale * embeds @ self.names.T  # [n, V]
-        classes = self.class_of[ids]
-        name_loss = F.cross_entropy(logits, classes, label_smoothing=self.label_smoothing)
-        keyword_logits = scale * embeds @ self.keywords.T  # [n, Kw]
-        share = self.keyword_share[ids]
-        keyword_loss = -(share * keyword_logits.log_softmax(-1)).sum(-1).mean()
-        metrics = {"top1": (logits.argmax(-1) == classes).float().mean(), "scale": scale.detach()}
-        return {"loss": name_loss + self.keyword_weight * keyword_loss, "name_loss": name_loss.detach(), **metrics}
+    def picture_embeds(self, image: Tensor) -> Tensor:
+        """[B, D] of whole pictures, by the tower's own pooling."""
+        pixels = self.clip_pixels(image)
+        if isinstance(self.clip, OpenClipSide):
+            return self.clip.model.visual(pixels)
+        if isinstance(self.clip, TransformersClipSide | TransformersSiglipSide):
+            return self.clip.model.get_image_features(pixels).pooler_output
+        return self.clip.encode_image(pixels).pool_map.mean((2, 3))
+
+    @torch.no_grad()
+    def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
+        """The best base word of every true object, or of the whole picture."""
+        there = masks.flatten(2).any(-1)  # [B, O]
+        if self.pictures == "whole":
+            embeds = F.normalize(self.picture_embeds(image).float(), dim=-1)[:, None].expand(-1, masks.shape[1], -1)
+        else:
+            embeds = F.normalize(mask_pool(self.clip.encode_image(self.clip_pixels(image)).pool_map, masks), dim=-1)
+        scores, classes = self.lit.logits(embeds).softmax(-1).max(-1)
+        ids = self.lit.base_ids[classes]
+        return [(masks[b][there[b]], ids[b][there[b]], scores[b][there[b]]) for b in range(len(masks))]
+
+
+def drop_patches(side: nn.Module, share: float) -> None:
+    """Let a plain vision transformer skip a random share of its patches while it trains (FLIP).
+
+    Raises:
+        InputError: the tower is something else; leaving patches out of windows or convolutions is another computation.
+    """
+    if isinstance(side, TransformersClipSide | TransformersSiglipSide):
+        prefix = int(isinstance(side, TransformersClipSide))  # the class token
+        embeddings = side.model.vision_model.embeddings
+        embeddings.patch_drop = PatchDropout(share, num_prefix_tokens=prefix)
+        embeddings.register_forward_hook(lambda module, inputs, tokens: module.patch_drop(tokens))
+        return
+    visual = side.model.visual if isinstance(side, OpenClipSide) else None
+    trunk = getattr(visual, "trunk", None)
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        visual.patch_dropout = open_clip.transformer.PatchDropout(share)
+    elif isinstance(trunk, VisionTransformer):
+        trunk.patch_drop = PatchDropout(share, num_prefix_tokens=trunk.num_prefix_tokens)
+    else:
+        kind = type(trunk or visual or side).__name__
+        raise InputError(f"patch_drop needs a plain vision transformer as CLIP's image tower; this one is {kind}.")

@@ -1,13 +1,57 @@
-"""From a scene's index map to what the losses compare with: object masks, boxes, click points."""
+"""From the object masks of a batch to what the losses compare with: owners of pixels, boxes, click points."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+LEAST = 64  # pixels of an object that is worth a loss
 
-def object_masks(index_map: Tensor, objects: int) -> Tensor:
-    """index_map [B, H, W] -> masks [B, objects, H, W] bool; object i owns the pixels that hold i + 1."""
-    ids = torch.arange(1, objects + 1, device=index_map.device, dtype=index_map.dtype)
-    return index_map[:, None] == ids[None, :, None, None]
+
+def visible_objects(masks: Tensor, word_ids: Tensor) -> Tensor:
+    """masks [B, O, H, W], word_ids [B, O] -> [B, O] bool: objects with a name and with pixels enough to learn from."""
+    return (masks.flatten(2).sum(-1) >= LEAST) & (word_ids >= 0)
+
+
+def pixel_owners(masks: Tensor, stride: int) -> Tensor:
+    """masks [B, O, H, W] -> [B, H/stride, W/stride] index of the object at each cell's middle pixel, -1 where there is
+    none. Where masks overlap, the smallest object owns the pixel: it is the one in front or the part."""
+    area = masks.flatten(2).sum(-1)[..., None, None]  # [B, O, 1, 1]
+    here = masks[..., stride // 2 :: stride, stride // 2 :: stride]
+    smallest, owner = torch.where(here, area, torch.iinfo(area.dtype).max).min(1)
+    return torch.where(here.any(1), owner, -1)
+
+
+def choose_objects(masks: Tensor, count: int, wanted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to `count` random objects of each picture, those that are `wanted` [B, O] bool (default: visible ones) first.
+    masks [B, O, H, W] -> their masks [B, P, H, W], wanted [B, P] and index [B, P]."""
+    if wanted is None:
+        wanted = masks.flatten(2).sum(-1) >= LEAST
+    count = min(count, wanted.shape[1])
+    keep = (torch.rand(wanted.shape, device=wanted.device) + wanted).topk(count, dim=1).indices
+    return masks.gather(1, keep[:, :, None, None].expand(-1, -1, *masks.shape[2:])), wanted.gather(1, keep), keep
+
+
+def resize_masks(masks: Tensor, size: int) -> Tensor:
+    """masks [B, O, H, W] bool -> [B, O, size, size] bool: cells that lie more than half inside."""
+    return masks if masks.shape[-1] == size else F.interpolate(masks.float(), (size, size), mode="area") > 0.5
+
+
+def take(tensor: Tensor, index: Tensor) -> Tensor:
+    """tensor [B, O, X], index [B, n] -> [B, n, X]"""
+    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def corrective_clicks(predicted: Tensor, truth: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """One click in each region where two masks [B, P, h, w] bool differ: positive where the prediction misses, negative
+    where it has too much, label -1 (no click) where they agree. Drawn uniformly (SAM, appendix A).
+    -> xy in pixels of a picture of `size`, [B, P, 1, 2], and labels [B, P, 1]."""
+    b, p, h, w = truth.shape
+    errors = predicted != truth
+    cells = random_points(errors.flatten(0, 1)).view(b, p, 1, 2)
+    missed = truth.flatten(2).gather(2, (cells[..., 1] * w + cells[..., 0]).long())
+    labels = torch.where(errors.flatten(2).any(-1, keepdim=True), missed.long(), -1)
+    stride = size / w
+    return cells * stride + (stride - 1) / 2, labels  # the middle of the cell, less SAM's half pixel
 
 
 def random_points(regions: Tensor) -> Tensor:

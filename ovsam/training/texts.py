@@ -1,5 +1,6 @@
-"""The words of EmojiScenes as the locked text tower sees them."""
+"""Words as the locked text tower sees them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ovsam.checkpoints import find_checkpoint
 from ovsam.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
-from ovsam.scenes.words import all_words
+from ovsam.scenes.words import Word, all_words
 
 
 def text_config() -> dict:
@@ -51,10 +52,17 @@ class WordTable:
     is_base: Tensor
 
 
-def word_table(max_words_per_keyword: int = 40) -> WordTable:
-    """Names and keywords, embedded. A keyword that says little (it fits too many pictograms) is left out, and so is
-    one that only novel words have: nothing of those may reach training."""
-    words = all_words()
+def word_table(
+    words: Sequence[Word] | None = None,
+    encode: Callable[[list[str]], Tensor] = embed_texts,
+    max_words_per_keyword: int = 40,
+) -> WordTable:
+    """Names and keywords of a data set's words (default: EmojiScenes'), embedded by `encode`: texts -> [K, D].
+
+    A keyword that says little (it fits too many words) is left out, and so is one that only novel words have: nothing
+    of those may reach training.
+    """
+    words = all_words() if words is None else words
     names = {word.name for word in words}
     counts: dict[str, int] = {}
     for word in words:
@@ -68,6 +76,6 @@ def word_table(max_words_per_keyword: int = 40) -> WordTable:
         for keyword in word.keywords:
             if keyword in position:
                 has_keyword[row, position[keyword]] = True
-    embeddings = embed_texts([word.name for word in words] + keywords)
+    embeddings = encode([word.name for word in words] + keywords)
     is_base = torch.tensor([word.split == "base" for word in words])
     return WordTable(embeddings[: len(words)], embeddings[len(words) :], has_keyword, is_base)

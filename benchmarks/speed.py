@@ -1,0 +1,150 @@
+"""What words, everything and refinement cost beside one encoding of the image, on SAM 2-tiny shapes at 1024 px.
+
+Weights are random, since time does not depend on them; everything runs in this one process, so that ratios can be
+trusted where seconds cannot. The embedded checkpoint's own ratios are printed beside.
+
+    python benchmarks/speed.py [--threads 2] [--repeats 5] [--skip-pipeline]
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Sam2Config, Sam2Model, Sam2Processor, pipeline
+from transformers.models.sam2.image_processing_sam2 import Sam2ImageProcessor
+
+import ovsam
+from ovsam.clip import DualEncoderConfig
+from ovsam.training.texts import text_config
+
+WORD_COUNTS = (1, 100, 1203, 21841)
+INSTANCES = 20  # whatever the words: what is found is refined, and that is not what the words cost
+OBJECTS = 100
+
+
+def random_model() -> ovsam.OVSamModel:
+    """SAM 2.1-tiny's encoder and decoder, and adapters on its pyramid (composition "sam")."""
+    torch.manual_seed(0)
+    adapter = {"in_channels": [256] * 4, "embed_dim": 512, "width": 128}
+    config = ovsam.OVSamConfig(
+        composition="sam",
+        sam_config=Sam2Config(),
+        clip_config=DualEncoderConfig(text_config=text_config(), embed_dim=512),
+        clip2sam_config=ovsam.Clip2SamConfig(**adapter),
+        concepts_config=ovsam.ConceptHeadConfig(**adapter),
+        nms_threshold=1.0,  # random proposals overlap at random; as many as are asked for shall stay
+        mask_nms_threshold=1.0,
+        max_detections=INSTANCES,
+    )
+    return ovsam.OVSamModel(config).eval()
+
+
+def compare(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turns, so that a busy moment of the machine meets all of them."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def report(times: dict[str, list[float]], base: str) -> None:
+    """Median seconds, and the ratio to `base`, round by round: median, least and most."""
+    for name, seconds in times.items():
+        ratios = np.array(seconds) / np.array(times[base])
+        print(
+            f"  {name:<48}{np.median(seconds):>9.3f} s  x {np.median(ratios):.3f}  ({ratios.min():.3f}-{ratios.max():.3f})"
+        )
+
+
+@torch.no_grad()
+def words(model: ovsam.OVSamModel, pixels: torch.Tensor, repeats: int) -> None:
+    width = model.concepts.config.embed_dim
+    vocabularies = {n: torch.nn.functional.normalize(torch.randn(n, width), dim=-1) for n in WORD_COUNTS}
+
+    def asking(embeds: torch.Tensor) -> Callable[[], object]:
+        return lambda: model(pixel_values=pixels, text_embeds=embeds, proposal_threshold=0.0)
+
+    times = compare({f"{n:,} words": asking(embeds) for n, embeds in vocabularies.items()}, repeats)
+    report(times, "1 words")
+
+
+@torch.no_grad()
+def everything(model: ovsam.OVSamModel, pixels: torch.Tensor, repeats: int) -> None:
+    embeds = torch.nn.functional.normalize(torch.randn(1203, model.clip.embed_dim), dim=-1)
+    model.config.max_detections = OBJECTS
+
+    def asking(refine: bool) -> Callable[[], object]:
+        def run():
+            outputs = model(
+                pixel_values=pixels, text_embeds=embeds, everything=True, refine=refine, proposal_threshold=0.0
+            )
+            assert outputs.pred_masks.shape[1] == OBJECTS
+
+        return run
+
+    times = compare(
+        {
+            "one image encoding": lambda: model.sam.encode(pixels),
+            f"everything, {OBJECTS} objects, unrefined": asking(False),
+            f"everything, {OBJECTS} objects, refined": asking(True),
+        },
+        repeats,
+    )
+    report(times, "one image encoding")
+
+
+@torch.no_grad()
+def against_pipeline(model: ovsam.OVSamModel, size: int) -> None:
+    """transformers' mask-generation over its own Sam2Model with the same weights, once: it takes minutes. Random masks
+    do not pass its thresholds, which spares it the work after the decoder."""
+    stock = Sam2Model(model.config.sam_config).eval()
+    stock.load_state_dict(model.sam.model.state_dict())
+    processor = Sam2Processor(Sam2ImageProcessor(size={"height": size, "width": size}))
+    generate = pipeline("mask-generation", model=stock, image_processor=processor.image_processor, processor=processor)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8))
+    start = time.perf_counter()
+    generate(picture, points_per_batch=64, points_per_crop=32)
+    stock_seconds = time.perf_counter() - start
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    embeds = torch.nn.functional.normalize(torch.randn(1203, model.clip.embed_dim), dim=-1)
+    model.config.max_detections = OBJECTS
+    start = time.perf_counter()
+    model(pixel_values=pixels, text_embeds=embeds, everything=True, proposal_threshold=0.0)
+    own = time.perf_counter() - start
+    print(f"  mask-generation, 32 x 32 points: {stock_seconds:.1f} s; everything, {OBJECTS} objects, refined and named: "
+          f"{own:.1f} s; x {stock_seconds / own:.1f} faster")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--skip-pipeline", action="store_true", help="leave out the comparison that takes minutes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    tiny = ovsam.load("ovsam-tiny").model
+    tiny.config.nms_threshold = tiny.config.mask_nms_threshold = 1.0
+    tiny.config.max_detections = INSTANCES
+    for name, model in (("SAM 2-tiny, 1024 px, random weights", random_model()), ("ovsam-tiny, 512 px", tiny)):
+        side = model.sam.image_size
+        pixels = torch.randn(1, 3, side, side)
+        print(f"{name}: words -> masks, {INSTANCES} instances, 300 locations, vocabulary cached")
+        words(model, pixels, arguments.repeats)
+        print(f"{name}: everything, named from 1,203 words")
+        everything(model, pixels, arguments.repeats)
+        if not arguments.skip_pipeline and model is not tiny:
+            print(f"{name}: against transformers' mask-generation pipeline")
+            against_pipeline(model, side)
+
+
+if __name__ == "__main__":
+    main()

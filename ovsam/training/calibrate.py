@@ -1,0 +1,220 @@
+"""Stage `calibrate`: temperature, shift and thresholds of a trained model, from held-out pictures.
+
+Temperature and shift make a word's score mean what it says: of each object, its own word against words that the picture
+was searched for and does not show, both counting alike (Platt 1999, with the shift inside the cosine). They go into the
+adapters' own parameters. The score threshold is then the lowest at which at most a given share of absent words returns
+anything; the objectness threshold (everything mode) the one with the best F1 of boxes.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import box_iou
+from tqdm import tqdm
+
+import ovsam
+from ovsam.adapters.clip2sam import Clip2SamAdapter
+from ovsam.adapters.concepts import ConceptHead
+from ovsam.boxes import masks_to_boxes
+from ovsam.data import SegmentationData
+from ovsam.errors import InputError
+from ovsam.evaluation import AP_FLOOR, ask
+from ovsam.results import write_whole
+from ovsam.scenes.freeze import related
+from ovsam.segmenter import Segmenter
+
+from .checkpoint import write_model
+from .data import read_data
+from .targets import LEAST
+
+THRESHOLDS = "thresholds.json"
+ABSENT_WORDS = 20  # asked of each picture in vain
+
+
+@dataclass
+class Held:
+    """One held-out picture: `encoded` as Segmenter gives it, boxes and word ids of its objects, words to ask for."""
+
+    encoded: tuple
+    boxes: Tensor  # [n, 4]
+    word_ids: Tensor  # [n], -1 without a name
+    present: list[int]
+    absent: list[int]
+
+
+@dataclass
+class Pairs:
+    """Cosines of objects and words with the scale and shift that make logits of them, and whether they belong."""
+
+    cosine: list[Tensor] = field(default_factory=list)
+    scale: list[Tensor] = field(default_factory=list)
+    shift: list[Tensor] = field(default_factory=list)
+    own: list[Tensor] = field(default_factory=list)
+
+    def add(self, embeds: Tensor, scale: Tensor, shift: Tensor, words: Tensor, own: Tensor) -> None:
+        """embeds [n, D], scale and shift [n, 1] or single, words [K, D], own [n, K] bool"""
+        cosine = embeds.float() @ words.float().T
+        for kept, value in ((self.cosine, cosine), (self.scale, scale), (self.shift, shift), (self.own, own)):
+            kept.append(value.float().expand_as(cosine).flatten().cpu())
+
+
+def calibrate_recipe(recipe: dict, folder: Path, device: str | None) -> Path:
+    """Calibrate what `[model] base` names on the recipe's [data]; write it as a whole model, with thresholds.json."""
+    if (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder} already holds a model; pass another --output.")
+    options = recipe["stage_args"]
+    segmenter = ovsam.load(recipe["model"]["base"], device=device)
+    data = read_data(recipe["data"], recipe["seed"], options["pictures"], segmenter.model.sam.image_size)
+    print(f"calibrating {recipe['model']['base']} on up to {options['pictures']} of\n{data.describe()}", flush=True)
+    found = calibrate(segmenter, data, recipe["seed"], **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(segmenter, folder)
+    write_whole(folder / THRESHOLDS, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    return folder
+
+
+@torch.no_grad()
+def calibrate(
+    segmenter: Segmenter,
+    data: SegmentationData,
+    seed: int,
+    pictures: int = 60,
+    absent: float = 0.03,
+    temperature: bool = True,
+) -> dict[str, float]:
+    """Set temperature, shift and thresholds of the segmenter's model in place.
+
+    Args:
+        data: held-out pictures.
+        seed: of the absent words.
+        pictures: how many are looked at.
+        absent: share of the absent words that may return something.
+        temperature: fit temperature and shift as well.
+
+    Returns:
+        the thresholds, by their names in the configuration.
+    """
+    model = segmenter.model
+    _, embeds = segmenter.embed([word.name for word in data.words])
+    if temperature:
+        naming, finding = Pairs(), Pairs()
+        for held in _pictures(segmenter, data, seed, pictures, "temperature"):
+            words = torch.tensor(held.present + held.absent, device=embeds.device)
+            named = held.word_ids >= 0
+            own = held.word_ids[named][:, None].to(words.device) == words
+            boxes = held.boxes[named][None].to(embeds.device)
+            if isinstance(model.clip2sam, Clip2SamAdapter) and len(own):
+                seen = model(features=held.encoded[1], input_boxes=boxes).class_embeds[0]
+                naming.add(seen, model.clip2sam.log_scale.exp(), model.clip2sam.logit_shift, embeds[words], own)
+            if isinstance(model.concepts, ConceptHead) and len(own):
+                out = held.encoded[1].concepts
+                fit = box_iou(boxes[0], out.boxes[0].float()) * out.objectness[0].sigmoid()
+                best = fit.argmax(1)  # the location of each object
+                where = (out.embeds[0, best], out.logit_scale[0, best], out.logit_shift[0, best])
+                finding.add(*where, embeds[words], own)
+        if naming.own:
+            factor, shift = _fit(naming, "names of masks")
+            model.clip2sam.log_scale += float(np.log(factor))
+            model.clip2sam.logit_shift += shift
+        if finding.own:
+            factor, shift = _fit(finding, "words of locations")
+            head = model.concepts.scale_shift  # a location's scale is elu(x) + 1, in practice x + 1
+            head.weight[0] *= factor
+            head.bias[0] = factor * head.bias[0] + factor - 1
+            head.bias[1] += shift
+    thresholds = _thresholds(segmenter, data, embeds, seed, pictures, absent)
+    for name, value in thresholds.items():
+        setattr(model.config, name, value)
+    return thresholds
+
+
+def _pictures(segmenter: Segmenter, data: SegmentationData, seed: int, pictures: int, title: str):
+    for index in tqdm(range(min(pictures, len(data))), desc=title):
+        sample = data[index]
+        image = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())  # [3, S, S] -> [S, S, 3]
+        large = sample["masks"].flatten(1).sum(1) >= LEAST
+        ids = sample["word_ids"][large]
+        present = sorted(set(sample["word_ids"].tolist()) - {-1})
+        absent = _absent(data.words, present, sample["known"], np.random.default_rng((seed, index)))
+        boxes = masks_to_boxes(sample["masks"][large])
+        if len(boxes):
+            yield Held(segmenter.encode(image), boxes, ids, present, absent)
+
+
+def _absent(words: list, present: list[int], known: Tensor, rng: np.random.Generator) -> list[int]:
+    """Words that the picture was searched for and does not show, none of which could be said of what it shows."""
+    here, chosen = [words[i] for i in present], []
+    for i in rng.permutation(len(words)).tolist():
+        fair = known[i] and i not in present
+        if fair and not any(related(word, words[i]) or related(words[i], word) for word in here):
+            chosen.append(i)
+        if len(chosen) == ABSENT_WORDS:
+            break
+    return chosen
+
+
+def _fit(pairs: Pairs, title: str) -> tuple[float, float]:
+    """The factor on the scale and the addition to the shift that make logits fit best (cross entropy)."""
+    cosine, scale, shift = (torch.cat(part).double() for part in (pairs.cosine, pairs.scale, pairs.shift))
+    own = torch.cat(pairs.own).double()
+    weight = torch.where(own > 0, 0.5 / own.sum().clamp(min=1), 0.5 / (1 - own).sum().clamp(min=1))
+    change = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # log of the factor, and the shift
+
+    def loss() -> Tensor:
+        logits = change[0].clamp(-1.5, 1.5).exp() * scale * (cosine + shift + change[1])
+        return F.binary_cross_entropy_with_logits(logits, own, weight, reduction="sum")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser = torch.optim.LBFGS([change], max_iter=100, line_search_fn="strong_wolfe")
+        before = loss().item()
+        optimiser.step(closure)
+    factor, moved = float(change[0].detach().clamp(-1.5, 1.5).exp()), change[1].item()
+    after = loss().item()
+    print(f"{title}: scale x {factor:.3f}, shift {moved:+.3f}; cross entropy {before:.3f} -> {after:.3f}")
+    return factor, moved
+
+
+def _thresholds(
+    segmenter: Segmenter, data: SegmentationData, embeds: Tensor, seed: int, pictures: int, share: float
+) -> dict[str, float]:
+    shown, fired, objects, locations = [], [], 0, []
+    for held in _pictures(segmenter, data, seed, pictures, "thresholds"):
+        asked = held.present + held.absent
+        names = [data.words[i].name for i in asked]
+        found = ask(segmenter, held.encoded, embeds[torch.tensor(asked, device=embeds.device)], names, AP_FLOOR)
+        best = dict.fromkeys(names, 0.0)
+        for name, score in zip(found["text_labels"], found["scores"].tolist(), strict=True):
+            best[name] = max(best[name], score)
+        shown += [best[data.words[i].name] for i in held.present]
+        fired += [best[data.words[i].name] for i in held.absent]
+        outputs = segmenter.model(features=held.encoded[1], everything=True, proposal_threshold=AP_FLOOR)
+        taken = box_iou(outputs.pred_boxes[0].cpu().float(), held.boxes) > 0.5  # [I, objects], best proposal first
+        for score, hits in zip(outputs.objectness[0].tolist(), taken, strict=True):
+            locations.append((score, bool(hits.any())))
+            taken = taken & ~hits  # an object is found once
+        objects += len(held.boxes)
+    if not fired or not shown:
+        raise InputError("No picture of [data] has both an object and a word that it was searched for in vain.")
+    score = float(np.quantile(fired, 1 - share))
+    grid = np.arange(0.05, 0.9, 0.01)
+    f1 = [2 * sum(h for s, h in locations if s >= t) / (sum(s >= t for s, _ in locations) + objects) for t in grid]
+    reached = float(np.mean(np.array(shown) >= score))
+    print(f"score >= {score:.3f}: {reached:.3f} of present words return something, {share} of absent ones")
+    print(f"objectness >= {grid[int(np.argmax(f1))]:.3f}: F1 of boxes {max(f1):.3f}")
+    return {
+        "score_threshold": round(score, 3),
+        "proposal_threshold": round(0.65 * score, 3),  # the adapter's half may still lift a location
+        "objectness_threshold": round(float(grid[int(np.argmax(f1))]), 3),
+    }

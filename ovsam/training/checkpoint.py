@@ -1,0 +1,51 @@
+"""Checkpoints and models that are either whole or not there: written beside their place, then renamed into it."""
+
+import shutil
+from pathlib import Path
+
+from ovsam.segmenter import Segmenter
+
+ADAPTERS = ("clip2sam", "concepts", "sam2clip")
+SAVING = ".saving"  # what a killed run leaves in it is never read
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def publish_checkpoint(folder: Path, name: str) -> None:
+    """Rename a finished `SAVING/name` to `name`, and only then delete the checkpoints before it."""
+    target = folder / name
+    (folder / SAVING / name).rename(target)
+    clear_saving(folder)
+    for old in list_checkpoints(folder):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def clear_saving(folder: Path) -> None:
+    shutil.rmtree(folder / SAVING, ignore_errors=True)
+
+
+def write_model(segmenter: Segmenter, folder: Path) -> None:
+    """A whole model as a folder that loads by itself (weights, configuration, processor, tokenizer, shim), and each of
+    its adapters as a folder in it. The weights come last: where they are, the rest is."""
+    saving, model = folder / SAVING, segmenter.model
+    clear_saving(folder)
+    model.save_pretrained(saving)
+    segmenter.processor.save_pretrained(saving)
+    for name in ADAPTERS:
+        if getattr(model, name, None) is not None:
+            getattr(model, name).save_pretrained(saving / name)
+    for part in sorted(saving.iterdir(), key=lambda path: path.name.startswith("model.safetensors")):
+        target = folder / part.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        part.replace(target)
+    clear_saving(folder)

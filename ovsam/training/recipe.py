@@ -1,0 +1,191 @@
+"""What a recipe.toml says: read, completed with defaults, overridden by the command line, and compared between runs."""
+
+import copy
+import inspect
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ovsam.errors import InputError
+from ovsam.results import write_whole
+
+from .stages import STAGES
+
+CALIBRATE = "calibrate"  # the one stage that follows no gradient (calibrate.py)
+NEEDED = ("stage", "seed", "data")
+# The keys of each section with their defaults; None: there is no default, the recipe has to say it. [data] and
+# [stage_args] are the reader's and the stage's own.
+SECTIONS: dict[str, dict[str, Any]] = {
+    "optim": {
+        "batch_size": None,  # of one process
+        "steps": None,
+        "learning_rate": None,
+        "weight_decay": 0.05,
+        "warmup_steps": 0,
+        "accumulate": 1,  # batches that make one step
+        "save_steps": 500,
+        "logging_steps": 50,
+        "workers": -1,  # processes that read pictures; -1: none on a CPU, up to 12 beside a GPU
+        "bf16": True,  # on a GPU
+        "gradient_checkpointing": False,
+    },
+    "eval": {"every": None, "data": None, "pictures": 64},
+    "rehearsal": {"share": 0.25, "scenes": {}},  # scenes: a SceneConfig
+}
+CALIBRATION = {"pictures": 60, "absent": 0.03, "temperature": True}  # the [stage_args] of calibrate
+MAY_BE_ZERO = {"weight_decay", "warmup_steps", "share", "workers", "absent"}
+TOP_LEVEL = {"stage", "seed", "data", "stage_args", "weights", "model", *SECTIONS}
+# What may differ between a run and its continuation, since it changes no weight.
+HARMLESS = ("optim.save_steps", "optim.logging_steps", "optim.workers", "eval.")
+RECORD = "recipe.json"
+
+
+def read_recipe(
+    path: Path,
+    steps: int | None = None,
+    data: str | os.PathLike | None = None,
+    images: str | os.PathLike | None = None,
+    settings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The recipe with every default filled in.
+
+    Args:
+        steps: instead of the recipe's.
+        data, images: a COCO json and the folder of its pictures, instead of the recipe's [data].
+        settings: `KEY=VALUE` instead of what the recipe says, such as `model.sam=facebook/sam2.1-hiera-large`.
+
+    Raises:
+        InputError: no such recipe, stage or key, something missing, or weights to start from that are not there.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no recipe at {path}; pass the path of a recipe.toml, such as one of adapters/.")
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a toml file: {error}.") from error
+    for setting in settings:
+        _set(recipe, setting)
+    if (data is None) != (images is None):
+        raise InputError("--data and --images go together: a COCO json, and the folder of its pictures.")
+    if data is not None:
+        own = {k: v for k, v in recipe.get("data", {}).items() if k not in ("format", "annotations", "images")}
+        own = own if recipe.get("data", {}).get("format") == "coco" else {}
+        recipe["data"] = {**own, "format": "coco", "annotations": str(data), "images": str(images)}
+    if missing := [key for key in NEEDED if key not in recipe]:
+        raise InputError(f"{path} lacks {', '.join(missing)}; the recipes of adapters/ show what is needed.")
+    if unknown := recipe.keys() - TOP_LEVEL:
+        raise InputError(f"{path} has {', '.join(sorted(unknown))}; a recipe knows {', '.join(sorted(TOP_LEVEL))}.")
+    if recipe["stage"] not in (*STAGES, CALIBRATE):
+        raise InputError(f"{path} asks for the stage {recipe['stage']!r}; there are {', '.join((*STAGES, CALIBRATE))}.")
+    recipe.setdefault("stage_args", {})
+    for name, defaults in SECTIONS.items():
+        always = {"optim": recipe["stage"] != CALIBRATE, "rehearsal": recipe["stage"] == "finetune"}
+        if name in recipe or always.get(name):
+            recipe[name] = _complete(path, name, recipe.get(name, {}), defaults, steps)
+    if recipe["stage"] == CALIBRATE:
+        recipe["stage_args"] = _complete(path, "stage_args", recipe["stage_args"], CALIBRATION, None)
+        if "base" not in recipe.get("model", {}):
+            raise InputError(f"{path} lacks base in [model]: a preset, a folder or a Hub id of the model to calibrate.")
+    _check_start(path, recipe)
+    return recipe
+
+
+def _set(recipe: dict, setting: str) -> None:
+    """`table.key=value`; the value is TOML's, or else a string."""
+    name, equals, value = setting.partition("=")
+    *tables, key = name.strip().split(".")
+    if not equals or not all((*tables, key)):
+        raise InputError(f"--set {setting} cannot be read; write KEY=VALUE, such as optim.learning_rate=1e-4.")
+    for table in tables:
+        recipe = recipe.setdefault(table, {})
+        if not isinstance(recipe, dict):
+            raise InputError(f"--set {setting}: {table} is a value in the recipe, not a table.")
+    try:
+        recipe[key] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        recipe[key] = value.strip()
+
+
+def _complete(path: Path, name: str, given: dict, defaults: dict, steps: int | None) -> dict:
+    if unknown := given.keys() - defaults.keys():
+        known = ", ".join(sorted(defaults))
+        raise InputError(f"{path} has {', '.join(sorted(unknown))} in [{name}], which knows {known}.")
+    section = copy.deepcopy(defaults) | given
+    if name == "optim" and steps is not None:
+        section["steps"] = steps
+    if missing := [key for key, value in section.items() if value is None]:
+        raise InputError(f"{path} lacks {', '.join(missing)} in [{name}].")
+    for key, value in section.items():
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if numeric and key != "workers" and (value < 0 or value == 0 and key not in MAY_BE_ZERO):
+            raise InputError(f"{path} says {key} = {value} in [{name}]; it must be more than 0.")
+    return section
+
+
+def stage_parameters(stage: type) -> dict[str, inspect.Parameter]:
+    """What a stage's constructor takes; a stage may pass on to its parent what it does not take itself."""
+    accepted: dict[str, inspect.Parameter] = {}
+    for base in stage.__mro__:
+        own = dict(inspect.signature(base).parameters)
+        accepted = own | accepted
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+            break
+    return {n: p for n, p in accepted.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
+def _check_start(path: Path, recipe: dict) -> None:
+    """The stage takes its arguments, and what it starts from is there."""
+    given, model = recipe["stage_args"], recipe.get("model", {})
+    if recipe["stage"] != CALIBRATE:
+        accepted = stage_parameters(STAGES[recipe["stage"]])
+        built = {"words", "towers"} | ({"model"} if "base" in model else set())  # these the engine makes
+        names = accepted.keys() - built
+        if unknown := given.keys() - names:
+            takes = ", ".join(sorted(names)) or "none"
+            raise InputError(
+                f"{path} has {', '.join(sorted(unknown))} in [stage_args]; the stage {recipe['stage']} takes {takes}."
+            )
+        missing = {n for n in names if accepted[n].default is inspect.Parameter.empty} - given.keys()
+        if missing == {"model"}:
+            raise InputError(f"{path} lacks base in [model]: a preset, a folder or a Hub id of the model to fine-tune.")
+        if missing:
+            raise InputError(f"{path} lacks {', '.join(sorted(missing))} in [stage_args].")
+        if "towers" in accepted and not model:
+            raise InputError(f"{path} lacks [model]: the towers that the stage {recipe['stage']} stands on.")
+    for key, value in (("weights", recipe.get("weights")), *given.items()):
+        if key.endswith("weights") and value and not Path(value).is_file():
+            raise InputError(f"{path} starts from {value}, which is not there; train that recipe first.")
+
+
+def _flat(section: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def record_recipe(folder: Path, recipe: dict) -> None:
+    """Remember in the output folder what its run is, so that a continuation can be compared with it."""
+    write_whole(folder / RECORD, lambda path: path.write_text(json.dumps(recipe, indent=1, sort_keys=True) + "\n"))
+
+
+def check_unchanged(folder: Path, recipe: dict) -> None:
+    """Raise InputError, saying what changed, unless the run in the folder was started with the same recipe and data."""
+    record = folder / RECORD
+    if not record.is_file():
+        raise InputError(f"{folder} holds a checkpoint but no {RECORD}; it is not known what was trained there.")
+    before, now = dict(_flat(json.loads(record.read_text()))), dict(_flat(json.loads(json.dumps(recipe))))
+    changed = [
+        f"{key} was {before.get(key, 'not set')!r} and is {now.get(key, 'not set')!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(HARMLESS)
+    ]
+    if changed:
+        raise InputError(
+            f"The run in {folder} cannot be resumed with another recipe: {'; '.join(changed)}. "
+            "Undo that, or start anew with another --output."
+        )

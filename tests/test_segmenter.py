@@ -1,0 +1,109 @@
+"""The three questions as a person asks them, of the embedded checkpoint, about a held-out scene."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ovsam
+from ovsam import InputError
+
+SCENE = "tests/data/emojiscenes-val/images/028.jpg"
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return ovsam.load("ovsam-tiny")
+
+
+@pytest.fixture(scope="module")
+def scene(segmenter):
+    return segmenter.encode(SCENE)
+
+
+def overlap(one, other) -> float:
+    return float((one & other).sum() / (one | other).sum())
+
+
+def test_phrases_stand_for_labels_and_each_instance_keeps_its_own(segmenter, scene):
+    words = {"automobile": "vehicle", "car": "vehicle", "saxophone": "instrument"}
+    found = segmenter.where(scene, words)
+    assert {"vehicle", "instrument"} == set(found.labels)
+    for one in found:
+        assert words[one.prompt] == one.label and one.topk[0][0] == one.label
+    both = {word: segmenter.where(scene, [word]) for word in ("automobile", "car")}
+    best = max(one.score for results in both.values() for one in results)
+    assert next(one for one in found if one.label == "vehicle").score == pytest.approx(best, abs=1e-4)
+
+
+def test_what_looks_more_like_a_negative_word_is_dropped_and_named(segmenter, scene):
+    plain = segmenter.where(scene, ["dog"])
+    told = segmenter.where(scene, ["dog"], negative=["dog face"])
+    assert len(plain) == 1 and len(told) == 0 and not plain.dropped
+    (dropped,) = told.dropped
+    assert dropped["text_label"] == "dog" and dropped["negative"] == "dog face"
+    assert dropped["negative_score"] > dropped["score"] == pytest.approx(plain[0].score)
+
+
+def test_presence_says_how_sure_each_word_is(segmenter, scene):
+    found = segmenter.where(scene, ["car", "saxophone"], threshold=0.9)
+    assert len(found) == 0 and 0.4 < found.presence["car"] < 0.9
+
+
+def test_an_exemplar_finds_its_kind_alone_and_beside_words(segmenter, scene):
+    car = segmenter.where(scene, ["car"])[0]
+    alone = segmenter.where(scene, exemplars=[car.box])
+    assert alone[0].label == "exemplar" and overlap(alone[0].mask, car.mask) > 0.8
+    elsewhere = segmenter.where(SCENE, exemplars=[(scene, car.box)])
+    assert [one.segmentation for one in elsewhere] == [one.segmentation for one in alone]
+    both = segmenter.where(scene, ["dog face"], exemplars={"mine": [car.box]})
+    assert {"dog face", "mine"} <= set(both.labels)
+    with pytest.raises(InputError, match="words, or exemplars"):
+        segmenter.where(scene)
+
+
+def test_a_mask_is_a_prompt(segmenter, scene):
+    """A rough mask gives the exact one, and the same name as its box."""
+    car = segmenter.where(scene, ["car"])[0]
+    rough = torch.from_numpy(car.mask).float()[None, None]
+    rough = torch.nn.functional.max_pool2d(rough, 9, 1, 4)[0] > 0  # four pixels too large all around
+    found = segmenter.what(scene, masks=rough, vocabulary=["car", "dog face", "saxophone"])
+    assert found[0].source == "mask" and found[0].label == "car"
+    assert overlap(found[0].mask, car.mask) > overlap(rough[0].numpy(), car.mask)
+    with pytest.raises(InputError, match="2 boxes for 1 masks"):
+        segmenter.what(scene, boxes=[car.box, car.box], masks=rough)
+
+
+def test_exclusive_masks_share_no_pixel(segmenter, scene):
+    shared = segmenter.everything(scene, threshold=0.1, nms=None)
+    apart = segmenter.everything(scene, threshold=0.1, nms=None, exclusive=True)
+    assert shared.masks.sum(0).max() > 1 == apart.masks.sum(0).max()
+    assert np.array_equal(apart.masks.any(0), shared.masks.any(0))
+
+
+def test_unrefined_masks_cost_no_decoding(segmenter, scene, monkeypatch):
+    refined = segmenter.where(scene, ["car"])[0]
+    monkeypatch.setattr(segmenter.model.sam, "decode", None)
+    rough = segmenter.where(scene, ["car"], refine=False)[0]
+    assert 0.7 < overlap(rough.mask, refined.mask) < 1
+
+
+def test_a_thing_across_the_seams_of_tiles_is_found_once(segmenter, scene):
+    expected = segmenter.where(scene, ["car"])[0]
+    large = Image.new("RGB", (1024, 640), "gray")
+    x, y = 380, 90  # the car lies across columns 525 to 595: seams are at 512 and 640
+    large.paste(Image.open(SCENE), (x, y))
+    found = segmenter.where(large, ["car"], tile=512)
+    there = np.zeros((640, 1024), dtype=bool)
+    there[y : y + 512, x : x + 512] = expected.mask
+    assert sum(overlap(one.mask, there) > 0.5 for one in found) == 1
+    with pytest.raises(InputError, match="pass the picture itself"):
+        segmenter.where(scene, ["car"], tile=512)
+
+
+def test_filtering_again_runs_no_model(segmenter, scene, monkeypatch):
+    found = segmenter.everything(scene, threshold=0.2)
+    monkeypatch.setattr(segmenter, "model", None)
+    fewer = found.filter(score=0.45, min_area=1000)
+    assert 0 < len(fewer) < len(found)
+    assert all(one.score >= 0.45 and one.area >= 1000 for one in fewer)
