@@ -40,7 +40,8 @@ def maps_at_strides(maps: tuple[Tensor, ...], size: tuple[int, int]) -> tuple[Te
     """
     grids = [tuple(side // stride for side in size) for stride in (4, 8, 16, 32)]
     return tuple(
-        m if m.shape[-2:] == grid else F.interpolate(m, size=grid, mode="bilinear", antialias=True)
+        # In float32: on CPU there is no other kernel.
+        m if m.shape[-2:] == grid else F.interpolate(m.float(), size=grid, mode="bilinear", antialias=True).to(m.dtype)
         for m, grid in zip(maps, grids, strict=True)
     )
 

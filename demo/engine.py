@@ -1,0 +1,209 @@
+"""What the page asks of ovsam: models, the features of pictures, and the limits of both. No Gradio in here."""
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils._pytree import tree_leaves, tree_map
+
+import ovsam
+from ovsam.images import open_image
+from ovsam.presets import EMBEDDED, PRESETS
+from ovsam.vocabulary import Vocabulary
+
+try:  # on a ZeroGPU Space a GPU is lent for the length of one such call
+    from spaces import GPU as on_gpu
+except ImportError:
+
+    def on_gpu(run: Callable) -> Callable:
+        return run
+
+
+ON_SPACE = "SPACE_ID" in os.environ
+FLOOR = 0.1  # questions are asked down to about this score, so that the sliders need not ask again
+MAX_MEGABYTES = 20
+MAX_PIXELS = 25_000_000
+PICTURES_A_SESSION = 3
+FEATURE_BYTES = int(float(os.environ.get("OVSAM_DEMO_GB", 2)) * 1e9)  # features of all sessions together
+MODELS = 2  # in memory at a time
+VOCABULARIES = 8  # embedded ones in memory, a model
+
+
+class Models:
+    """Loaded models by name, least recently used first out."""
+
+    def __init__(self):
+        self._kept: OrderedDict[str, ovsam.Segmenter] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> ovsam.Segmenter:
+        name = (name or "").strip()
+        if not name:
+            raise ovsam.InputError("Choose a model: a preset, a folder, or a Hub id such as ORG/NAME.")
+        if ON_SPACE and name not in PRESETS and (name.count("/") != 1 or Path(name).exists()):
+            raise ovsam.InputError("On a Space a model is a preset or a Hub id such as ORG/NAME, not a folder.")
+        with self._lock:
+            if name not in self._kept:
+                segmenter = ovsam.load(name)
+                segmenter.embed = remember(segmenter.embed)
+                self._kept[name] = segmenter
+                while len(self._kept) > MODELS:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(name)
+            return self._kept[name]
+
+
+def remember(embed: Callable) -> Callable:
+    """Keep the last embedded vocabularies, or every click would embed the 80 words of COCO again."""
+    kept: OrderedDict[Any, Any] = OrderedDict()
+
+    def wrapper(words):
+        vocabulary = words if isinstance(words, Vocabulary) else Vocabulary(words)
+        key = tuple(vocabulary.as_mapping().items())
+        kept[key] = kept.pop(key) if key in kept else embed(vocabulary)
+        while len(kept) > VOCABULARIES:
+            kept.popitem(last=False)
+        return kept[key]
+
+    return wrapper
+
+
+class Features:
+    """Features of pictures, on the CPU: a few a session, so many bytes in all; the least recently used go first.
+
+    What went is made again when it is asked for, so that no session ever sees it go.
+    """
+
+    def __init__(self, a_session: int = PICTURES_A_SESSION, size: int = FEATURE_BYTES):
+        self.a_session, self.size = a_session, size
+        self._kept: OrderedDict[tuple[str, str, str], Any] = OrderedDict()  # (session, model, picture)
+        self._sizes: dict[tuple[str, str, str], int] = {}
+        self._lock = threading.RLock()
+
+    def get(self, session: str, model: str, picture: str, make: Callable[[], Any]) -> Any:
+        key = (session, model, picture)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = features = make()
+                tensors = [leaf for leaf in tree_leaves(features) if isinstance(leaf, torch.Tensor)]
+                self._sizes[key] = sum(tensor.nbytes for tensor in tensors)
+            self._kept.move_to_end(key)
+            features = self._kept[key]
+            own = [other for other in self._kept if other[0] == session]
+            for other in own[: -self.a_session]:
+                self._drop(other)
+            while self.bytes > self.size and self._kept:
+                self._drop(next(iter(self._kept)))
+            return features
+
+    def forget(self, session: str) -> None:
+        with self._lock:
+            for key in [key for key in self._kept if key[0] == session]:
+                self._drop(key)
+
+    def _drop(self, key: tuple[str, str, str]) -> None:
+        del self._kept[key], self._sizes[key]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+models = Models()
+features = Features()
+seconds: dict[str, float] = {}  # how long a picture took each model the last time
+
+
+def ask(model: str, session: str, picture: "Upload", question: str | None, **arguments) -> ovsam.Results | None:
+    """Put a question, a method of Segmenter, to a picture; None only encodes it, so that the next answer is quick."""
+    models.get(model)  # here, not on the GPU, whose time is counted
+    encoded = features.get(session, model, picture.sha256, lambda: encode(model, picture))
+    if question is None:
+        return None
+    found = answer(model, question, picture.open(), encoded, arguments)
+    found.file_name = picture.name
+    return found
+
+
+def default_score(model: str, question: str) -> float:
+    config = models.get(model).model.config
+    return config.objectness_threshold if question == "everything" else config.score_threshold
+
+
+def floor(model: str, score: float) -> float:
+    """The score to ask down to, so that what scores this much is what the library finds, and sliders can go lower.
+
+    Below its proposal_threshold a model would look at more places, and find more that scores well.
+    """
+    return min(max(FLOOR, models.get(model).model.config.proposal_threshold), score)
+
+
+def encode(model: str, picture: "Upload") -> Any:
+    start = time.perf_counter()
+    encoded = encode_on_device(model, picture.open())
+    seconds[model] = time.perf_counter() - start
+    return encoded
+
+
+@on_gpu
+def encode_on_device(model: str, picture: Image.Image) -> Any:
+    return to_device(models.get(model).encode(picture)[1], "cpu")
+
+
+@on_gpu
+def answer(model: str, question: str, picture: Image.Image, encoded: Any, arguments: dict) -> ovsam.Results:
+    segmenter = models.get(model)
+    return getattr(segmenter, question)((picture, to_device(encoded, segmenter.model.device)), **arguments)
+
+
+def to_device(encoded: Any, device: Any) -> Any:
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, encoded)
+
+
+class Upload:
+    """A picture on disk that keeps to the limits, known by what it holds."""
+
+    def __init__(self, path: Path, name: str, sha256: str):
+        self.path, self.name, self.sha256 = path, name, sha256
+        if path.stat().st_size > MAX_MEGABYTES * 1e6:
+            raise ovsam.InputError(f"{name} has more than {MAX_MEGABYTES} MB; save it smaller, as JPEG for one.")
+        check_pixels(path, name)
+        self.size = self.open().size  # width and height, upright
+
+    def open(self) -> Image.Image:
+        try:
+            return open_image(self.path)
+        except ovsam.InputError as error:  # where the file lies on this machine is nobody's business
+            raise ovsam.InputError(str(error).replace(str(self.path), self.name)) from error
+
+
+def check_pixels(path: Path, name: str) -> None:
+    """Read the size in the header, before anything is decoded; files without one are for `open_image` to refuse."""
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return
+    if width * height > MAX_PIXELS:
+        raise ovsam.InputError(
+            f"{name} has {width}x{height} pixels; {MAX_PIXELS // 10**6} million are the most here. Make it smaller."
+        )
+
+
+def speed(model: str) -> str:
+    """What a picture costs here, in one sentence; measured, never guessed."""
+    device = models.get(model).model.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
+    note = " It knows pictograms, not photographs." if model == EMBEDDED else ""
+    if model not in seconds:
+        return f"On {where}; the first picture will show how long one takes.{note}"
+    return f"A picture takes {seconds[model]:.1f} s on {where}, once; questions about it are quicker.{note}"
