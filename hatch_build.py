@@ -141,6 +141,7 @@ def get_build_hook() -> type:
             # An editable install reads hub/ itself, and the sdist carries hub/ as it is.
             if self.target_name == "wheel" and version == "standard":
                 build_data["force_include"][str(folder)] = f"ovsam/_checkpoints/{folder.name}"
+                build_data["force_include"][str(Path(self.root, "demo"))] = "ovsam/_demo"
 
     return CheckpointHook
 

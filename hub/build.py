@@ -219,7 +219,5 @@ if __name__ == "__main__":
     if arguments.cards:
         write_cards(arguments.folder)
         sys.exit()
-    calibrated = arguments.runs / "thresholds.json"
-    build_tiny(
-        arguments.runs, arguments.folder, json.loads(calibrated.read_text()) if calibrated.is_file() else {}
-    )
+    calibrated = arguments.runs / "calibrate-tiny" / "thresholds.json"
+    build_tiny(arguments.runs, arguments.folder, json.loads(calibrated.read_text()) if calibrated.is_file() else {})

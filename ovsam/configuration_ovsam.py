@@ -39,8 +39,8 @@ class OVSamConfig(RemoteCodeConfig):
     default below which words and everything return nothing; `proposal_threshold` the lower one below which a location
     is not even refined; `max_locations` how many locations words are compared with, 0 for all. `objectness_weight` is
     objectness' share in the score of a word: score = p(word)^(1 - w) * objectness^w (OWLv2's own scores: 0).
-    `exemplar_scale`: an exemplar is a word whose embedding has this length, since cosines between two pictures of a kind
-    run higher than those between a picture and its word (0.82 against 0.20 in ovsam-tiny).
+    `exemplar_scale`: an exemplar is a word whose embedding has this length, since cosines between two pictures of a
+    kind run higher than those between a picture and its word (0.82 against 0.20 in ovsam-tiny).
     """
 
     model_type = "ovsam"

@@ -165,8 +165,8 @@ def encode_image(
     pixel_values = pixel_values.to(model.dtype)
     if model.config.composition == "sam":
         sam = model.sam.encode(pixel_values)
-        # SAM's pyramid ends at stride 16, and SAM 1's is no more than that: the finer maps are then the same, resampled,
-        # and the adapters' fourth map is that of stride 16, halved.
+        # SAM's pyramid ends at stride 16, and SAM 1's is no more: the finer maps are then the same one, resampled.
+        # The adapters' fourth map is that of stride 16, halved.
         finer = (sam.pyramid[0],) * (3 - len(sam.pyramid))
         maps = (*finer, *sam.pyramid, F.avg_pool2d(sam.pyramid[-1], 2))
         return OVSamFeatures(sam=sam, maps=maps_at_strides(maps, tuple(pixel_values.shape[-2:])))

@@ -26,7 +26,8 @@ class FakeSegmenter:
         mask[:, : image.height // 2] = True
         return Results.from_arrays(mask, [label], [0], [0.75], [0.5], [label], source, model="fake")
 
-    def where(self, image, words, negative=(), threshold=None):
+    def where(self, image, words, negative=(), threshold=None, **how):
+        self.how = how
         self.asked.append(("where", words.prompts, list(negative), threshold))
         return self._find(image, words.labels[0], "text")
 
@@ -34,7 +35,8 @@ class FakeSegmenter:
         self.asked.append(("what", points, labels, boxes, vocabulary and vocabulary.prompts))
         return self._find(image, "thing", "point")
 
-    def everything(self, image, vocabulary=None, threshold=None):
+    def everything(self, image, vocabulary=None, threshold=None, **how):
+        self.how = how
         self.asked.append(("everything", vocabulary and len(vocabulary.prompts), threshold))
         return self._find(image, "thing", "auto")[:0]
 

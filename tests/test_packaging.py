@@ -159,7 +159,8 @@ def test_only_the_standard_wheel_gets_the_checkpoint_added(tmp_path, monkeypatch
     hook.initialize(version, build_data)
     folder = tmp_path / "hub/ovsam-tiny"
     assert built == [folder]
-    assert build_data["force_include"] == ({str(folder): "ovsam/_checkpoints/ovsam-tiny"} if added else {})
+    carried = {str(folder): "ovsam/_checkpoints/ovsam-tiny", str(tmp_path / "demo"): "ovsam/_demo"}
+    assert build_data["force_include"] == (carried if added else {})
 
 
 def test_hook_ends_with_the_sentence(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from ovsam.errors import InputError
 from ovsam.results import write_whole
 from ovsam.scenes.words import Word
 from ovsam.segmenter import Segmenter
+from ovsam.vocabulary import Vocabulary
 
 from .calibrate import calibrate_recipe
 from .checkpoint import SAVING, checkpoint_step, clear_saving, list_checkpoints, publish_checkpoint, write_model
@@ -116,7 +117,8 @@ def train_recipe(
         draw_curves(folder)
         if base is not None:
             # Without words from a user, it names what it was tuned for, and what it knew before.
-            vocabulary = [word.name for word in source.words] + list(base.model.config.vocabulary or ())
+            known = base.model.config.vocabulary  # a list, the name of a built-in one, or none
+            vocabulary = [word.name for word in source.words] + (Vocabulary(known).labels if known else [])
             base.model.config.vocabulary = list(dict.fromkeys(vocabulary))
             write_model(base, folder)
         else:
