@@ -103,22 +103,21 @@ def proposers(segmenter: ovsam.Segmenter, frozen: Frozen) -> None:
               f"{np.median(times):.2f} s a picture")  # fmt: skip
 
 
-def exemplars(segmenter: ovsam.Segmenter, frozen: Frozen) -> None:
-    """A box around a thing in one scene finds its kind in others, and not where there is none."""
-    first: dict[str, tuple] = {}
+def exemplars(segmenter: ovsam.Segmenter) -> None:
+    """A box around a thing in one scene finds its kind in others, and not where there is none. Scenes of 60 words."""
+    scenes = [draw_scene(SEED + 2, index, BASE[::20], SceneConfig(min_size=48)) for index in range(24)]
+    encoded = [segmenter.encode(scene.image) for scene in scenes]
     found, false = [], []
-    pictures = [(path, truth, names) for path, truth, names in frozen]
-    for path, truth, names in pictures:
-        x, y, width, height = rle.bbox(rle.encode(truth[0]))
-        first.setdefault(names[0], (path, [x, y, x + width, y + height]))
-    for name, (path, box) in first.items():
-        example = (segmenter.encode(path), box)
-        others = [p for p in pictures if p[0] != path]
-        for with_it in [p for p in others if name in p[2]][:3]:
-            own = with_it[1][[each == name for each in with_it[2]]]
-            found += hits(segmenter.where(with_it[0], exemplars=[example]).masks, own).tolist()
-        for without in [p for p in others if name not in p[2]][:3]:
-            false.append(len(segmenter.where(without[0], exemplars=[example])) > 0)
+    for scene, image in zip(scenes, encoded, strict=True):
+        word = scene.word_ids[0]
+        x, y, width, height = rle.bbox(rle.encode(scene.index_map == 1))
+        example = (image, [x, y, x + width, y + height])
+        others = [pair for pair in zip(scenes, encoded, strict=True) if pair[0] is not scene]
+        for other, picture in [pair for pair in others if word in pair[0].word_ids][:4]:
+            own = np.array([other.index_map == i + 1 for i, each in enumerate(other.word_ids) if each == word])
+            found += hits(segmenter.where(picture, exemplars=[example]).masks, own).tolist()
+        for _, picture in [pair for pair in others if word not in pair[0].word_ids][:4]:
+            false.append(len(segmenter.where(picture, exemplars=[example])) > 0)
     print(f"an exemplar of another picture: recall {np.mean(found):.3f} ({len(found)} objects), "
           f"pictures without the thing that return anything: {np.mean(false):.3f} ({len(false)})")  # fmt: skip
 
@@ -183,12 +182,13 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=30, help="of the frozen set")
     kinds = ("locations", "proposers", "exemplars", "tiles", "memory")
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     segmenter, frozen = ovsam.load("ovsam-tiny"), Frozen(arguments.scenes)
     for kind in arguments.only:
         ask = globals()[kind]
-        ask(segmenter) if kind in ("tiles", "memory") else ask(segmenter, frozen)
+        ask(segmenter, frozen) if kind in ("locations", "proposers") else ask(segmenter)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,7 @@ class Segmenter:
             masks: [n, H, W] bool over the picture, an object each: rough masks to be made exact, such as an earlier
                 result's; together with points, one.
         """
+        points, boxes = _floats(points), _floats(boxes)
         if not points and not boxes and masks is None:
             raise InputError("Pass points, boxes or masks: what to name.")
         if labels and len(labels) != len(points or ()):
@@ -348,6 +349,11 @@ class Segmenter:
             probe = self._encode_words(["dog", "a red ball", "zzyzx"]).float().cpu()
             self._text_hash = hashlib.sha256((probe * 1e4).round().numpy().tobytes()).hexdigest()[:16]
         return self._text_hash
+
+
+def _floats(rows) -> list[list[float]]:
+    """Points or boxes as lists of plain numbers, whatever they were: lists, arrays, tensors."""
+    return [] if rows is None else [[float(number) for number in row] for row in rows]
 
 
 def _labels(words: Vocabulary | None) -> list[str] | None:

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
+from ovsam.data import SceneDataset
 from ovsam.scenes.drawing import SceneConfig, draw_scene, sprites
 from ovsam.scenes.freeze import deepest_point, related
 from ovsam.scenes.words import Word, all_words, synonyms
-from ovsam.training.data import SceneDataset
 
 VAL = Path(__file__).parent / "data" / "emojiscenes-val"
 

@@ -74,6 +74,15 @@ def test_a_mask_is_a_prompt(segmenter, scene):
         segmenter.what(scene, boxes=[car.box, car.box], masks=rough)
 
 
+def test_prompts_may_be_arrays(segmenter, scene):
+    box = [145, 37, 215, 89]
+    plain = segmenter.what(scene, boxes=[box], vocabulary=["car", "dog face"])
+    for boxes in (np.array([box], dtype=np.int64), torch.tensor([box])):
+        assert segmenter.what(scene, boxes=boxes, vocabulary=["car", "dog face"])[0] == plain[0]
+    clicked = segmenter.what(scene, points=np.array([[180, 60]]), vocabulary=["car", "dog face"])
+    assert clicked[0].label == "car"
+
+
 def test_exclusive_masks_share_no_pixel(segmenter, scene):
     shared = segmenter.everything(scene, threshold=0.1, nms=None)
     apart = segmenter.everything(scene, threshold=0.1, nms=None, exclusive=True)
