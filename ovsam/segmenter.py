@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor
 from ovsam.checkpoints import find_checkpoint
 from ovsam.compose import compose
 from ovsam.configuration_ovsam import OVSamConfig
+from ovsam.edges import edge_map
 from ovsam.errors import InputError
 from ovsam.images import Picture, open_image
 from ovsam.modeling_ovsam import OVSamFeatures, OVSamModel, OVSamOutput
@@ -174,6 +175,18 @@ class Segmenter:
         """All there is, named from the vocabulary or else from the checkpoint's own; the rest as in `where`."""
         question = _Asked("auto", *self._names(vocabulary), None, threshold, proposer, refine, post)
         return self._propose(image, question, tile)
+
+    @torch.no_grad()
+    def edges(self, image: Picture | tuple[Picture, OVSamFeatures]) -> Tensor:
+        """The edges of the things in a picture, [H, W] in [0, 1], out of the masks of everything (ovsam/edges.py). They
+        are thin on the mask decoder's grid, a quarter of the model input, and enlarged from there."""
+        picture, features = self._encoded(image)
+        outputs = self.model(features=features, everything=True)
+        grid = edge_map(outputs.pred_masks[0, :, 0].float().sigmoid())  # [h, w]
+        across, down = self.processor.picture_share(picture.height, picture.width)
+        grid = grid[: round(down * grid.shape[0]), : round(across * grid.shape[1])]
+        size = picture.height, picture.width
+        return torch.nn.functional.interpolate(grid[None, None], size, mode="bilinear", align_corners=False)[0, 0]
 
     def what(
         self,

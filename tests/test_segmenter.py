@@ -83,6 +83,17 @@ def test_prompts_may_be_arrays(segmenter, scene):
     assert clicked[0].label == "car"
 
 
+def test_edges_run_along_the_things(segmenter, scene):
+    edges = segmenter.edges(scene)
+    assert edges.shape == (512, 512) and edges.max() <= 1
+    car = torch.from_numpy(segmenter.where(scene, ["car"])[0].mask).float()[None, None]
+    rim = torch.nn.functional.max_pool2d(car, 9, 1, 4) + torch.nn.functional.max_pool2d(-car, 9, 1, 4) > 0
+    # Far more than anywhere, up to the strongest; edges of its parts lie inside.
+    assert edges[rim[0, 0]].mean() > 4 * edges.mean() and edges[rim[0, 0]].max() > 0.9
+    corner = edges[440:, :120]  # nothing lies there
+    assert corner.max() < 0.01
+
+
 def test_exclusive_masks_share_no_pixel(segmenter, scene):
     shared = segmenter.everything(scene, threshold=0.1, nms=None)
     apart = segmenter.everything(scene, threshold=0.1, nms=None, exclusive=True)
