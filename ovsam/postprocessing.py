@@ -20,6 +20,8 @@ from ovsam.nms import NMS, mask_overlap, within
 
 Words = Sequence[str] | Mapping[str, str]
 
+TIE = 1e-4  # scores of one word differ by rounding with the words that are encoded beside it
+
 
 @dataclass
 class Asked:
@@ -169,7 +171,7 @@ def select(
         order = (rank >= threshold).nonzero()[:, 0]
         if outputs.negative_scores is not None:
             unwanted, like = outputs.negative_scores[image, index[order]].float().max(-1)
-            lost = unwanted >= score[order]
+            lost = unwanted >= score[order] - TIE
             columns = phrase_ids[order[lost]], score[order[lost]], like[lost], unwanted[lost]
             for phrase, own, word, other in zip(*(column.tolist() for column in columns), strict=True):
                 label = asked.labels[asked.label_ids[phrase]] if phrase >= 0 else None

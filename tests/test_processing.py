@@ -346,6 +346,17 @@ def test_what_was_dropped_says_why():
     assert inputs["negative_labels"] == ["moon"]
 
 
+def test_a_word_and_itself_as_a_negative_are_a_tie_whatever_the_rounding():
+    logits = [[2.0, 1.0]]
+    for rounding in (-1e-6, 0.0, 1e-6):
+        found = post_process(
+            proposals(APART[:1], [1.0], logits, [[2.0 + rounding]], everything=True),
+            text_labels=["cat", "dog"],
+            negative_labels=["cat"],
+        )
+        assert len(found["scores"]) == 0 and found["dropped"][0]["negative"] == "cat"
+
+
 def test_other_kinds_of_nms():
     masks = blocks((0, 0, 10, 10), (0, 0, 10, 9), (20, 20, 20, 20))  # IoU 0.9; the last is empty
     out = proposals(masks, [1.0, 1.0, 1.0], [[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]], everything=True)
