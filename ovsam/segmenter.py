@@ -223,9 +223,9 @@ class Segmenter:
         source: str = "mask"
         prompts: list = ["mask"] * len(outputs.pred_masks[0])
         if points:
-            source, prompts = "point", [list(map(list, points))]
+            source, prompts = "point", [points]
         elif boxes:
-            source, prompts = "box", [list(box) for box in boxes]
+            source, prompts = "box", boxes
         return self._results(outputs, picture, _Asked(source, words), prompts=prompts)
 
     @torch.no_grad()
@@ -234,9 +234,9 @@ class Segmenter:
         _check_inside(picture.size, points, boxes)
         inputs = self.processor(
             original_sizes=[(picture.height, picture.width)],
-            input_points=[[list(map(list, points))]] if points else None,
+            input_points=[[points]] if points else None,
             input_labels=[[list(labels or [1] * len(points))]] if points else None,
-            input_boxes=[list(map(list, boxes))] if boxes else None,
+            input_boxes=[boxes] if boxes else None,
         )
         prompts = {k: inputs[k] for k in ("input_points", "input_labels", "input_boxes") if k in inputs}
         if masks is not None:
@@ -305,7 +305,7 @@ class Segmenter:
         for label, boxes in by_label.items():
             for number, given in enumerate(boxes, 1):
                 on, box = given if len(given) == 2 else (image, given)
-                found = self._prompt(self._encoded(on), boxes=[box])
+                found = self._prompt(self._encoded(on), boxes=_floats([box]))
                 rows.append(found.class_embeds[0].float() * self.model.config.exemplar_scale)
                 labels[f"{label} as in exemplar {number}"] = label
         return Vocabulary(labels), torch.cat(rows)

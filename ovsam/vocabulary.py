@@ -134,14 +134,6 @@ class Vocabulary:
         """{prompt: label}"""
         return {prompt: self.labels[i] for prompt, i in zip(self.prompts, self.prompt_label_ids, strict=True)}
 
-    def reduce(self, scores: "torch.Tensor") -> "torch.Tensor":
-        """Scores of the prompts [..., K] -> scores of the labels [..., len(labels)]: the best of a label's synonyms."""
-        import torch
-
-        index = torch.tensor(self.prompt_label_ids, device=scores.device).expand_as(scores)
-        best = scores.new_full((*scores.shape[:-1], len(self.labels)), float("-inf"))
-        return best.scatter_reduce(-1, index, scores, "amax")
-
 
 def check_text_length(phrases: Sequence[str], lengths: Sequence[int], max_length: int) -> None:
     """Refuse phrases that a text tower cannot read whole.

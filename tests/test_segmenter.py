@@ -56,6 +56,8 @@ def test_an_exemplar_finds_its_kind_alone_and_beside_words(segmenter, scene):
     assert alone[0].label == "exemplar" and overlap(alone[0].mask, car.mask) > 0.8
     elsewhere = segmenter.where(SCENE, exemplars=[(scene, car.box)])
     assert [one.segmentation for one in elsewhere] == [one.segmentation for one in alone]
+    as_array = segmenter.where(scene, exemplars=[np.array(car.box, dtype=np.int64)])
+    assert [one.segmentation for one in as_array] == [one.segmentation for one in alone]
     both = segmenter.where(scene, ["dog face"], exemplars={"mine": [car.box]})
     assert {"dog face", "mine"} <= set(both.labels)
     with pytest.raises(InputError, match="words, or exemplars"):

@@ -42,19 +42,6 @@ def test_synonyms_share_a_label():
     assert vocabulary.as_mapping() == {"puppy": "dog", "cat": "cat", "hound": "dog"}
 
 
-def test_reduce_takes_the_best_synonym():
-    vocabulary = Vocabulary({"puppy": "dog", "cat": "cat", "hound": "dog"})
-    scores = torch.tensor([[0.1, 0.5, 0.7], [-3.0, -2.0, -4.0]])
-    assert torch.equal(vocabulary.reduce(scores), torch.tensor([[0.7, 0.5], [-3.0, -2.0]]))
-
-
-def test_reduce_in_half_precision_finds_labels_beyond_2048():
-    vocabulary = Vocabulary([f"word {index}" for index in range(4001)])
-    scores = torch.zeros(4001, dtype=torch.float16)
-    scores[3999] = 1
-    assert vocabulary.reduce(scores).argmax() == 3999
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
