@@ -1,19 +1,25 @@
-"""Builds the text tower's weights, which git does not track, and puts the embedded checkpoint into the wheel.
+"""Builds the weights that git does not track, and puts the embedded checkpoint into the wheel.
 
 hub/ovsam-tiny is complete in git but for one shard of 45 MB, text_model.safetensors: all-MiniLM-L6-v2 (Apache-2.0) in
-half precision. This build hook makes it on `pip install`; `python hatch_build.py` makes it alone. Only the standard
-library and numpy are used, since torch does not exist in a build environment.
+half precision. Its variant of one backbone, hub/ovsam-tiny-clip, has no weights in git at all: they are those of
+hub/ovsam-tiny without the SAM side's image encoder, and those of adapters/sam2clip-tiny, which stand in for it.
+
+This build hook makes both on `pip install -e .`, and `python hatch_build.py` makes them alone; the wheel carries
+hub/ovsam-tiny. Only the standard library and numpy are used, since torch does not exist in a build environment.
 """
 
+import filecmp
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
@@ -32,9 +38,19 @@ HUB_FILE = "sentence-transformers/all-MiniLM-L6-v2/resolve/c9745ed1d9f207416be6d
 PREFIX = "clip.text_model."  # where the tower sits in OVSamModel
 UNUSED = ("pooler.", "embeddings.position_ids")  # the tower is mean-pooled; position_ids is a buffer, not a weight
 
+# The variant, and what it is made of: of CHECKPOINT all but what only its SAM side's image encoder needs, the adapter
+# that stands in for that, and files that are the same in both.
+VARIANT = "hub/ovsam-tiny-clip"
+ADAPTER = "adapters/sam2clip-tiny/model.safetensors"
+ADAPTER_PREFIX = "sam2clip."
+IMAGE_SHARD = "vision_model.safetensors"
+LEFT_OUT = ("sam.model.vision_encoder.", "sam.model.no_memory_embedding")
+COMMON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+REMEDY = "check it out again (`git checkout`), then run `python hatch_build.py`"
 
-class TextShardError(RuntimeError):
-    """The shard could not be built; the message says why and what to do."""
+
+class ShardError(RuntimeError):
+    """Weights could not be built; the message says why and what to do."""
 
 
 def weights_from_package() -> bytes:
@@ -65,23 +81,43 @@ def to_text_shard(weights: bytes) -> bytes:
     The result depends on the tensors alone, not on their order in the file. Raises ValueError for anything that is
     not a safetensors file.
     """
+    tensors = read_safetensors(weights)
+    kept = {}
+    for name in sorted(tensors):
+        if not name.startswith(UNUSED):
+            _, shape, values = tensors[name]
+            kept[PREFIX + name] = "F16", shape, np.frombuffer(values, dtype="<f4").astype("<f2").tobytes()
+    return to_safetensors(kept)
+
+
+Tensors = dict[str, tuple[str, list[int], bytes]]  # by name: dtype, shape and values as safetensors writes them
+
+
+def read_safetensors(content: bytes) -> Tensors:
+    """The tensors of a safetensors file. Raises ValueError for anything else, a file that was cut off among it."""
     # The format: 8 bytes of header length, a JSON header with dtype, shape and byte range of each tensor, the data.
-    data = 8 + int.from_bytes(weights[:8], "little")
-    tensors = json.loads(weights[8:data])
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        if not 0 <= first <= last <= len(content) - start:
+            raise ValueError(f"{name} lies outside of the file")
+        tensors[name] = entry["dtype"], entry["shape"], content[start + first : start + last]
+    return tensors
+
+
+def to_safetensors(tensors: Tensors) -> bytes:
+    """A safetensors file with the tensors in the order they are given in."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    chunks = []
     end = 0
-    for name in sorted(tensors.keys() - {"__metadata__"}):
-        if name.startswith(UNUSED):
-            continue
-        first, last = tensors[name]["data_offsets"]
-        chunk = np.frombuffer(weights[data + first : data + last], dtype="<f4").astype("<f2").tobytes()
-        start, end = end, end + len(chunk)
-        header[PREFIX + name] = {"dtype": "F16", "shape": tensors[name]["shape"], "data_offsets": [start, end]}
-        chunks.append(chunk)
+    for name, (dtype, shape, values) in tensors.items():
+        start, end = end, end + len(values)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    return b"".join([len(text).to_bytes(8, "little"), text, *chunks])
+    return b"".join([len(text).to_bytes(8, "little"), text, *(values for _, _, values in tensors.values())])
 
 
 SOURCES: dict[str, Callable[[], bytes]] = {
@@ -96,7 +132,7 @@ def build_text_shard(
     """Make sure that the folder holds the right text shard, and return its path.
 
     A shard with the pinned sha256 is left as it is. Otherwise the sources are tried in turn until one gives weights
-    that convert to exactly the pinned bytes. Raises TextShardError, with the folder untouched, if none does.
+    that convert to exactly the pinned bytes. Raises ShardError, with the folder untouched, if none does.
     """
     shard = folder / SHARD
     if shard.is_file() and hashlib.sha256(shard.read_bytes()).hexdigest() == sha256:
@@ -113,18 +149,75 @@ def build_text_shard(
             break
         problems.append(f"{name}: its weights are not the pinned ones")
     else:
-        raise TextShardError(
+        raise ShardError(
             f"The text tower {shard} could not be built ({'; '.join(problems)}); "
             "run `python hatch_build.py` where pip or the Hugging Face Hub can be reached."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"text_model.{os.getpid()}.safetensors"
-    try:
+    with _partial(shard) as partial:
         partial.write_bytes(content)
-        partial.replace(shard)
+    return shard
+
+
+def variant_shard(base: Path, adapter: Path) -> bytes:
+    """The image shard of hub/ovsam-tiny-clip: hub/ovsam-tiny's without the SAM side's image encoder, and the adapter's
+    weights under their names in the whole. Raises ShardError."""
+    kept: Tensors = {}
+    for source, prefix, left_out in ((base / IMAGE_SHARD, "", LEFT_OUT), (adapter, ADAPTER_PREFIX, ())):
+        try:
+            tensors = read_safetensors(source.read_bytes())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ShardError(
+                f"{VARIANT} could not be built: {source} is no whole safetensors file ({error}); {REMEDY}."
+            ) from error
+        kept |= {prefix + name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
+    return to_safetensors({name: kept[name] for name in sorted(kept)})
+
+
+def build_variant(folder: Path, base: Path, adapter: Path) -> None:
+    """Make the weights and the tokenizer of hub/ovsam-tiny-clip out of hub/ovsam-tiny, whose text tower has to be there
+    already, and the weights of the adapter. Files that are right already are left as they are. Raises ShardError.
+    """
+    # Built every time and compared, which takes a tenth of a second: so no change of a source goes unnoticed.
+    content, shard = variant_shard(base, adapter), folder / IMAGE_SHARD
+    if not shard.is_file() or shard.read_bytes() != content:
+        with _partial(shard) as partial:
+            partial.write_bytes(content)
+    for name in (SHARD, *COMMON):
+        source, target = base / name, folder / name
+        if not source.is_file():
+            raise ShardError(f"{target} could not be made: {source} is not there; {REMEDY}.")
+        if target.is_file() and filecmp.cmp(source, target, shallow=False):
+            continue
+        with _partial(target) as partial:
+            if name == SHARD:  # 45 MB need not be on the disk twice
+                try:
+                    partial.hardlink_to(source)
+                    continue
+                except OSError:  # a file system without links, or too many of them
+                    partial.unlink(missing_ok=True)
+            shutil.copyfile(source, partial)
+
+
+def build_all(root: Path) -> list[Path]:
+    """What git does not track of the checkpoints in a tree: their folders. Raises ShardError."""
+    base, variant = root / CHECKPOINT, root / VARIANT
+    build_text_shard(base)
+    if not (variant / "config.json").is_file():  # a tree without the variant
+        return [base]
+    build_variant(variant, base, root / ADAPTER)
+    return [base, variant]
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """A path to write to, which becomes the target if that goes well, and is gone if it does not."""
+    partial = target.with_name(f"{target.stem}.{os.getpid()}{target.suffix}")
+    try:
+        yield partial
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-    return shard
 
 
 def get_build_hook() -> type:
@@ -135,8 +228,11 @@ def get_build_hook() -> type:
         def initialize(self, version, build_data):
             folder = Path(self.root, CHECKPOINT)
             try:
-                build_text_shard(folder)
-            except TextShardError as error:
+                if version == "editable":
+                    build_all(Path(self.root))
+                else:
+                    build_text_shard(folder)
+            except ShardError as error:
                 sys.exit(str(error))
             # An editable install reads hub/ itself, and the sdist carries hub/ as it is.
             if self.target_name == "wheel" and version == "standard":
@@ -148,6 +244,6 @@ def get_build_hook() -> type:
 
 if __name__ == "__main__":
     try:
-        print(build_text_shard(Path(__file__).parent / CHECKPOINT))
-    except TextShardError as error:
+        print(*build_all(Path(__file__).parent), sep="\n")
+    except ShardError as error:
         sys.exit(str(error))

@@ -136,7 +136,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="measure a model on a frozen test set", allow_abbrev=False)
     evaluate.add_argument("--model", metavar="PRESET|PATH|ID", default="ovsam-tiny", help="default: %(default)s")
-    evaluate.add_argument("--data", metavar="DIR", default="tests/data/emojiscenes-val", help="default: %(default)s")
+    evaluate.add_argument("--data", metavar="DIR", help="default: both frozen sets of tests/data")
     evaluate.add_argument("--json", metavar="OUT.json", help="write the figures there as well")
     evaluate.add_argument("--limit", metavar="N", type=_parse_count, help="only the first N pictures")
 

@@ -25,7 +25,7 @@ from scene import MOST_OVERLAP, Session, Sessions, Sliders
 
 import ovsam
 from ovsam.images import open_image
-from ovsam.presets import PRESETS, choose_auto
+from ovsam.presets import choose_auto, offered
 
 HERE = Path(__file__).parent
 EXAMPLES = [
@@ -231,7 +231,7 @@ def image_tab(model: str) -> None:
             status = gr.Markdown(describe(model), elem_id="status")
             with gr.Accordion("Model", open=False):
                 models = gr.Dropdown(
-                    list(PRESETS) + [model] * (model not in PRESETS), value=model, allow_custom_value=True,
+                    offered() + [model] * (model not in offered()), value=model, allow_custom_value=True,
                     label="A preset, or a Hub id" + ", or a folder" * (not ON_SPACE),
                 )  # fmt: skip
         with gr.Column(scale=2, min_width=320):

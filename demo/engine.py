@@ -13,8 +13,9 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves, tree_map
 
 import ovsam
+from ovsam.checkpoints import EMBEDDED, VARIANT
 from ovsam.images import open_image
-from ovsam.presets import EMBEDDED, PRESETS
+from ovsam.presets import PRESETS
 from ovsam.vocabulary import Vocabulary
 
 try:  # on a ZeroGPU Space a GPU is lent for the length of one such call
@@ -203,7 +204,7 @@ def speed(model: str) -> str:
     """What a picture costs here, in one sentence; measured, never guessed."""
     device = models.get(model).model.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
-    note = " It knows pictograms, not photographs." if model == EMBEDDED else ""
+    note = " It knows pictograms, not photographs." if model in (EMBEDDED, VARIANT) else ""
     if model not in seconds:
         return f"On {where}; the first picture will show how long one takes.{note}"
     return f"A picture takes {seconds[model]:.1f} s on {where}, once; questions about it are quicker.{note}"

@@ -1,10 +1,13 @@
-"""Builds a Hub folder from trained parts: `python hub/build.py`. Run after the recipes of adapters/; see CONTRIBUTING.
+"""Builds the Hub folders from trained parts: `python hub/build.py`. Run after the recipes of adapters/.
 
 `--cards` writes the cards alone, from model_card.md; `--check` says where a mirror has drifted from what it is made of.
 
 It merges runs/*/model.safetensors into hub/ovsam-tiny/ (config, processor, tokenizer, weights, shim, card) and writes
 each adapter's own folder in adapters/. Matrices are stored in half precision, vectors in full; everything loads as
 float32. The text tower is a shard of its own that git does not track (see hatch_build.py).
+
+hub/ovsam-tiny-clip/ is the same with one backbone: only its Sam2ClipAdapter is trained for it, and git tracks none of
+its weights, which hatch_build.py puts together. It is built where runs/sam2clip-tiny/ is there.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import torch
@@ -25,9 +29,12 @@ from transformers import AutoConfig, AutoTokenizer, Sam2ImageProcessor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it also runs from a checkout that is not installed
 
+import hatch_build  # noqa: E402
 import ovsam  # noqa: E402
+from benchmarks import figures  # noqa: E402
 from ovsam.adapters.clip2sam import Clip2SamConfig  # noqa: E402
 from ovsam.adapters.concepts import ConceptHeadConfig  # noqa: E402
+from ovsam.adapters.sam2clip import Sam2ClipConfig  # noqa: E402
 from ovsam.cards import LINK, check_card  # noqa: E402
 from ovsam.checkpoints import TEXT_SHARD  # noqa: E402
 from ovsam.clip import DualEncoderConfig  # noqa: E402
@@ -39,29 +46,43 @@ from ovsam.training.texts import text_config  # noqa: E402
 from ovsam.training.towers import edgetam_config  # noqa: E402
 
 IMAGE_SIZE = 512
-TRAINED_SHARD = "vision_model.safetensors"  # not model.safetensors, which would be taken for the whole
+PROTOTYPE_WEIGHT = 1.0  # of 0, 0.5, 1 and 2 the best for boxes and clicks on scenes apart from the frozen sets
+TRAINED_SHARD = hatch_build.IMAGE_SHARD  # not model.safetensors, which would be taken for the whole
 CHANNELS = [32, 64, 96, 960]  # MobileNetV4-S at strides 4, 8, 16, 32
 MIRROR = ROOT / "hub" / "ovsam-tiny"
 ADAPTERS = {"clip2sam": ROOT / "adapters" / "clip2sam-tiny", "concepts": ROOT / "adapters" / "concepts-tiny"}
+VARIANT = ROOT / "hub" / "ovsam-tiny-clip"
+SAM2CLIP = ROOT / "adapters" / "sam2clip-tiny"  # the variant's own adapter, and its results.json
 SOURCE = ROOT / "model_card.md"
 SHARED = ("Training data and licences", "Limits")  # its sections that adapters' cards end with
 FROM_SOURCE = "<!-- from model_card.md -->\n"
 COMMON = ("license", "library_name", "language", "datasets")  # its front matter that theirs repeats
+FIGURES = re.compile(r"(<!-- figures -->\n)(\n?\|.*\n)*")  # the line and the table after it, as in figures.py
 NOT_COMPARED = ("transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
+CALIBRATED = ("_threshold", "_calibration")  # how the names end of what the stage `calibrate` chooses
 PARTS = ("clip-tiny", "sam-tiny-512", "concepts-tiny", "clip2sam-tiny")  # of one tensor, the last part's counts
 
 
-def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
+def tiny_config(thresholds: dict, composition: str = "dual", **more) -> ovsam.OVSamConfig:
     architecture = "mobilenetv4_conv_small"
     return ovsam.OVSamConfig(
-        composition="dual",
+        composition=composition,
         sam_config=edgetam_config(architecture, CHANNELS, width=128, mlp_dim=512, image_size=IMAGE_SIZE),
         clip_config=DualEncoderConfig(architecture=architecture, text_config=text_config(), image_size=IMAGE_SIZE),
         clip2sam_config=Clip2SamConfig(in_channels=CHANNELS, embed_dim=384, width=128),
         concepts_config=ConceptHeadConfig(in_channels=CHANNELS, embed_dim=384, width=128),
         vocabulary=[word.name for word in all_words()],
+        prototype_weight=PROTOTYPE_WEIGHT,
         **thresholds,
+        **more,
     )
+
+
+def variant_config(thresholds: dict) -> ovsam.OVSamConfig:
+    """ovsam-tiny's, the adapter of its recipe in place of the SAM side's image encoder."""
+    layers = tomllib.loads((SAM2CLIP / "recipe.toml").read_text())["stage_args"]
+    adapter = Sam2ClipConfig(in_channels=CHANNELS, width=128, num_layers=layers["layers"], num_heads=layers["heads"])
+    return tiny_config(thresholds, composition="clip", sam2clip_config=adapter)
 
 
 def compact(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,16 +101,45 @@ def build_tiny(runs: Path, folder: Path, thresholds: dict) -> None:
     for part in PARTS:
         state |= load_file(runs / part / "model.safetensors")
 
-    # Every tensor of the model is in the shards, and nothing else is.
+    check_whole(config, set(state) | names_in(folder / TEXT_SHARD))
+    save_file(compact(state), folder / TRAINED_SHARD, metadata={"format": "pt"})
+    for name, target in ADAPTERS.items():
+        own = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
+        write_adapter(target, getattr(config, f"{name}_config"), own)
+    write_beside_shards(folder, config)
+
+
+def build_variant(runs: Path, folder: Path, base: Path, thresholds: dict) -> None:
+    """The variant of what lies in `base`."""
+    config, name = variant_config(thresholds), hatch_build.ADAPTER_PREFIX
+    state = load_file(runs / SAM2CLIP.name / "model.safetensors")
+    of_base = {n for n in names_in(base / TRAINED_SHARD) if not n.startswith(hatch_build.LEFT_OUT)}
+    check_whole(config, set(state) | of_base | names_in(base / TEXT_SHARD))
+    write_adapter(SAM2CLIP, config.sam2clip_config, {n.removeprefix(name): t for n, t in state.items()})
+    folder.mkdir(exist_ok=True)
+    hatch_build.build_variant(folder, base, SAM2CLIP / "model.safetensors")
+    write_beside_shards(folder, config)
+
+
+def names_in(shard: Path) -> set[str]:
+    with safe_open(shard, framework="pt") as file:
+        return set(file.keys())
+
+
+def check_whole(config: ovsam.OVSamConfig, names: set[str]) -> None:
+    """Every tensor of the model has to be in the shards, and nothing else."""
     with torch.device("meta"):
         wanted = set(ovsam.OVSamModel(config).state_dict())
-    text = {name for name in load_file(folder / TEXT_SHARD)}
-    if wanted != set(state) | text:
-        missing, extra = sorted(wanted - set(state) - text), sorted((set(state) | text) - wanted)
+    if wanted != names:
+        missing, extra = sorted(wanted - names), sorted(names - wanted)
         raise SystemExit(f"the parts do not make the whole: missing {missing[:5]}, not wanted {extra[:5]}")
 
-    save_file(compact(state), folder / TRAINED_SHARD, metadata={"format": "pt"})
-    shards = dict.fromkeys(sorted(state), TRAINED_SHARD) | dict.fromkeys(sorted(text), TEXT_SHARD)
+
+def write_beside_shards(folder: Path, config: ovsam.OVSamConfig) -> None:
+    """The index, the configuration with the shim, and the processor."""
+    shards: dict[str, str] = {}
+    for shard in (TRAINED_SHARD, TEXT_SHARD):
+        shards |= dict.fromkeys(sorted(names_in(folder / shard)), shard)
     size = sum((folder / name).stat().st_size for name in (TRAINED_SHARD, TEXT_SHARD))
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": shards})
 
@@ -98,10 +148,6 @@ def build_tiny(runs: Path, folder: Path, thresholds: dict) -> None:
     content = full_precision(json.loads((folder / "config.json").read_text()))
     write_json(folder / "config.json", content)
     tiny_processor(folder).save_pretrained(folder)
-    for name, target in ADAPTERS.items():
-        own = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
-        write_adapter(target, getattr(config, f"{name}_config"), own)
-    write_cards(folder)
 
 
 def tiny_processor(folder: Path) -> ovsam.OVSamProcessor:
@@ -118,12 +164,31 @@ def mirror_card() -> tuple[str, dict[str, Path]]:
     return LINK.sub(lambda link: f"]({Path(link.group(1)).name}", card), pictures
 
 
-def adapter_card(folder: Path) -> str:
-    """An adapter's card: its own words, then what holds for the whole model, by model_card.md."""
+def derived_card(folder: Path) -> str:
+    """The card of an adapter or of the variant: its own words, then what holds for all of them, by model_card.md."""
     source = SOURCE.read_text()
     sections = [re.search(rf"^## {title}\n.*?(?=^## |\Z)", source, re.M | re.S).group(0).strip() for title in SHARED]
     own, _, _ = (folder / CARD).read_text().partition(FROM_SOURCE)
     return own.rstrip("\n") + "\n\n" + FROM_SOURCE + "\n" + "\n\n".join(sections) + "\n"
+
+
+def variant_cards(variant: Path) -> dict[Path, str]:
+    """Of the variant and of its adapter, with the variant's figures, where it was measured, beside ovsam-tiny's."""
+    cards = {folder: derived_card(folder) for folder in (variant, SAM2CLIP)}
+    results = SAM2CLIP / "results.json"
+    if not results.is_file():
+        return cards
+    measured = json.loads(results.read_text())
+    all_metrics = figures.MASKS | figures.NAMES | figures.WORDS
+    for folder, name, metrics in ((variant, VARIANT.name, all_metrics), (SAM2CLIP, SAM2CLIP.name, figures.MASKS)):
+        cards[folder] = figures.with_index(cards[folder], name, metrics, measured)
+    of_tiny = figures.table(json.loads((ADAPTERS["clip2sam"] / "results.json").read_text()))
+    lines = [f"| figure | {VARIANT.name} | {MIRROR.name} |", "|---|---|---|"]
+    for ours, theirs in zip(figures.table(measured).splitlines()[2:], of_tiny.splitlines()[2:], strict=True):
+        _, figure, value, *_ = ours.split("|")
+        lines.append(f"|{figure}|{value}|{theirs.split('|')[2]}|")
+    table = "\n".join(lines)
+    return cards | {variant: FIGURES.sub(lambda line: f"{line.group(1)}\n{table}\n", cards[variant])}
 
 
 def write_cards(folder: Path) -> None:
@@ -132,12 +197,17 @@ def write_cards(folder: Path) -> None:
     for name, picture in pictures.items():
         shutil.copyfile(picture, folder / name)
     for adapter in ADAPTERS.values():
-        (adapter / CARD).write_text(adapter_card(adapter))
+        (adapter / CARD).write_text(derived_card(adapter))
+
+
+def write_variant_cards(variant: Path) -> None:
+    for folder, card in variant_cards(variant).items():
+        (folder / CARD).write_text(card)
 
 
 def differences(folder: Path = MIRROR, adapters: dict[str, Path] = ADAPTERS) -> list[str]:
-    """Where the published folders are not what they are made of, a sentence each. The text tower, which git does not
-    track, is not looked at: hatch_build.py has its hash."""
+    """Where the published folders of ovsam-tiny are not what they are made of, a sentence each. The text tower, which
+    git does not track, is not looked at: hatch_build.py has its hash."""
     found = []
     card, pictures = mirror_card()
     if (folder / CARD).read_text() != card:
@@ -146,22 +216,57 @@ def differences(folder: Path = MIRROR, adapters: dict[str, Path] = ADAPTERS) -> 
         if not (folder / name).is_file() or (folder / name).read_bytes() != picture.read_bytes():
             found.append(f"{folder / name} is not {picture}: run `python hub/build.py --cards`.")
     for adapter in adapters.values():
-        if (adapter / CARD).read_text() != adapter_card(adapter):
+        if (adapter / CARD).read_text() != derived_card(adapter):
             found.append(f"{adapter / CARD} does not end as model_card.md says: run `python hub/build.py --cards`.")
-        ours, theirs = (ModelCard(text).data.to_dict() for text in (card, (adapter / CARD).read_text()))
-        unlike = [key for key in COMMON if ours.get(key) != theirs.get(key)]
-        found += [f"{adapter / CARD} has another {key} than model_card.md." for key in unlike]
-    for published in (folder, *adapters.values()):
+    found += _front_matter_differences([folder, *adapters.values()])
+    wanted = tiny_config(_calibrated(folder))
+    return found + _beside_differences(folder, wanted) + _weight_differences(folder, wanted, adapters)
+
+
+def variant_differences(folder: Path = VARIANT, adapter: Path = SAM2CLIP, base: Path = MIRROR) -> list[str]:
+    """The same of ovsam-tiny-clip, whose weights are those of `base` and of its adapter."""
+    found = []
+    for described, card in variant_cards(folder).items():
+        if (described / CARD).read_text() != card:
+            found.append(
+                f"{described / CARD} is not what model_card.md and {SAM2CLIP.name}/results.json make of it: "
+                "run `python hub/build.py --cards`."
+            )
+    found += _front_matter_differences([folder, adapter])
+    wanted = variant_config(_calibrated(folder))
+    found += _beside_differences(folder, wanted)
+    shard = folder / TRAINED_SHARD
+    if not shard.is_file() or shard.read_bytes() != hatch_build.variant_shard(base, adapter / "model.safetensors"):
+        return [*found, f"{shard} is not made of today's weights: run `python hatch_build.py`."]
+    return found + _weight_differences(folder, wanted, {"sam2clip": adapter})
+
+
+def _front_matter_differences(folders: list[Path]) -> list[str]:
+    """Cards that the Hub would not take, or that contradict model_card.md."""
+    found = []
+    ours = ModelCard(SOURCE.read_text()).data.to_dict()
+    for published in folders:
+        text = (published / CARD).read_text()
         try:
-            check_card((published / CARD).read_text(), published)
+            check_card(text, published)
         except InputError as error:
             found.append(str(error))
+            continue
+        theirs = ModelCard(text).data.to_dict()
+        unlike = [key for key in COMMON if ours.get(key) != theirs.get(key)]
+        found += [f"{published / CARD} has another {key} than model_card.md." for key in unlike]
+    return found
 
-    # The configuration and the processor are what this file would write today, but for the calibrated thresholds.
-    config = AutoConfig.from_pretrained(folder)
-    thresholds = {name: value for name, value in config.to_dict().items() if name.endswith("_threshold")}
-    wanted = tiny_config(thresholds)
-    found += _config_differences(folder, wanted)
+
+def _calibrated(folder: Path) -> dict:
+    """What `calibrate` has chosen."""
+    config = AutoConfig.from_pretrained(folder).to_dict()
+    return {name: value for name, value in config.items() if name.endswith(CALIBRATED)}
+
+
+def _beside_differences(folder: Path, wanted: ovsam.OVSamConfig) -> list[str]:
+    """The configuration and the processor are what this file would write today, but for what is calibrated."""
+    found = _config_differences(folder, wanted)
     content = json.loads((folder / "config.json").read_text())
     if content != full_precision(content):
         found.append(f'{folder / "config.json"} lacks "dtype": "float32" at some level, so it would open as float16.')
@@ -174,7 +279,11 @@ def differences(folder: Path = MIRROR, adapters: dict[str, Path] = ADAPTERS) -> 
         write_shim(scratch)
         if (folder / SHIM).read_bytes() != (Path(scratch) / SHIM).read_bytes():
             found.append(f"{folder / SHIM} is not the shim of ovsam/remote_code.py.")
+    return found
 
+
+def _weight_differences(folder: Path, wanted: ovsam.OVSamConfig, adapters: dict[str, Path]) -> list[str]:
+    found = []
     # Every tensor of the model is in the shard that the index says; and adapters are the whole's own tensors.
     shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     with torch.device("meta"):
@@ -214,10 +323,23 @@ if __name__ == "__main__":
     parser.add_argument("--cards", action="store_true", help="write the cards alone")
     parser.add_argument("--check", action="store_true", help="change nothing, and fail where a mirror has drifted")
     arguments = parser.parse_args()
+    variant = arguments.folder.with_name(VARIANT.name)
     if arguments.check:
-        sys.exit("\n".join(differences(arguments.folder)) or None)
-    if arguments.cards:
-        write_cards(arguments.folder)
-        sys.exit()
-    calibrated = arguments.runs / "calibrate-tiny" / "thresholds.json"
-    build_tiny(arguments.runs, arguments.folder, json.loads(calibrated.read_text()) if calibrated.is_file() else {})
+        found = differences(arguments.folder)
+        if (variant / "config.json").is_file():
+            found += variant_differences(variant, base=arguments.folder)
+        sys.exit("\n".join(found) or None)
+    if not arguments.cards:
+        thresholds = {}
+        if (calibrated := arguments.runs / "calibrate-tiny" / "thresholds.json").is_file():
+            thresholds = json.loads(calibrated.read_text())
+        build_tiny(arguments.runs, arguments.folder, thresholds)
+        if (arguments.runs / SAM2CLIP.name / "model.safetensors").is_file():
+            if (calibrated := arguments.runs / "calibrate-tiny-clip" / "thresholds.json").is_file():
+                thresholds = json.loads(calibrated.read_text())
+            build_variant(arguments.runs, variant, arguments.folder, thresholds)
+        elif (variant / "config.json").is_file():  # its adapter was distilled over other towers
+            print(f"{variant} was not built again: {arguments.runs / SAM2CLIP.name} is not trained.", file=sys.stderr)
+    write_cards(arguments.folder)
+    if (variant / "config.json").is_file():
+        write_variant_cards(variant)

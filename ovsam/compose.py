@@ -58,7 +58,13 @@ THRESHOLDS = {
         "objectness_threshold": 0.2,
     }
 }
-CALIBRATED = ("objectness_weight", "score_threshold", "proposal_threshold", "objectness_threshold")
+CALIBRATED = (
+    "objectness_weight",
+    "score_calibration",
+    "score_threshold",
+    "proposal_threshold",
+    "objectness_threshold",
+)
 
 
 @dataclass
@@ -116,7 +122,7 @@ def compose_model(
     given = zip(ADAPTERS, (clip2sam, sam2clip, concepts), strict=True)
     parts |= {name: load_adapter(part, name) for name, part in given if part is not None}
     settings = {"vocabulary": "lvis"}
-    for name in ("clip", "concepts"):  # what the ConceptHead brings weighs more
+    for name in ("clip", "clip2sam", "concepts"):  # what the ConceptHead brings weighs more
         settings |= parts[name].settings if name in parts else {}
     whole = OVSamConfig(
         composition=composition or ("clip" if "sam2clip" in parts else "dual"),
@@ -186,6 +192,8 @@ def load_adapter(given: str | PreTrainedModel, kind: str) -> Part:
     if isinstance(model, OVSamModel):
         if kind == "concepts":
             part.settings = {name: getattr(model.config, name) for name in CALIBRATED}
+        elif kind == "clip2sam":
+            part.settings = {"name_calibration": model.config.name_calibration}
         model = getattr(model, kind)
     if model is None or not model.config.model_type.startswith(f"ovsam_{kind}"):
         found = f"no {kind}" if model is None else f"a {type(model).__name__}"

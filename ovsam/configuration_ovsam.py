@@ -39,8 +39,13 @@ class OVSamConfig(RemoteCodeConfig):
     default below which words and everything return nothing; `proposal_threshold` the lower one below which a location
     is not even refined; `max_locations` how many locations words are compared with, 0 for all. `objectness_weight` is
     objectness' share in the score of a word: score = p(word)^(1 - w) * objectness^w (OWLv2's own scores: 0).
+    `score_calibration` and `name_calibration`, (scale, shift), make scores mean how often they are right: a score's
+    logit is multiplied by scale, which is positive, and shift is added; the first for words, the second for the names
+    of prompted masks and of everything. `score_threshold` and `proposal_threshold` are for calibrated scores.
     `exemplar_scale`: an exemplar is a word whose embedding has this length, since cosines between two pictures of a
-    kind run higher than those between a picture and its word (0.82 against 0.20 in ovsam-tiny).
+    kind run higher than those between a picture and its word (0.82 against 0.20 in ovsam-tiny). `prototype_weight`: how
+    much the ConceptHead's prototype masks have to say beside the mask decoder: their logits, times this, are added to
+    the decoder's, for words and for single masks of boxes and clicks; 0 leaves every mask to the decoder.
     """
 
     model_type = "ovsam"
@@ -64,7 +69,10 @@ class OVSamConfig(RemoteCodeConfig):
     max_locations: int = 300
     max_detections: int = 100
     objectness_weight: float = 0.5
+    score_calibration: list | tuple = (1.0, 0.0)
+    name_calibration: list | tuple = (1.0, 0.0)
     exemplar_scale: float = 0.22
+    prototype_weight: float = 0.0
     nms_threshold: float = 0.6
     mask_nms_threshold: float = 0.6
     proposal_threshold: float = 0.1
@@ -78,4 +86,8 @@ class OVSamConfig(RemoteCodeConfig):
             raise InputError(
                 "The composition 'clip' has no SAM vision encoder: it needs sam2clip_config, which stands in."
             )
+        for name in ("score_calibration", "name_calibration"):
+            pair = getattr(self, name)
+            if len(pair) != 2 or pair[0] <= 0:
+                raise InputError(f"{name} is {pair}; it must be a positive scale and a shift.")
         super().__post_init__(**kwargs)

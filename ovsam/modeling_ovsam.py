@@ -9,6 +9,7 @@ Shapes: B images, P prompts per image, N points per prompt, I instances per imag
 candidates, K words, L locations, D CLIP width, C SAM width, Q prototypes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,9 +29,11 @@ from ovsam.configuration_ovsam import OVSamConfig
 from ovsam.errors import InputError
 from ovsam.fitting import check_fit
 from ovsam.frames import boxes_from_clip, clip_frame, maps_from_clip, maps_to_clip
-from ovsam.naming import FusedNaming, Naming, clip_scale_shift, instance_scores, mean_logits, row_labels
+from ovsam.naming import FusedNaming, Naming, calibrated, clip_scale_shift, instance_scores, mean_logits, row_labels
 from ovsam.nms import fast_box_nms, mask_overlap, suppress
+from ovsam.prompted_locations import boxed_locations, pointed_locations
 from ovsam.sam import SAM_SIDES, DecodedMasks, SamFeatures
+from ovsam.sam.base import check_prompts
 
 
 @dataclass
@@ -58,7 +61,8 @@ class OVSamOutput(ModelOutput):
     pred_boxes [B, I, 4] xyxy in pixels of the model input; class_embeds [B, I, D], L2-normalised;
     logits [B, I, K]: per-word logits, None without words; negative_logits [B, I, K'] for the negative words;
     objectness [B, I] probabilities, None for prompts; scores [B, I, K] and negative_scores [B, I, K']: how likely an
-    instance is what the word says, in [0, 1]: the word's probability, and for a proposal of words its objectness too;
+    instance is what the word says, in [0, 1]: the word's probability, and for a proposal of words its objectness too,
+    calibrated by the config's name_calibration or, for proposals of words, score_calibration;
     valid [B, I] bool: False where a proposal only fills up a batch; features: the reusable OVSamFeatures.
     """
 
@@ -317,7 +321,12 @@ class OVSamModel(OVSamPreTrainedModel):
         self, features, prompts, text_embeds, text_mask, labels, negative_embeds, multimask_output, refine
     ) -> OVSamOutput:
         """Prompts -> masks and their class embeddings."""
+        prototype_masks = self._prompted_prototypes(features, prompts) if refine and not multimask_output else None
+        if prototype_masks is not None and prompts["input_masks"] is None:
+            prompts = prompts | {"input_masks": prototype_masks}
         decoded = self.sam.select_masks(self.sam.decode(features.sam, **prompts), multimask_output)
+        if prototype_masks is not None:
+            decoded.masks = decoded.masks + self.config.prototype_weight * prototype_masks[:, :, None]
         if not refine:  # the decoder is only asked for its tokens, which naming may want
             if prompts["input_masks"] is None:
                 raise InputError("refine=False keeps masks as they are: pass input_masks, or refine boxes and points.")
@@ -338,8 +347,8 @@ class OVSamModel(OVSamPreTrainedModel):
             class_embeds=naming.embeds,
             logits=logits,
             negative_logits=negative_logits,
-            scores=None if logits is None else logits.float().sigmoid(),
-            negative_scores=None if negative_logits is None else negative_logits.float().sigmoid(),
+            scores=_score(logits, None, 0.0, self.config.name_calibration),
+            negative_scores=_score(negative_logits, None, 0.0, self.config.name_calibration),
             valid=torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device),
             features=features,
         )
@@ -364,7 +373,8 @@ class OVSamModel(OVSamPreTrainedModel):
         if refine and index.shape[1]:
             decoded = self.sam.decode(features.sam, input_boxes=boxes, input_masks=masks)
             decoded = self.sam.select_masks(decoded, multimask_output=False)
-            masks, iou, tokens = decoded.masks[:, :, 0], decoded.iou, decoded.tokens[:, :, 0]
+            refined, iou, tokens = decoded.masks[:, :, 0], decoded.iou, decoded.tokens[:, :, 0]
+            masks = refined if masks is None else refined + self.config.prototype_weight * masks
         elif masks is None:  # nothing was proposed, and there are no prototypes to say how large a mask is
             masks = boxes.new_zeros(*index.shape, *(4 * side for side in features.sam.embedding.shape[-2:]))
         namings: list[Naming | FusedNaming] = [self._concept_naming(concepts, index)]
@@ -375,7 +385,9 @@ class OVSamModel(OVSamPreTrainedModel):
             namings = [seen] if everything else [*namings, seen]
         logits = mean_logits(namings, text_embeds, text_mask, labels)
         negative_logits = mean_logits(namings, negative_embeds)
-        weight = 0.0 if everything else self.config.objectness_weight
+        config = self.config
+        weight = 0.0 if everything else config.objectness_weight
+        calibration = config.name_calibration if everything else config.score_calibration
         return OVSamOutput(
             pred_masks=masks[:, :, None],
             iou_scores=iou,
@@ -384,8 +396,8 @@ class OVSamModel(OVSamPreTrainedModel):
             logits=logits,
             negative_logits=negative_logits,
             objectness=objectness,
-            scores=_score(logits, objectness, weight),
-            negative_scores=_score(negative_logits, objectness, weight),
+            scores=_score(logits, objectness, weight, calibration),
+            negative_scores=_score(negative_logits, objectness, weight, calibration),
             valid=valid,
             features=features,
         )
@@ -406,6 +418,7 @@ class OVSamModel(OVSamPreTrainedModel):
         if words is not None:
             logits = self._concept_naming(concepts, top).best_logit(words, text_mask)
             score = instance_scores(logits.float(), objectness, config.objectness_weight)
+            score = calibrated(score, config.score_calibration)
         score, order = score.sort(dim=1, descending=True)
         top = top.gather(1, order)
         kept = []
@@ -427,13 +440,31 @@ class OVSamModel(OVSamPreTrainedModel):
         if concepts.prototypes is not None:
             concepts.prototypes = maps_from_clip(concepts.prototypes, frame, self.sam.image_size, features.clip_size)
 
-    def _prototype_masks(self, features: OVSamFeatures, index: Tensor) -> Tensor | None:
-        """Mask logits [B, I, H/4, W/4] of some locations: prototypes times coefficients (YOLACT), cut to their box."""
+    def _prototype_masks(self, features: OVSamFeatures, index: Tensor, boxes: Tensor | None = None) -> Tensor | None:
+        """Mask logits [B, I, H/4, W/4] of some locations: prototypes times coefficients (YOLACT), cut to their box, or
+        to `boxes` [B, I, 4]."""
         concepts = features.concepts
         if concepts.prototypes is None:
             return None
         masks = torch.einsum("biq,bqhw->bihw", _take(concepts.coefficients, index), concepts.prototypes)
-        return crop(masks, _take(concepts.boxes, index) / self._mask_stride(masks))
+        boxes = _take(concepts.boxes, index) if boxes is None else boxes
+        return crop(masks, boxes / self._mask_stride(masks))
+
+    def _prompted_prototypes(self, features: OVSamFeatures, prompts: dict) -> Tensor | None:
+        """What the ConceptHead takes for the prompted things: prototype masks [B, P, H/4, W/4], where it has a say."""
+        concepts, boxes, points = features.concepts, prompts["input_boxes"], prompts["input_points"]
+        if not self.config.prototype_weight or concepts is None or concepts.prototypes is None:
+            return None
+        check_prompts(len(concepts.boxes), *prompts.values())
+        if boxes is not None:
+            return self._prototype_masks(features, boxed_locations(concepts, boxes.float()), boxes.float())
+        if points is not None:
+            stride = self._mask_stride(concepts.prototypes)
+            labels = prompts["input_labels"]
+            labels = torch.ones_like(points[..., 0]) if labels is None else labels
+            index = pointed_locations(concepts, points, labels, stride)
+            return self._prototype_masks(features, index)
+        return None
 
     def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> Naming | FusedNaming:
         """The class embedding of each mask: the adapter's, else the best-matching locations', else CLIP's own; none
@@ -460,9 +491,14 @@ class OVSamModel(OVSamPreTrainedModel):
         return self.sam.image_size / masks.shape[-1]
 
 
-def _score(logits: Tensor | None, objectness: Tensor, weight: float) -> Tensor | None:
+def _score(
+    logits: Tensor | None, objectness: Tensor | None, weight: float, calibration: Sequence[float]
+) -> Tensor | None:
     """logits [B, I, K], objectness [B, I] -> [B, I, K]"""
-    return None if logits is None else instance_scores(logits.float(), objectness[..., None], weight)
+    if logits is None:
+        return None
+    things = None if objectness is None else objectness[..., None]
+    return calibrated(instance_scores(logits.float(), things, weight), calibration)
 
 
 def crop(masks: Tensor, boxes: Tensor) -> Tensor:

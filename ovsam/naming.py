@@ -135,3 +135,10 @@ def instance_scores(logits: Tensor, objectness: Tensor | None, weight: float = 0
     and "is it a thing, and is this box its box". Any shape, each in [0, 1]."""
     score = logits.sigmoid()
     return score if objectness is None or weight == 0 else score ** (1 - weight) * objectness**weight
+
+
+def calibrated(scores: Tensor, calibration: Sequence[float]) -> Tensor:
+    """Scores in [0, 1] of any shape, their logits times the first number of the calibration plus the second (Platt
+    1999): their order stays, 0 and 1 stay, and no score depends on another."""
+    scale, shift = calibration
+    return scores if (scale, shift) == (1, 0) else torch.sigmoid(scale * torch.logit(scores) + shift)

@@ -3,15 +3,16 @@
 import sys
 from dataclasses import dataclass
 
+from ovsam.checkpoints import EMBEDDED, VARIANT, find_checkpoint
+from ovsam.errors import InputError
 from ovsam.hub_files import cached_folder, hub_has
-
-EMBEDDED = "ovsam-tiny"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """`parts` are the arguments of `compose`; `licences` one for each part; `parameters` in millions; `download` in MB,
-    of the weights that are fetched (SAM 2's file holds its tracker too)."""
+    """`parts` are the arguments of `compose`, none where the preset is a checkpoint of ours; `licences` one for each
+    part; `parameters` in millions; `download` in MB, of the weights that are fetched (SAM 2's file holds its tracker
+    too)."""
 
     parts: dict[str, str]
     licences: tuple[str, ...]
@@ -42,6 +43,13 @@ PRESETS = {
     EMBEDDED: Preset(
         {}, ("Apache-2.0",), parameters=28.7, download=0, note="pictograms, not photographs; comes with the package"
     ),
+    VARIANT: Preset(
+        {},
+        ("Apache-2.0",),
+        parameters=27.8,
+        download=0,
+        note="the same with one backbone, Open-Vocabulary SAM's way; in a checkout, or by its id on the Hub",
+    ),
 }
 
 
@@ -66,11 +74,25 @@ def announce_download(name: str) -> None:
         print(f"ovsam: the model {name} is downloaded once, about {size:,} MB", file=sys.stderr)
 
 
+def _where(checkpoint: str) -> str:
+    """Whether a checkpoint of ours is here: `auto` may take the embedded one; the other one is in a checkout or not."""
+    try:
+        find_checkpoint(checkpoint)
+    except InputError:
+        return "no"
+    return "embedded" if checkpoint == EMBEDDED else "checkout"
+
+
+def offered() -> list[str]:
+    """The presets that can be chosen here: all but a checkpoint of ours that is not."""
+    return [name for name, preset in PRESETS.items() if preset.parts or _where(name) != "no"]
+
+
 def table() -> str:
     """Every preset: its parts with their licences, parameters, download size, and whether it is here already."""
     rows = [("preset", "parameters", "download", "here", "parts")]
     for preset_name, preset in PRESETS.items():
-        here = "embedded" if not preset.parts else "cached" if preset.is_cached else "no"
+        here = ("cached" if preset.is_cached else "no") if preset.parts else _where(preset_name)
         parts = zip(preset.parts.values() or [preset_name], preset.licences, strict=True)
         listed = " + ".join(f"{part} ({licence})" for part, licence in parts)
         rows.append(

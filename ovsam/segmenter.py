@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 
-from ovsam.checkpoints import find_checkpoint
+from ovsam.checkpoints import CACHE, find_checkpoint
 from ovsam.compose import compose
 from ovsam.configuration_ovsam import OVSamConfig
 from ovsam.edges import edge_map
 from ovsam.errors import InputError
 from ovsam.images import Picture, open_image
 from ovsam.modeling_ovsam import OVSamFeatures, OVSamModel, OVSamOutput
-from ovsam.presets import EMBEDDED, PRESETS, announce_download, choose_auto
+from ovsam.presets import PRESETS, announce_download, choose_auto
 from ovsam.processing_ovsam import OVSamProcessor
 from ovsam.proposers import Proposer, Question, decode_proposals, get_proposer, mask_boxes
 from ovsam.results import Results
 from ovsam.tiling import segment_tiled
 from ovsam.vocabulary import Vocabulary
 from ovsam.weight_files import check_weights, fetch
-
-CACHE = Path(os.environ.get("OVSAM_CACHE") or Path.home() / ".cache" / "ovsam")
 
 Words = Vocabulary | str | os.PathLike | Sequence[str] | Mapping[str, str]
 
@@ -35,9 +33,10 @@ def load(model: str | os.PathLike = "auto", device: str | None = None) -> "Segme
 
     Args:
         model: "photo" or "photo-large", composed of released models that are downloaded once (ovsam/presets.py);
-            "ovsam-tiny", the checkpoint inside the package, which knows pictograms, not photographs; "auto": what the
-            environment variable OVSAM_MODEL names, else `photo` where it is in the cache or the Hub answers, else
-            `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME" or "ORG/NAME@REVISION".
+            "ovsam-tiny", the checkpoint inside the package, which knows pictograms, not photographs; "ovsam-tiny-clip",
+            its variant of one backbone, in a checkout; "auto": what the environment variable OVSAM_MODEL names, else
+            `photo` where it is in the cache or the Hub answers, else `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME"
+            or "ORG/NAME@REVISION".
         device: "cpu", "cuda", ...; a GPU if there is one.
 
     Raises:
@@ -51,12 +50,12 @@ def load(model: str | os.PathLike = "auto", device: str | None = None) -> "Segme
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"The device {device!r} cannot be used here; `cpu` always works.") from error
-    if name in PRESETS and name != EMBEDDED:
+    if name in PRESETS and PRESETS[name].parts:
         announce_download(name)
         parts = PRESETS[name].parts
         whole, processor = compose(sam=parts["sam"], clip=parts["clip"])
         return Segmenter(whole.to(target), processor, name)
-    folder = find_checkpoint(name) if name == EMBEDDED else _fetch(name)
+    folder = find_checkpoint(name) if name in PRESETS else _fetch(name)
     check_weights(folder)
     try:
         config = AutoConfig.from_pretrained(folder)

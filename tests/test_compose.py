@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import CHANNELS, SIZE, WORDS, C, D, picture, save_clip, save_sam, tiny_tokenizer
+from common import CHANNELS, SIZE, WORDS, C, D, picture, save_clip, save_sam, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from test_sam_side import CONFIGS as FAMILIES
 from torch.testing import assert_close
@@ -187,6 +187,14 @@ def test_a_whole_model_is_a_source_of_every_part():
     for name in expected:
         if not name.startswith("clip2sam."):
             assert torch.equal(expected[name], found[name]), name
+
+
+def test_calibrations_come_with_the_adapters_they_were_fitted_for():
+    whole = tiny_model(score_calibration=[3.0, 1.0], name_calibration=[2.0, -1.0])
+    made = ovsam.OVSamModel.from_parts(whole, whole, clip2sam=whole, concepts=whole)
+    assert made.config.score_calibration == [3.0, 1.0] and made.config.name_calibration == [2.0, -1.0]
+    head = ovsam.OVSamModel.from_parts(whole, whole, concepts=whole)
+    assert head.config.score_calibration == [3.0, 1.0] and tuple(head.config.name_calibration) == (1.0, 0.0)
 
 
 @torch.no_grad()

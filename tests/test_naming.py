@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ovsam.naming import CHUNK, Naming, instance_scores, mean_logits
+from ovsam.naming import CHUNK, Naming, calibrated, instance_scores, mean_logits
 
 
 def naming(batch=2, instances=5, width=16) -> Naming:
@@ -61,3 +61,12 @@ def test_objectness_has_its_share_in_a_score():
     assert_close(instance_scores(logits, objectness, 0.0), word)
     assert_close(instance_scores(logits, objectness, 1.0), objectness)
     assert_close(instance_scores(logits, None), word)
+
+
+def test_calibration_keeps_order_and_ends_and_leaves_scores_alone_by_default():
+    scores = torch.linspace(0, 1, 21)
+    assert calibrated(scores, (1.0, 0.0)) is scores
+    moved = calibrated(scores, [4.0, 2.0])
+    assert moved[0] == 0 and moved[-1] == 1 and (moved.diff() > 0).all()
+    assert_close(moved[10], torch.tensor(2.0).sigmoid())  # a logit of zero becomes the shift
+    assert_close(calibrated(torch.tensor(3.0).sigmoid(), (0.5, -1.0)), torch.tensor(0.5).sigmoid())

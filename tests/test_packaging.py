@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load, save
 
 import hatch_build
-from hatch_build import SHARD, TextShardError, build_text_shard, get_build_hook, to_text_shard
+from hatch_build import SHARD, ShardError, build_text_shard, get_build_hook, to_text_shard
 from ovsam import checkpoints
 from ovsam.checkpoints import find_checkpoint
 from ovsam.errors import InputError
@@ -89,7 +89,7 @@ def test_a_shard_that_cannot_be_built_is_one_sentence_and_no_file(tmp_path, tens
         "the mirror": lambda: b"<!doctype html><title>Sign in to the network</title>",
         "the Hub": unreachable,
     }
-    with pytest.raises(TextShardError) as error:
+    with pytest.raises(ShardError) as error:
         build_text_shard(tmp_path, sources)
     message = str(error.value)
     assert "the package: its weights are not the pinned ones" in message
@@ -165,7 +165,7 @@ def test_only_the_standard_wheel_gets_the_checkpoint_added(tmp_path, monkeypatch
 
 def test_hook_ends_with_the_sentence(tmp_path, monkeypatch):
     def fail(folder: Path) -> None:
-        raise TextShardError("It could not be built.")
+        raise ShardError("It could not be built.")
 
     monkeypatch.setattr(hatch_build, "build_text_shard", fail)
     hook = get_build_hook()(str(tmp_path), {}, None, None, str(tmp_path), "wheel")

@@ -96,13 +96,14 @@ def test_models_lists_every_preset(cached_photo, capsys):
     assert ovsam_cli.main(["models"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["preset", "parameters", "download", "here", "parts"]
-    photo, large, tiny = (row.split() for row in rows)
+    photo, large, tiny, variant = (row.split() for row in rows)
     assert photo[:6] == ["photo", "193.5", "M", "804", "MB", "cached"]
     assert " ".join(photo[6:]).startswith(
         "facebook/sam2.1-hiera-small (Apache-2.0) + google/owlv2-base-patch16-ensemble (Apache-2.0)"
     )
     assert large[:6] == ["photo-large", "654.5", "M", "2,650", "MB", "no"]
     assert tiny[:6] == ["ovsam-tiny", "28.7", "M", "0", "MB", "embedded"]
+    assert variant[:5] == ["ovsam-tiny-clip", "27.8", "M", "0", "MB"] and variant[5] in ("checkout", "no")
 
 
 def test_auto_is_photo_where_it_is_cached(cached_photo, capsys):

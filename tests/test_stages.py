@@ -17,6 +17,7 @@ from transformers import CLIPModel, Owlv2Config, Sam2Model, ViTMAEConfig, ViTMAE
 from transformers.models.mask2former import modeling_mask2former as mask2former
 
 from ovsam.adapters.common import maps_at_strides
+from ovsam.adapters.sam2clip import Sam2ClipAdapter, Sam2ClipConfig
 from ovsam.boxes import masks_to_boxes
 from ovsam.clip import CLIP_SIDES, OpenClipConfig
 from ovsam.errors import InputError
@@ -27,7 +28,7 @@ from ovsam.training.clip2sam_stage import Clip2SamStage, background_prompts
 from ovsam.training.clip_stage import ClipStage, drop_patches
 from ovsam.training.concepts_stage import ConceptsStage, assign
 from ovsam.training.mae_stage import MaeStage, masked_error
-from ovsam.training.sam2clip_stage import Sam2ClipStage, TeacherCache, state_hash
+from ovsam.training.sam2clip_stage import Sam2ClipStage, TeacherCache, start_linear, state_hash
 from ovsam.training.sam_stage import SamStage, going_on
 from ovsam.training.texts import WordTable
 from ovsam.training.towers import Towers, build_towers, clip_side, sam_side
@@ -102,6 +103,9 @@ def make(name, words):
             return Sam2ClipStage(towers(), layers=1, heads=4, cache=False), ["sam2clip."]
         case "sam2clip, prompts in the loop":
             return Sam2ClipStage(towers(), layers=1, heads=4, cache=False, loops=1, prompts=2), ["sam2clip."]
+        case "sam2clip, true masks":
+            arguments = {"layers": 1, "heads": 4, "cache": False, "loops": 1, "prompts": 2, "true_masks": True}
+            return Sam2ClipStage(towers(), **arguments), ["sam2clip."]
         case "clip2sam":
             return Clip2SamStage(words, towers(), width=16, prompts=2), ["clip2sam.", "word_losses."]
         case "clip2sam and decoder":
@@ -130,6 +134,7 @@ STAGES = [
     "sam",
     "sam2clip",
     "sam2clip, prompts in the loop",
+    "sam2clip, true masks",
     "clip2sam",
     "clip2sam and decoder",
     "concepts",
@@ -399,6 +404,59 @@ def test_sam2clips_loss_is_the_error_per_pixel(batch):
 def test_sam2clip_needs_one_geometry():
     with pytest.raises(InputError, match="clip_size"):
         Sam2ClipStage(towers(clip_size=64))
+
+
+def test_true_masks_need_no_teacher_and_teach_the_three_masks_too(batch):
+    stage = Sam2ClipStage(towers(), layers=1, heads=4, cache=False, loops=1, prompts=2, true_masks=True)
+    features = stage.towers.encode_sam(batch["image"])
+    loss, iou = stage.prompt_in_the_loop(features, None, batch["masks"])
+    assert loss > 0 and 0 <= iou < 1  # a random decoder does not find them
+
+    generator = torch.Generator().manual_seed(3)
+    masks, target = torch.randn(1, 2, 4, 8, 8, generator=generator), torch.zeros(1, 2, 8, 8)
+    target[..., 2:6] = 1
+    predicted = torch.rand(1, 2, 4, generator=generator)
+    each = stage.mask_losses(DecodedMasks(masks=masks, iou=predicted), target)
+    for p in range(2):
+        by_mask = [
+            F.binary_cross_entropy_with_logits(masks[0, p, m], target[0, p])
+            + losses.dice_loss(masks[0, p, m], target[0, p])
+            for m in range(4)
+        ]
+        found = [losses.mask_iou(masks[0, p, m], target[0, p]) for m in range(4)]
+        quality = (predicted[0, p] - torch.stack(found)).square().mean()
+        torch.testing.assert_close(each[0, p], by_mask[0] + 0.5 * min(by_mask[1:]) + quality)
+
+
+def test_the_linear_start_finds_a_linear_teacher():
+    torch.manual_seed(0)
+    channels, pictures = [4, 6, 8, 10], 24
+    config = Sam2ClipConfig(in_channels=channels, width=16, num_layers=2, num_heads=2)
+    teacher, student = Sam2ClipAdapter(config), Sam2ClipAdapter(config)
+    sizes = list(zip(channels, (32, 16, 8, 4), strict=True))
+    maps = [tuple(torch.randn(1, c, side, side) for c, side in sizes) for _ in range(pictures)]
+    with torch.no_grad():
+        start_linear(teacher, maps, [teacher(m) for m in maps])  # from here on it is linear
+        for layer in (*teacher.pyramid.laterals, teacher.stride4):
+            torch.nn.init.normal_(layer.weight)
+            torch.nn.init.normal_(layer.bias)
+        wanted = [teacher(m) for m in maps]
+        start_linear(student, maps[:-1], wanted[:-1])
+        found = student(maps[-1])  # a picture that it was not fitted to
+    for ours, theirs in zip(found.pyramid, wanted[-1].pyramid, strict=True):
+        assert (ours - theirs).square().mean() < 1e-3 * theirs.var()
+
+
+def test_the_linear_start_is_nearer_to_the_teacher(batch, tmp_path):
+    stage = Sam2ClipStage(towers(), layers=1, heads=4, cache=False, start=2)
+    before = stage(**batch)
+    data = Pictures(batch)
+    assert stage.prepare(data, tmp_path, "pictures") is data
+    after = stage(**batch)
+    assert after["embedding_mse"] < 0.5 * before["embedding_mse"]
+    assert after["high_res_mse"] < 0.5 * before["high_res_mse"]
+    with pytest.raises(InputError, match="strides 4 and 8"):
+        Sam2ClipStage(towers(sam="sam"), start=2)
 
 
 # ---------------------------------------------------------------------------------------------------------- clip2sam

@@ -13,6 +13,7 @@ import ovsam
 from ovsam import evaluation
 from ovsam.data import reader_keys
 from ovsam.errors import InputError
+from ovsam.naming import calibrated
 from ovsam.scenes.words import Word
 from ovsam.training import calibrate, texts
 from ovsam.training.finetune_stage import FinetuneStage
@@ -155,6 +156,7 @@ def test_calibration_chooses_thresholds_and_writes_a_whole_model(folder, tuned, 
     config = ovsam.OVSamModel.from_pretrained(output).config
     assert {name: getattr(config, name) for name in thresholds} == thresholds
     assert 0 < thresholds["proposal_threshold"] < thresholds["score_threshold"] < 1
+    assert thresholds["score_calibration"] != [1, 0] != thresholds["name_calibration"]
     with pytest.raises(InputError, match="already holds a model"):
         train_recipe(folder / "calibrate.toml", output=output, device="cpu")
 
@@ -183,6 +185,52 @@ def test_calibrated_numbers_do_in_the_head_what_was_fitted(base, data):
     torch.testing.assert_close(after.logit_shift, before.logit_shift - 0.05)
     torch.testing.assert_close(other.model.clip2sam.log_scale.exp(), 1.3 * segmenter.model.clip2sam.log_scale.exp())
     torch.testing.assert_close(other.model.clip2sam.logit_shift, segmenter.model.clip2sam.logit_shift + 0.1)
+
+
+def test_scores_mean_how_often_they_are_right_after_calibration(capsys):
+    """Scores that say less than they know, as a product with objectness does."""
+    rng = np.random.default_rng(0)
+    truth = rng.random(20_000)
+    right = rng.random(len(truth)) < truth
+    scores = calibrated(torch.tensor(truth), (0.25, -0.8))
+    found = calibrate._platt(list(zip(scores.tolist(), right.tolist(), strict=True)), "test")
+    assert found == pytest.approx([4.0, 3.2], abs=0.2)
+    assert evaluation.calibration_error(scores, right) > 0.1
+    assert evaluation.calibration_error(calibrated(scores, found), right) < 0.02
+    scale, shift = calibrate._platt([(0.2, False), (0.3, False), (0.8, True)], "separable")
+    assert 0 < scale <= np.exp(calibrate.LIMIT) + 0.01 and np.isfinite(shift)
+
+
+def test_calibrated_scores_keep_logits_and_order(base, data):
+    segmenter, other = ovsam.load(base, device="cpu"), ovsam.load(base, device="cpu")
+    other.model.config.score_calibration, other.model.config.name_calibration = [3.0, 1.0], [2.0, -1.0]
+    image = Image.open(data[0].parent / "0.png")
+    _, embeds = segmenter.embed(list(COLOURS))
+    features = segmenter.encode(image)[1]
+    box = torch.tensor([[[2.0, 2.0, 40.0, 40.0]]])
+    for question, pair in (
+        ({"proposal_threshold": 0.0}, (3.0, 1.0)),
+        ({"proposal_threshold": 0.0, "everything": True}, (2.0, -1.0)),
+        ({"input_boxes": box}, (2.0, -1.0)),
+    ):
+        before, after = (s.model(features=features, text_embeds=embeds, **question) for s in (segmenter, other))
+        torch.testing.assert_close(after.logits, before.logits)
+        torch.testing.assert_close(after.scores, calibrated(before.scores, pair))
+        assert after.scores.numel() and not after.scores.allclose(before.scores)
+
+
+def test_a_calibration_that_turns_the_order_round_is_refused(base):
+    with pytest.raises(InputError, match="positive scale and a shift"):
+        ovsam.OVSamConfig(**ovsam.load(base, device="cpu").model.config.to_dict() | {"name_calibration": (-1.0, 0.0)})
+
+
+def test_novel_words_are_for_scenes(folder, base, data):
+    (folder / "novel.toml").write_text(
+        f'stage = "calibrate"\nseed = 1\n[model]\nbase = {json.dumps(str(base))}\n[stage_args]\nnovel = 2\n'
+        f'[data]\nformat = "coco"\nannotations = {json.dumps(str(data[1]))}\n'
+    )
+    with pytest.raises(InputError, match="novel is for emojiscenes"):
+        train_recipe(folder / "novel.toml", output=folder / "novel", device="cpu")
 
 
 def test_what_cannot_be_tuned_is_refused(base):

@@ -1,9 +1,14 @@
 """EmojiScenes as a map-style training set: sample `i` is always the same picture, so a resumed run redraws nothing."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from ovsam.scenes.drawing import SceneConfig, draw_scene, sprites
+from ovsam.errors import InputError
+from ovsam.scenes.drawing import SceneConfig, draw_scene
+from ovsam.scenes.styles import HELD_OUT, drawable
 from ovsam.scenes.words import all_words
 
 from .base import Sample, SegmentationData
@@ -16,26 +21,41 @@ class SceneDataset(SegmentationData):
         length: how many scenes there are.
         seed: scene i is a function of it and i.
         config: how they are drawn.
+        vocabulary: names of base words, to draw and to know these alone; or a text file with one a line.
+
+    Raises:
+        InputError: a style that is kept for testing, or a vocabulary with a name that cannot be drawn from.
     """
 
     format = "emojiscenes"
 
-    def __init__(self, length: int, seed: int, config: SceneConfig):
+    def __init__(self, length: int, seed: int, config: SceneConfig, vocabulary: Sequence[str] | str | None = None):
         self.length, self.seed, self.config = length, seed, config
         self.words = list(all_words())
-        self.word_ids = np.array([i for i, word in enumerate(self.words) if word.split == "base"])
+        if unseen := set(config.styles) & set(HELD_OUT):
+            raise InputError(f"The style {', '.join(sorted(unseen))} is kept for testing, so it is not trained on.")
+        drawn = drawable(config.styles)  # once here, so that data-loader workers share the sprites
+        self.word_ids = np.array([i for i in drawn if self.words[i].split == "base"])  # among all_words()
+        # How many novel words each scene must show, and those it may be: calibration alone asks for any.
+        self.novel, self.novel_ids = 0, np.array([i for i in drawn if self.words[i].split == "novel"])
+        self.place = np.arange(len(self.words))  # of a word of all_words() in `words`
+        if vocabulary is not None:
+            ids = self._read(vocabulary)
+            self.words, self.word_ids = [self.words[i] for i in ids], np.array(ids)
+            self.novel_ids = self.novel_ids[:0]
+            self.place[ids] = np.arange(len(ids))
         self.pictures, self.instances = length, None  # nobody has counted objects that are not drawn yet
         self.size, self.max_objects = config.canvas, config.max_objects
         self.skipped, self.notes = [], []
-        sprites()  # drawn once here, so that data-loader workers share them
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        scene = draw_scene(self.seed, index, self.word_ids, self.config)
+        novel = np.random.default_rng((self.seed, index, 1)).choice(self.novel_ids, self.novel, replace=False).tolist()
+        scene = draw_scene(self.seed, index, self.word_ids, self.config, novel)
         word_ids = np.full(self.max_objects, -1)
-        word_ids[: len(scene.word_ids)] = scene.word_ids
+        word_ids[: len(scene.word_ids)] = self.place[scene.word_ids]
         image = torch.from_numpy(np.asarray(scene.image).copy())  # [H, W, 3] -> [3, H, W]
         return {
             "image": image.permute(2, 0, 1),
@@ -44,8 +64,30 @@ class SceneDataset(SegmentationData):
             "known": torch.ones(len(self.words), dtype=torch.bool),
         }
 
+    def _read(self, vocabulary: Sequence[str] | str) -> list[int]:
+        """The places in `all_words()` of the vocabulary's names."""
+        if isinstance(vocabulary, str):
+            if not Path(vocabulary).is_file():
+                raise InputError(f"vocabulary names {vocabulary}, which is no file; give one, or a list of names.")
+            vocabulary = Path(vocabulary).read_text(encoding="utf-8").split("\n")
+        names = [name.strip() for name in vocabulary if name.strip()]
+        place = {self.words[i].name: i for i in self.word_ids}
+        if missing := [name for name in names if name not in place]:
+            raise InputError(
+                f"vocabulary has {missing[0]!r}, which is no base word that these styles have a drawing of."
+            )
+        if not names or len(set(names)) < len(names):
+            raise InputError("vocabulary needs at least one name, and each of them once.")
+        return [place[name] for name in names]
 
-def open_scenes(length: int = 100_000, seed: int = 0, size: int | None = None, **scene) -> SceneDataset:
-    """Scenes by a recipe's keys: those of SceneConfig, with `size` as another name for `canvas`."""
-    canvas = {} if size is None else {"canvas": size}
-    return SceneDataset(length, seed, SceneConfig(**canvas, **scene))
+
+def open_scenes(
+    length: int = 100_000,
+    seed: int = 0,
+    size: int | None = None,
+    vocabulary: Sequence[str] | str | None = None,
+    **scene,
+) -> SceneDataset:
+    """Scenes by a recipe's keys: those of SceneConfig, with `size` as another name for `canvas`, and `vocabulary`."""
+    config = SceneConfig(**scene) if size is None else SceneConfig(canvas=size, **scene)
+    return SceneDataset(length, seed, config, vocabulary)

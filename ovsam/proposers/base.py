@@ -12,7 +12,7 @@ from torch import Tensor
 from ovsam.boxes import masks_to_boxes
 from ovsam.errors import InputError
 from ovsam.frames import boxes_from_clip
-from ovsam.naming import instance_scores
+from ovsam.naming import calibrated, instance_scores
 
 if TYPE_CHECKING:
     from ovsam.modeling_ovsam import OVSamFeatures, OVSamModel, OVSamOutput
@@ -140,16 +140,18 @@ def decode_proposals(question: Question, proposals: Proposals, negative_embeds: 
     if outputs.iou_scores is not None and proposals.word_scores is None:
         # Nobody but the decoder has seen these masks: what it doubts is a doubtful thing (YOLACT++'s re-scoring).
         outputs.objectness = outputs.objectness * outputs.iou_scores.float().amax(-1).clamp(0, 1)
-    weight = 0.0 if question.everything else model.config.objectness_weight
+    config = model.config
+    weight = 0.0 if question.everything else config.objectness_weight
+    calibration = config.name_calibration if question.everything else config.score_calibration
     if proposals.word_scores is not None:
         known = proposals.word_scores.to(device).float()[None]  # [1, n, K]
         outputs.logits, outputs.scores = known.logit(eps=1e-6), known
     elif outputs.logits is not None:
-        outputs.scores = instance_scores(outputs.logits.float(), outputs.objectness[..., None], weight)
+        scores = instance_scores(outputs.logits.float(), outputs.objectness[..., None], weight)
+        outputs.scores = calibrated(scores, calibration)
     if outputs.negative_logits is not None:
-        outputs.negative_scores = instance_scores(
-            outputs.negative_logits.float(), outputs.objectness[..., None], weight
-        )
+        scores = instance_scores(outputs.negative_logits.float(), outputs.objectness[..., None], weight)
+        outputs.negative_scores = calibrated(scores, calibration)
     return outputs
 
 

@@ -162,7 +162,7 @@ class SamSide(nn.Module):
         images, given = len(features.embedding), len(features.high_res or ())
         if given < self.finer_maps:
             raise InputError(f"This mask decoder reads {self.finer_maps} maps of high_res; the features have {given}.")
-        _check_prompts(images, input_points, input_labels, input_boxes, input_masks)
+        check_prompts(images, input_points, input_labels, input_boxes, input_masks)
         encoder, device = self.model.prompt_encoder, features.embedding.device
         if input_points is not None and input_labels is None:
             input_labels = torch.ones(input_points.shape[:3], dtype=torch.long, device=device)
@@ -255,7 +255,8 @@ PROMPT_SHAPES = {
 }
 
 
-def _check_prompts(images: int, *prompts: Tensor | None) -> None:
+def check_prompts(images: int, *prompts: Tensor | None) -> None:
+    """Raises InputError unless the prompts, in the order of PROMPT_SHAPES, agree with each other and the images."""
     named = zip(PROMPT_SHAPES, prompts, strict=True)
     shapes = {name: list(prompt.shape) for name, prompt in named if prompt is not None}
     agree = len({tuple(shape[:2]) for shape in shapes.values()}) <= 1

@@ -1,29 +1,22 @@
 """EmojiScenes: pictures composed of colour pictograms, with exact masks. A scene is a function of (seed, index).
 
-Sprites are drawn from the Noto Color Emoji font; backgrounds are procedural. Everything visible of an object is its
+Sprites come in several drawing styles (styles.py); backgrounds are procedural. Everything visible of an object is its
 mask, so masks never overlap. Being a pure function of its index, a resumed training run redraws nothing it has seen.
 """
 
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from .words import all_words
-
-FONT_PATHS = (
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
-    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
-    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
-)
-FONT_SIZE = 109  # the one bitmap size inside Noto Color Emoji
+from .styles import sprites
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """How a scene is drawn. Sizes are the sprite's longer side in pixels of the finished picture."""
+    """How a scene is drawn. Sizes are the sprite's longer side in pixels of the finished picture. Each object is drawn
+    in one of `styles`; naming one several times makes it more likely."""
 
     canvas: int = 512
     min_objects: int = 6
@@ -33,6 +26,7 @@ class SceneConfig:
     max_rotation: float = 30.0
     min_visible: float = 0.6
     repeat: float = 0.25  # chance that an object repeats a word already in the scene
+    styles: Sequence[str] = ("noto",)
 
 
 @dataclass
@@ -42,28 +36,6 @@ class Scene:
     image: Image.Image
     index_map: np.ndarray
     word_ids: list[int]
-
-
-def find_font() -> str:
-    for path in FONT_PATHS:
-        if Path(path).is_file():
-            return path
-    raise FileNotFoundError(
-        "EmojiScenes draws with the font Noto Color Emoji, which is not installed: "
-        "run `apt-get install fonts-noto-color-emoji` (Debian, Ubuntu) or install NotoColorEmoji.ttf."
-    )
-
-
-@functools.cache
-def sprites() -> tuple[Image.Image, ...]:
-    """One cropped RGBA picture per word, in the order of `all_words()`."""
-    font = ImageFont.truetype(find_font(), FONT_SIZE)
-    pictures = []
-    for word in all_words():
-        picture = Image.new("RGBA", (160, 160))
-        ImageDraw.Draw(picture).text((12, 12), word.char, font=font, embedded_color=True)
-        pictures.append(picture.crop(picture.getchannel("A").getbbox()))
-    return tuple(pictures)
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
@@ -98,7 +70,8 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
 
 def _sprite(rng: np.random.Generator, word_id: int, config: SceneConfig) -> Image.Image:
     """The word's picture, resized, rotated and slightly recoloured. [h, w] RGBA"""
-    picture = sprites()[word_id]
+    styles = [style for style in config.styles if sprites(style)[word_id]]
+    picture = sprites(styles[rng.integers(len(styles))] if len(styles) > 1 else styles[0])[word_id]
     side = float(np.exp(rng.uniform(np.log(config.min_size), np.log(config.max_size))))
     scale = side / max(picture.size)
     stretch = float(rng.uniform(0.88, 1.14))

@@ -1,9 +1,11 @@
 """Stage `calibrate`: temperature, shift and thresholds of a trained model, from held-out pictures.
 
-Temperature and shift make a word's score mean what it says: of each object, its own word against words that the picture
+Temperature and shift make a word's logit mean what it says: of each object, its own word against words that the picture
 was searched for and does not show, both counting alike (Platt 1999, with the shift inside the cosine). They go into the
-adapters' own parameters. The score threshold is then the lowest at which at most a given share of absent words returns
-anything; the objectness threshold (everything mode) the one with the best F1 of boxes.
+adapters' own parameters. Then scores are made to mean how often they are right (Platt 1999 again): those of what words
+return, and those of the best name of a boxed mask; these numbers go into the configuration and change no order. The
+score threshold is the lowest at which at most a given share of absent words returns anything; the objectness threshold
+(everything mode) the one with the best F1 of boxes.
 """
 
 import json
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pycocotools import mask as rle
 from torch import Tensor
 from torchvision.ops import box_iou
 from tqdm import tqdm
@@ -22,9 +25,10 @@ import ovsam
 from ovsam.adapters.clip2sam import Clip2SamAdapter
 from ovsam.adapters.concepts import ConceptHead
 from ovsam.boxes import masks_to_boxes
-from ovsam.data import SegmentationData
+from ovsam.data import SceneDataset, SegmentationData
 from ovsam.errors import InputError
-from ovsam.evaluation import AP_FLOOR, ask
+from ovsam.evaluation import AP_FLOOR, are_right, ask, calibration_error
+from ovsam.naming import calibrated
 from ovsam.results import write_whole
 from ovsam.scenes.freeze import related
 from ovsam.segmenter import Segmenter
@@ -35,13 +39,16 @@ from .targets import LEAST
 
 THRESHOLDS = "thresholds.json"
 ABSENT_WORDS = 20  # asked of each picture in vain
+LIMIT = 2.5  # of the logarithm of a calibration's scale
 
 
 @dataclass
 class Held:
-    """One held-out picture: `encoded` as Segmenter gives it, boxes and word ids of its objects, words to ask for."""
+    """One held-out picture: `encoded` as Segmenter gives it, masks, boxes and word ids of its objects, words to ask
+    for."""
 
     encoded: tuple
+    masks: Tensor  # [n, S, S] bool
     boxes: Tensor  # [n, 4]
     word_ids: Tensor  # [n], -1 without a name
     present: list[int]
@@ -68,9 +75,13 @@ def calibrate_recipe(recipe: dict, folder: Path, device: str | None) -> Path:
     """Calibrate what `[model] base` names on the recipe's [data]; write it as a whole model, with thresholds.json."""
     if (folder / "model.safetensors").is_file():
         raise InputError(f"{folder} already holds a model; pass another --output.")
-    options = recipe["stage_args"]
+    options = dict(recipe["stage_args"])
     segmenter = ovsam.load(recipe["model"]["base"], device=device)
     data = read_data(recipe["data"], recipe["seed"], options["pictures"], segmenter.model.sam.image_size)
+    if novel := options.pop("novel"):
+        if not isinstance(data, SceneDataset) or len(data.novel_ids) < novel:
+            raise InputError("novel is for emojiscenes with all their words; of other data leave it out.")
+        data.novel = novel
     print(f"calibrating {recipe['model']['base']} on up to {options['pictures']} of\n{data.describe()}", flush=True)
     found = calibrate(segmenter, data, recipe["seed"], **options)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +98,7 @@ def calibrate(
     pictures: int = 60,
     absent: float = 0.03,
     temperature: bool = True,
-) -> dict[str, float]:
+) -> dict[str, float | list[float]]:
     """Set temperature, shift and thresholds of the segmenter's model in place.
 
     Args:
@@ -98,9 +109,10 @@ def calibrate(
         temperature: fit temperature and shift as well.
 
     Returns:
-        the thresholds, by their names in the configuration.
+        the thresholds and the calibrations of scores, by their names in the configuration.
     """
     model = segmenter.model
+    model.config.score_calibration = model.config.name_calibration = (1.0, 0.0)
     _, embeds = segmenter.embed([word.name for word in data.words])
     if temperature:
         naming, finding = Pairs(), Pairs()
@@ -128,10 +140,10 @@ def calibrate(
             head.weight[0] *= factor
             head.bias[0] = factor * head.bias[0] + factor - 1
             head.bias[1] += shift
-    thresholds = _thresholds(segmenter, data, embeds, seed, pictures, absent)
-    for name, value in thresholds.items():
+    chosen = _calibrations_and_thresholds(segmenter, data, embeds, seed, pictures, absent)
+    for name, value in chosen.items():
         setattr(model.config, name, value)
-    return thresholds
+    return chosen
 
 
 def _pictures(segmenter: Segmenter, data: SegmentationData, seed: int, pictures: int, title: str):
@@ -142,9 +154,9 @@ def _pictures(segmenter: Segmenter, data: SegmentationData, seed: int, pictures:
         ids = sample["word_ids"][large]
         present = sorted(set(sample["word_ids"].tolist()) - {-1})
         absent = _absent(data.words, present, sample["known"], np.random.default_rng((seed, index)))
-        boxes = masks_to_boxes(sample["masks"][large])
-        if len(boxes):
-            yield Held(segmenter.encode(image), boxes, ids, present, absent)
+        masks = sample["masks"][large]
+        if len(masks):
+            yield Held(segmenter.encode(image), masks, masks_to_boxes(masks), ids, present, absent)
 
 
 def _absent(words: list, present: list[int], known: Tensor, rng: np.random.Generator) -> list[int]:
@@ -186,20 +198,63 @@ def _fit(pairs: Pairs, title: str) -> tuple[float, float]:
     return factor, moved
 
 
-def _thresholds(
+def _platt(pairs: list[tuple[float, bool]], title: str) -> list[float]:
+    """Scale and shift that make logits of scores fit how often they are right best (cross entropy). Targets lie a
+    little inside 0 and 1, so that few or separable scores do not make sure of everything (Platt 1999, §2.2)."""
+    if not pairs:
+        return [1.0, 0.0]
+    scores, right = [score for score, _ in pairs], [hit for _, hit in pairs]
+    logits = torch.tensor(scores, dtype=torch.float64).logit(eps=1e-6)
+    hit = torch.tensor(right, dtype=torch.float64)
+    target = torch.where(hit > 0, (hit.sum() + 1) / (hit.sum() + 2), 1 / ((1 - hit).sum() + 2))
+    log_scale, shift = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimiser = torch.optim.LBFGS([log_scale, shift], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        moved = log_scale.clamp(-LIMIT, LIMIT).exp() * logits + shift
+        loss = F.binary_cross_entropy_with_logits(moved, target)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    found = [round(float(log_scale.detach().clamp(-LIMIT, LIMIT).exp()), 4), round(shift.item(), 4)]
+    after = calibrated(torch.tensor(scores), found).tolist()
+    errors = f"{calibration_error(scores, right):.3f} -> {calibration_error(after, right):.3f}"
+    print(f"{title}: scale {found[0]}, shift {found[1]}; calibration error {errors}, {len(scores)} scores")
+    return found
+
+
+def _calibrations_and_thresholds(
     segmenter: Segmenter, data: SegmentationData, embeds: Tensor, seed: int, pictures: int, share: float
-) -> dict[str, float]:
+) -> dict[str, float | list[float]]:
     shown, fired, objects, locations = [], [], 0, []
-    for held in _pictures(segmenter, data, seed, pictures, "thresholds"):
+    returned: list[tuple[float, bool]] = []  # score of what words find, and whether it is right
+    named: list[tuple[float, bool]] = []  # score of the best name of a boxed mask, and whether it is right
+    for held in _pictures(segmenter, data, seed, pictures, "scores"):
         asked = held.present + held.absent
         names = [data.words[i].name for i in asked]
         found = ask(segmenter, held.encoded, embeds[torch.tensor(asked, device=embeds.device)], names, AP_FLOOR)
+        scores, labels = found["scores"].tolist(), found["text_labels"]
         best = dict.fromkeys(names, 0.0)
-        for name, score in zip(found["text_labels"], found["scores"].tolist(), strict=True):
+        for name, score in zip(labels, scores, strict=True):
             best[name] = max(best[name], score)
         shown += [best[data.words[i].name] for i in held.present]
         fired += [best[data.words[i].name] for i in held.absent]
-        outputs = segmenter.model(features=held.encoded[1], everything=True, proposal_threshold=AP_FLOOR)
+        own = held.word_ids >= 0
+        true_names = [data.words[i].name for i in held.word_ids[own].tolist()]
+        right = are_right(_codes(found["masks"]), labels, _codes(held.masks[own]), true_names)
+        returned += zip(scores, right, strict=True)
+        if own.any():
+            boxes = held.boxes[own][None].to(embeds.device)
+            prompted = segmenter.model(features=held.encoded[1], text_embeds=embeds, input_boxes=boxes).scores[0]
+            surest, name = prompted.max(-1)
+            named += zip(surest.tolist(), (name.cpu() == held.word_ids[own]).tolist(), strict=True)
+
+        features = held.encoded[1]
+        refine = features.concepts.prototypes is None  # only boxes count here, which refinement leaves alone
+        outputs = segmenter.model(features=features, everything=True, refine=refine, proposal_threshold=AP_FLOOR)
         taken = box_iou(outputs.pred_boxes[0].cpu().float(), held.boxes) > 0.5  # [I, objects], best proposal first
         for score, hits in zip(outputs.objectness[0].tolist(), taken, strict=True):
             locations.append((score, bool(hits.any())))
@@ -208,13 +263,23 @@ def _thresholds(
     if not fired or not shown:
         raise InputError("No picture of [data] has both an object and a word that it was searched for in vain.")
     score = float(np.quantile(fired, 1 - share))
+    reached = float(np.mean(np.array(shown) >= score))
+    print(f"{reached:.3f} of present words return something, {share} of absent ones")
+    words = _platt(returned, "scores of words")
+    # The adapter's half may still lift a location that is a little below the threshold.
+    score, proposal = calibrated(torch.tensor([score, 0.65 * score]), words).tolist()
     grid = np.arange(0.05, 0.9, 0.01)
     f1 = [2 * sum(h for s, h in locations if s >= t) / (sum(s >= t for s, _ in locations) + objects) for t in grid]
-    reached = float(np.mean(np.array(shown) >= score))
-    print(f"score >= {score:.3f}: {reached:.3f} of present words return something, {share} of absent ones")
-    print(f"objectness >= {grid[int(np.argmax(f1))]:.3f}: F1 of boxes {max(f1):.3f}")
+    print(f"score >= {score:.3f}; objectness >= {grid[int(np.argmax(f1))]:.3f}: F1 of boxes {max(f1):.3f}")
     return {
-        "score_threshold": round(score, 3),
-        "proposal_threshold": round(0.65 * score, 3),  # the adapter's half may still lift a location
+        "score_calibration": words,
+        "name_calibration": _platt(named, "scores of names"),
+        "score_threshold": float(f"{score:.3g}"),
+        "proposal_threshold": float(f"{proposal:.3g}"),
         "objectness_threshold": round(float(grid[int(np.argmax(f1))]), 3),
     }
+
+
+def _codes(masks: Tensor) -> list:
+    """[n, H, W] bool -> COCO's run lengths"""
+    return [rle.encode(np.asfortranarray(mask.cpu().numpy())) for mask in masks]

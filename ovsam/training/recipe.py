@@ -35,8 +35,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "eval": {"every": None, "data": None, "pictures": 64},
     "rehearsal": {"share": 0.25, "scenes": {}},  # scenes: a SceneConfig
 }
-CALIBRATION = {"pictures": 60, "absent": 0.03, "temperature": True}  # the [stage_args] of calibrate
-MAY_BE_ZERO = {"weight_decay", "warmup_steps", "share", "workers", "absent"}
+CALIBRATION = {"pictures": 60, "absent": 0.03, "temperature": True, "novel": 0}  # the [stage_args] of calibrate
+MAY_BE_ZERO = {"weight_decay", "warmup_steps", "share", "workers", "absent", "novel"}
 TOP_LEVEL = {"stage", "seed", "data", "stage_args", "weights", "model", *SECTIONS}
 # What may differ between a run and its continuation, since it changes no weight.
 HARMLESS = ("optim.save_steps", "optim.logging_steps", "optim.workers", "eval.")
@@ -155,9 +155,16 @@ def _check_start(path: Path, recipe: dict) -> None:
             raise InputError(f"{path} lacks {', '.join(sorted(missing))} in [stage_args].")
         if "towers" in accepted and not model:
             raise InputError(f"{path} lacks [model]: the towers that the stage {recipe['stage']} stands on.")
-    for key, value in (("weights", recipe.get("weights")), *given.items()):
-        if key.endswith("weights") and value and not Path(value).is_file():
-            raise InputError(f"{path} starts from {value}, which is not there; train that recipe first.")
+    named = [value for key, value in given.items() if key.endswith("weights") and value]
+    for file in (*weight_files(recipe), *named):
+        if not Path(file).is_file():
+            raise InputError(f"{path} starts from {file}, which is not there; train that recipe first.")
+
+
+def weight_files(recipe: dict[str, Any]) -> list[str]:
+    """What the recipe's `weights` names: one file, or several."""
+    paths = recipe.get("weights", [])
+    return [paths] if isinstance(paths, str) else list(paths)
 
 
 def _flat(section: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -33,7 +33,7 @@ from .calibrate import calibrate_recipe
 from .checkpoint import SAVING, checkpoint_step, clear_saving, list_checkpoints, publish_checkpoint, write_model
 from .data import TrainingOrder, collate, mix_rehearsal, read_data
 from .preflight import check_trainable, check_workers, describe, first_sample, measure_memory, recompute_activations
-from .recipe import CALIBRATE, check_unchanged, read_recipe, record_recipe, stage_parameters
+from .recipe import CALIBRATE, check_unchanged, read_recipe, record_recipe, stage_parameters, weight_files
 from .report import LogFile, cut_log, draw_curves, draw_samples
 from .stages import STAGES
 from .texts import embed_texts, word_table
@@ -213,8 +213,8 @@ def _build_stage(recipe: dict, words: list[Word], base: Segmenter | None) -> nn.
             )
         given["model"] = base.model
     stage = kind(**given)
-    if "weights" in recipe:
-        stage.load_published(load_file(recipe["weights"]))
+    if paths := weight_files(recipe):  # of a tensor that several files have, the last one's counts
+        stage.load_published({name: tensor for path in paths for name, tensor in load_file(path).items()})
     return stage
 
 

@@ -81,7 +81,8 @@ class SamStage(nn.Module):
         return {f"sam.{name}": tensor for name, tensor in self.sam.state_dict().items()}
 
     def load_published(self, state: dict[str, Tensor]) -> None:
-        self.sam.load_state_dict({name.removeprefix("sam."): tensor for name, tensor in state.items()})
+        own = {name.removeprefix("sam."): tensor for name, tensor in state.items() if name.startswith("sam.")}
+        self.sam.load_state_dict(own)
 
     def forward(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> dict[str, Tensor]:
         # 1. Encode the window.

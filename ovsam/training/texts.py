@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ovsam.checkpoints import find_checkpoint
 from ovsam.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
@@ -26,15 +26,20 @@ def text_config() -> dict:
     }
 
 
-@torch.no_grad()
-def embed_texts(texts: list[str], folder: Path | None = None) -> Tensor:
-    """[K, D], L2-normalised, by the text tower inside the checkpoint `folder` (default: the embedded one)."""
+def text_tower(folder: Path | None = None) -> tuple[DualEncoderSide, PreTrainedTokenizerBase]:
+    """The frozen text tower inside the checkpoint `folder` (default: the embedded one), and its tokenizer."""
     folder = folder or find_checkpoint("ovsam-tiny")
-    side = DualEncoderSide(DualEncoderConfig(text_config=text_config())).eval()
+    side = DualEncoderSide(DualEncoderConfig(text_config=text_config()), part="text").eval().requires_grad_(False)
     state = load_file(folder / "text_model.safetensors")
     state = {name.removeprefix("clip.text_model."): tensor.float() for name, tensor in state.items()}
     side.text_model.load_state_dict(state)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return side, AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def embed_texts(texts: list[str], folder: Path | None = None) -> Tensor:
+    """[K, D], L2-normalised, by the text tower inside the checkpoint `folder` (default: the embedded one)."""
+    side, tokenizer = text_tower(folder)
     chunks = []
     for start in tqdm(range(0, len(texts), 256), desc="words -> text tower"):
         tokens = tokenizer(texts[start : start + 256], padding=True, return_tensors="pt")
