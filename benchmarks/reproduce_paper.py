@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from paper.stages import SCALE, HeadsStage, LearnedPrompt, class_embeds, load_sam2clip  # noqa: E402
+from paper.stages import SCALE, LearnedPrompt, RoiStage, TokenStage, class_embeds, load_sam2clip  # noqa: E402
 
 from ovsam.boxes import masks_to_boxes  # noqa: E402
+from ovsam.clip.base import boxes_to_masks  # noqa: E402
 from ovsam.data import SceneDataset  # noqa: E402
 from ovsam.naming import FusedNaming  # noqa: E402
 from ovsam.sam import DecodedMasks, SamFeatures  # noqa: E402
@@ -109,10 +110,13 @@ def train(base: Path, runs: Path) -> None:
         raise SystemExit(f"{runs} was trained over other weights than those of {base}; name another folder as --runs.")
     record.write_text(weights + "\n")
     train_part(runs, "clip", "clip", [])
-    for stage in ("sam2clip", "coop", "heads"):
+    for stage in ("sam2clip", "coop", "token", "roi"):
         for tower in TOWERS:
-            settings = [f"model.{side}.weights={path}" for side, path in weights_of(base, runs, tower).items()]
-            if stage == "heads":
+            weights_of_side = weights_of(base, runs, tower)
+            if stage == "roi":
+                del weights_of_side["sam"]
+            settings = [f"model.{side}.weights={path}" for side, path in weights_of_side.items()]
+            if stage == "token":
                 settings.append(f"stage_args.sam2clip_weights={runs / f'sam2clip-{tower}' / 'model.safetensors'}")
             train_part(runs, stage, f"{stage}-{tower}", settings)
 
@@ -152,9 +156,10 @@ class Setting(nn.Module):
         sam2clip = str(runs / f"sam2clip-{tower}" / "model.safetensors")
         self.sam2clip = load_sam2clip(self.towers, sam2clip)
         table = word_table([], lambda texts: words[:0])
-        heads = HeadsStage(table, self.towers, sam2clip)
-        heads.load_published(load_file(runs / f"heads-{tower}" / "model.safetensors"))
-        self.decoder, self.clip2sam = heads.sam, heads.clip2sam
+        self.decoder = TokenStage(table, self.towers, sam2clip).sam
+        self.decoder.model.mask_decoder.load_state_dict(load_file(runs / f"token-{tower}" / "model.safetensors"))
+        self.clip2sam = RoiStage(table, self.towers).clip2sam
+        self.clip2sam.load_state_dict(load_file(runs / f"roi-{tower}" / "model.safetensors"))
         context = load_file(runs / f"coop-{tower}" / "model.safetensors")["context"]
         prompt = LearnedPrompt(len(context))
         prompt.load_state_dict({"context": context}, strict=False)
@@ -167,10 +172,10 @@ class Setting(nn.Module):
 
 class Picture:
     """A picture [3, S, S] uint8 and prompts on it (`decode`'s arguments), as a setting sees them; what several rows
-    need is computed once. Masks are logits [P, S/4, S/4]."""
+    need is computed once. Masks are logits [P, S/4, S/4]; `truth`, [P, S, S] bool, is for CHECKS alone."""
 
-    def __init__(self, setting: Setting, image: Tensor, prompts: dict[str, Tensor]):
-        self.setting, self.image, self.prompts = setting, image, prompts
+    def __init__(self, setting: Setting, image: Tensor, prompts: dict[str, Tensor], truth: Tensor | None = None):
+        self.setting, self.image, self.prompts, self.truth = setting, image, prompts, truth
 
     @cached_property
     def clip(self):
@@ -192,6 +197,14 @@ class Picture:
     def tuned(self) -> DecodedMasks:
         """By the decoder with the label token."""
         return self.setting.decoder.decode(self.student, **self.prompts)
+
+    @property
+    def roi_embeds(self) -> Tensor:
+        """Of FPN and RoIAlign [P, D]. As in the paper, the region is the box that was given, else that of the mask."""
+        masks = self.tuned.masks[:, :, 0].sigmoid()
+        if "input_boxes" in self.prompts:
+            masks = (boxes_to_masks(self.prompts["input_boxes"], masks.shape[-2:], 4) > 0.5).float()
+        return self.setting.clip2sam(self.clip.maps, masks)[0]
 
     def _one_mask(self, features: SamFeatures) -> Tensor:
         sam = self.setting.towers.sam
@@ -235,10 +248,16 @@ ROWS: dict[str, Answer] = {
     "feature-crop + CoOp": lambda p: (p.sam_masks, p.pooled(p.sam_masks) @ p.setting.prompted_words.T),
     "SAM2CLIP only": lambda p: (p.student_masks, p.pooled(p.student_masks) @ p.setting.words.T),
     "+ class token": lambda p: (p.tuned.masks[0, :, 0], p.fused(class_embeds(p.tuned)[0], p.tuned.masks[0, :, 0])),
-    "+ FPN and RoIAlign": lambda p: (
-        p.tuned.masks[0, :, 0],
-        p.fused(p.setting.clip2sam(p.clip.maps, p.tuned.masks[:, :, 0].sigmoid())[0], p.tuned.masks[0, :, 0]),
+    "+ FPN and RoIAlign": lambda p: (p.tuned.masks[0, :, 0], p.fused(p.roi_embeds, p.tuned.masks[0, :, 0])),
+}
+
+# Where a row's Acc comes from.
+CHECKS: dict[str, Answer] = {
+    "feature-crop under the true masks": lambda p: (
+        p.truth.float() * 40 - 20,
+        p.pooled(p.truth.float() * 40 - 20) @ p.setting.words.T,
     ),
+    "FPN and RoIAlign without CLIP's share": lambda p: (p.tuned.masks[0, :, 0], p.roi_embeds @ p.setting.words.T),
 }
 
 
@@ -258,22 +277,23 @@ def parts_of(row: str, setting: Setting) -> list[nn.Module | nn.Parameter]:
 # ---- measuring ----------------------------------------------------------------------------------------------------
 
 
-def measure(setting: Setting, pictures: int) -> dict[str, dict[str, dict[str, float]]]:
-    """{prompt: {row: figures}} on scenes that no recipe draws."""
-    data = SceneDataset(pictures, TEST_SEED, SCENE, setting.names)
+def measure(setting: Setting, pictures: int, seed: int = TEST_SEED) -> dict[str, dict[str, dict[str, float]]]:
+    """{prompt: {row or check: figures}} on scenes that no recipe draws."""
+    rows = ROWS | CHECKS
+    data = SceneDataset(pictures, seed, SCENE, setting.names)
     novel = torch.tensor([name.lower() not in setting.trained for name in setting.names])
-    seen: dict[tuple[str, str], list[Tensor]] = {(prompt, row): [] for prompt in PROMPTS for row in ROWS}
+    seen: dict[tuple[str, str], list[Tensor]] = {(prompt, row): [] for prompt in PROMPTS for row in rows}
     for index in tqdm(range(pictures), desc="measuring"):
         sample = data[index]
         truth = sample["masks"][sample["masks"].flatten(1).any(1)]
         ids = sample["word_ids"][: len(truth)]
         for prompt, given in true_prompts(truth).items():
-            picture = Picture(setting, sample["image"], given)
-            for row, answer in ROWS.items():
+            picture = Picture(setting, sample["image"], given, truth)
+            for row, answer in rows.items():
                 masks, scores = answer(picture)
                 right = scores.argmax(-1) == ids
                 seen[prompt, row].append(torch.stack([instance_iou(masks, truth), right, novel[ids]], 1))
-    return {prompt: {row: figures(torch.cat(seen[prompt, row])) for row in ROWS} for prompt in PROMPTS}
+    return {prompt: {row: figures(torch.cat(seen[prompt, row])) for row in rows} for prompt in PROMPTS}
 
 
 def true_prompts(masks: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -365,7 +385,9 @@ def report(results: dict) -> str:
         lines += [
             f"The whole model over feature-crop, points of Acc: {ahead}. FLOPs of feature-crop / whole: {ratio:.2f}."
         ]
-        lines += [""]
+        found = {check: [result[prompt][check] for prompt in PROMPTS] for check in CHECKS}
+        cells = {check: " and ".join(f"{f['acc']:.1f}" for f in each) for check, each in found.items()}
+        lines += ["Acc by box and by point of " + ", of ".join(f"{c}: {v}" for c, v in cells.items()) + ".", ""]
     ahead = " and ".join(f"{value:+.1f} by {prompt}" for prompt, value in PAPER_LEAD.items())
     ratio = PAPER_GFLOPS[0] / PAPER_GFLOPS[1]
     lines += ["**The paper's own (COCO, its Tables 1 and 7; \\* of Table 7)**", "", PAPER, ""]
@@ -391,6 +413,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "paper", help="where the trained parts are kept")
     parser.add_argument("--pictures", type=int, default=60, help="scenes to measure on")
+    parser.add_argument("--seed", type=int, default=TEST_SEED, help="of those scenes")
     parser.add_argument("--repeats", type=int, default=15, help="of each timing")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--write", action="store_true", help="write the tables into adapters/README.md")
@@ -405,7 +428,9 @@ def main() -> None:
     with torch.no_grad():
         for tower in TOWERS:
             setting = Setting(base, runs, tower, words, names, trained)
-            results[tower] = measure(setting, arguments.pictures) | {"costs": costs(setting, arguments.repeats)}
+            results[tower] = measure(setting, arguments.pictures, arguments.seed) | {
+                "costs": costs(setting, arguments.repeats)
+            }
     text = report(results)
     print("\n" + text)
     if arguments.json:

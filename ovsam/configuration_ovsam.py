@@ -45,7 +45,8 @@ class OVSamConfig(RemoteCodeConfig):
     `exemplar_scale`: an exemplar is a word whose embedding has this length, since cosines between two pictures of a
     kind run higher than those between a picture and its word (0.82 against 0.20 in ovsam-tiny). `prototype_weight`: how
     much the ConceptHead's prototype masks have to say beside the mask decoder: their logits, times this, are added to
-    the decoder's, for words and for single masks of boxes and clicks; 0 leaves every mask to the decoder.
+    the decoder's, for words, and for single masks of boxes and clicks that come without a mask; 0 leaves all masks to
+    the decoder.
     """
 
     model_type = "ovsam"

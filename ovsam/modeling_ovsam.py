@@ -322,7 +322,7 @@ class OVSamModel(OVSamPreTrainedModel):
     ) -> OVSamOutput:
         """Prompts -> masks and their class embeddings."""
         prototype_masks = self._prompted_prototypes(features, prompts) if refine and not multimask_output else None
-        if prototype_masks is not None and prompts["input_masks"] is None:
+        if prototype_masks is not None:
             prompts = prompts | {"input_masks": prototype_masks}
         decoded = self.sam.select_masks(self.sam.decode(features.sam, **prompts), multimask_output)
         if prototype_masks is not None:
@@ -451,9 +451,12 @@ class OVSamModel(OVSamPreTrainedModel):
         return crop(masks, boxes / self._mask_stride(masks))
 
     def _prompted_prototypes(self, features: OVSamFeatures, prompts: dict) -> Tensor | None:
-        """What the ConceptHead takes for the prompted things: prototype masks [B, P, H/4, W/4], where it has a say."""
+        """What the ConceptHead takes for the prompted things: prototype masks [B, P, H/4, W/4], where it has a say. A
+        mask that is given, such as the one that further clicks correct, says more."""
         concepts, boxes, points = features.concepts, prompts["input_boxes"], prompts["input_points"]
         if not self.config.prototype_weight or concepts is None or concepts.prototypes is None:
+            return None
+        if prompts["input_masks"] is not None:
             return None
         check_prompts(len(concepts.boxes), *prompts.values())
         if boxes is not None:

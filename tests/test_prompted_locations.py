@@ -70,6 +70,16 @@ def test_prototypes_make_masks_of_boxes_better(segmenter):
         model(features=features, input_boxes=boxes[0])
 
 
+def test_a_mask_that_is_given_says_more_than_a_prototype(segmenter):
+    model = segmenter.model
+    features = segmenter.encode(VAL / "images/028.jpg")[1]
+    click = {"features": features, "input_points": torch.tensor([[[[85.0, 212.0]]]])}
+    first = model(**click).pred_masks[:, :, 0]
+    decoded = model.sam.decode(features.sam, input_points=click["input_points"], input_masks=first)
+    again = model(**click, input_masks=first).pred_masks
+    assert torch.equal(again, model.sam.select_masks(decoded, False).masks)
+
+
 def test_three_masks_of_an_ambiguous_click_stay_the_decoders(segmenter):
     model = segmenter.model
     features = segmenter.encode(VAL / "images/028.jpg")[1]

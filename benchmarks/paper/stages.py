@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ovsam.adapters import Clip2SamFpnAdapter, Clip2SamFpnConfig, Sam2ClipAdapter, Sam2ClipConfig
 from ovsam.boxes import masks_to_boxes
+from ovsam.clip.base import boxes_to_masks
 from ovsam.sam import SamSide
 from ovsam.training.clip2sam_stage import answering_parts
 from ovsam.training.losses import mask_iou, point_mask_losses
@@ -75,17 +76,15 @@ class CoopStage(nn.Module):
         return name_loss(embeds, self.prompt(self.names), word_ids[visible])
 
 
-class HeadsStage(nn.Module):
-    """CLIP2SAM on SAM2CLIP's features (Yuan et al. 2024, §3.2-3.3): the mask decoder learns with a label token in the
-    place of its IoU token, and two class embeddings are learned side by side over the same decoder: what comes out of
-    the label token, and FPN + RoIAlign. 2 x cross entropy of either among the base names, 5 x cross entropy and 5 x
-    Dice of the masks. Without the background class: there are no prompts beside objects here.
+class TokenStage(nn.Module):
+    """The first half of CLIP2SAM, on SAM2CLIP's features (Yuan et al. 2024, §3.2-3.3): the mask decoder learns, with a
+    label token in the place of its IoU token. 2 x cross entropy of what becomes of the token among the base names, 5 x
+    cross entropy and 5 x Dice of the masks. Without the background class: there are no prompts beside objects here.
 
     Args:
         words: the base words.
         towers: CLIP's maps are read; of the SAM side, the prompt encoder and the mask decoder.
         sam2clip_weights: of the Sam2ClipAdapter over the same CLIP tower.
-        width, roi_size, finest_size: of Clip2SamFpnAdapter.
         prompts: objects of each picture that are prompted.
         box_share: share of the steps with boxes; the others have clicks.
         box_noise: deviation of a box's sides, in parts of its size.
@@ -97,9 +96,6 @@ class HeadsStage(nn.Module):
         words: WordTable,
         towers: Towers,
         sam2clip_weights: str,
-        width: int = 64,
-        roi_size: int = 7,
-        finest_size: int = 28,
         prompts: int = 5,
         box_share: float = 0.5,
         box_noise: float = 0.05,
@@ -110,42 +106,68 @@ class HeadsStage(nn.Module):
         self.towers = towers
         self.sam2clip = load_sam2clip(towers, sam2clip_weights)
         self.sam = with_label_token(towers.sam, towers.embed_dim)
-        size = {"in_channels": towers.channels, "embed_dim": towers.embed_dim, "width": width}
-        self.clip2sam = Clip2SamFpnAdapter(Clip2SamFpnConfig(**size, roi_size=roi_size, finest_size=finest_size))
         self.register_buffer("names", words.names, persistent=False)  # [V, D]
         self.prompts, self.box_share, self.box_noise, self.points = prompts, box_share, box_noise, points
 
     def published_state(self) -> dict[str, Tensor]:
-        parts = {"clip2sam": self.clip2sam, "mask_decoder": self.sam.model.mask_decoder}
-        return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
-
-    def load_published(self, state: dict[str, Tensor]) -> None:
-        for part, module in {"clip2sam.": self.clip2sam, "mask_decoder.": self.sam.model.mask_decoder}.items():
-            module.load_state_dict({n.removeprefix(part): t for n, t in state.items() if n.startswith(part)})
+        return dict(self.sam.model.mask_decoder.state_dict())
 
     def forward(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            maps = self.towers.maps(image)
-            features = self.sam2clip(maps)
+            features = self.sam2clip(self.towers.maps(image))
             masks, valid, keep = choose_objects(masks, self.prompts, masks.flatten(2).sum(-1) >= LEAST)
-            ids = word_ids.gather(1, keep)[valid]  # [n]
             if torch.rand(()) < self.box_share:
                 boxes = jitter_boxes(masks_to_boxes(masks), self.box_noise, float(image.shape[-1]))
                 prompts = {"input_boxes": boxes}
             else:
                 prompts = {"input_points": random_points(masks.flatten(0, 1)).view(*valid.shape, 1, 2)}
         decoded = self.sam.decode(features, **prompts)
-        predicted, token_embeds = decoded.masks[:, :, 0], class_embeds(decoded)
-        token = name_loss(token_embeds[valid], self.names, ids)
-        roi = name_loss(self.clip2sam(maps, predicted.detach().sigmoid())[valid], self.names, ids)
-        got = predicted[valid].float()
-        pixel, dice = point_mask_losses(got, resize_masks(masks, got.shape[-1])[valid].float(), self.points)
+        named = name_loss(class_embeds(decoded)[valid], self.names, word_ids.gather(1, keep)[valid])
+        got = decoded.masks[:, :, 0][valid].float()
+        truth = resize_masks(masks, got.shape[-1])[valid].float()
+        pixel, dice = point_mask_losses(got, truth, self.points)
         mask_loss = 5 * (pixel + dice).mean()
+        metrics = {"mask": mask_loss.detach(), "iou": mask_iou(got.detach(), truth).mean(), "top1": named["top1"]}
+        return {"loss": 2 * named["loss"] + mask_loss, **metrics}
+
+
+class RoiStage(nn.Module):
+    """The second half: FPN + RoIAlign over CLIP's maps, cross entropy among the base names. Clip2SamFpnAdapter reads no
+    more of a mask than the box around it, so here it is given boxes as wrong as predicted masks are, of all objects.
+
+    Args:
+        words: the base words.
+        towers: CLIP's maps are read.
+        width, roi_size, finest_size: of Clip2SamFpnAdapter.
+        box_noise: deviation of a box's sides, in parts of its size.
+    """
+
+    def __init__(
+        self,
+        words: WordTable,
+        towers: Towers,
+        width: int = 64,
+        roi_size: int = 7,
+        finest_size: int = 28,
+        box_noise: float = 0.1,
+    ):
+        super().__init__()
+        check_width(words, towers.embed_dim)
+        self.towers, self.box_noise = towers, box_noise
+        size = {"in_channels": towers.channels, "embed_dim": towers.embed_dim, "width": width}
+        self.clip2sam = Clip2SamFpnAdapter(Clip2SamFpnConfig(**size, roi_size=roi_size, finest_size=finest_size))
+        self.register_buffer("names", words.names, persistent=False)  # [V, D]
+
+    def published_state(self) -> dict[str, Tensor]:
+        return dict(self.clip2sam.state_dict())
+
+    def forward(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> dict[str, Tensor]:
+        visible, size = visible_objects(masks, word_ids), image.shape[-1]
         with torch.no_grad():
-            iou = mask_iou(got, resize_masks(masks, got.shape[-1])[valid].float()).mean()
-        loss = 2 * token["loss"] + 2 * roi["loss"] + mask_loss
-        metrics = {"mask": mask_loss.detach(), "iou": iou, "token_top1": token["top1"], "roi_top1": roi["top1"]}
-        return {"loss": loss, **metrics}
+            maps = self.towers.maps(image)
+        boxes = jitter_boxes(masks_to_boxes(masks), self.box_noise, float(size))
+        filled = (boxes_to_masks(boxes, (size // 4, size // 4), 4) > 0.5).float()
+        return name_loss(self.clip2sam(maps, filled)[visible], self.names, word_ids[visible])
 
 
 def name_loss(embeds: Tensor, names: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -182,4 +204,4 @@ def load_sam2clip(towers: Towers, weights: str) -> Sam2ClipAdapter:
     return adapter.eval().requires_grad_(False)
 
 
-STAGES |= {"coop": CoopStage, "heads": HeadsStage}  # so that recipes can name them
+STAGES |= {"coop": CoopStage, "token": TokenStage, "roi": RoiStage}  # so that recipes can name them

@@ -1,0 +1,1 @@
+from ovsam import *  # noqa: F403
