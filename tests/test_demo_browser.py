@@ -106,8 +106,8 @@ def test_from_a_picture_to_a_corrected_coco_file(visitor, page, shots, tmp_path)
     tab.screenshot(path=shots / "clicks.png", full_page=True)
 
     # Words: as many masks as the library finds, beside the two that were drawn.
-    visitor.find("hamburger, bicycle")
-    expected = segmenter.where(EXAMPLE, ["hamburger", "bicycle"])
+    visitor.find("hamburger, bicycle, motorcycle")
+    expected = segmenter.where(EXAMPLE, ["hamburger", "bicycle", "motorcycle"])
     soon(2 + len(expected), visitor.rows)
     soon(2 + len(expected), visitor.shapes)
     assert visitor.names()[2:] == expected.labels

@@ -61,7 +61,7 @@ def test_prototypes_make_masks_of_boxes_better(segmenter):
         boxes = torch.tensor([[[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in objects)]])
         for value in overlap:
             model.config.prototype_weight = value
-            masks = model(features=features, input_boxes=boxes).pred_masks[:, :, 0]
+            masks = model(features=features, input_boxes=boxes).pred_masks[:, :, 0].detach()
             found = torch.nn.functional.interpolate(masks, truth.shape[1:], mode="bilinear")[0].numpy() > 0
             overlap[value] += ((found & truth).sum((1, 2)) / (found | truth).sum((1, 2))).tolist()
     model.config.prototype_weight = weight
