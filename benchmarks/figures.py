@@ -50,6 +50,7 @@ ROWS = (
     ("20,000 cached words / 1 word, model time", "20,000 words / 1 word, model time", "ratio", "<= 1.5, aim 1.2"),
     ("... naming everything: the same instances", "20,000 words / 1 word, naming everything", "ratio", ""),
 )
+TABLE = re.compile(r"(<!-- figures -->\n)(\n?\|.*\n)*")  # the line that marks it, and the table after it
 FORMATS = {"share": "{:.2f}", "error": "{:.3f}", "percent": "{:.1%}", "seconds": "{:.2f} s", "ratio": "{:.2f} x"}
 
 # The figures of each published card's model-index, by the Hub's names of metrics.
@@ -97,7 +98,7 @@ def main(results: Path) -> None:
     rows = table(figures)
     for name in DOCUMENTS:
         path = ROOT / name
-        text = re.sub(r"(<!-- figures -->\n)(\n?\|.*\n)*", rf"\1\n{rows}\n", path.read_text())
+        text = TABLE.sub(lambda found: f"{found.group(1)}\n{rows}\n", path.read_text())
         path.write_text(text)
     for name, (model, metrics) in CARDS.items():
         path = ROOT / name

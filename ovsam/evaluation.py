@@ -29,7 +29,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -394,7 +393,7 @@ def iou(masks: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def summarise(rows: list[dict]) -> dict[str, float]:
     def mean(values: list[float]) -> float:
-        return float(np.mean(values)) if values else nan
+        return float(np.mean(values)) if values else math.nan
 
     figures = {}
     for kind in ("box", "click", "three clicks"):
@@ -414,7 +413,9 @@ def summarise(rows: list[dict]) -> dict[str, float]:
         hits = [r["rank"]["box"] < 1 for r in rows if r["split"] == "base" and r["size"] == size]
         figures[f"name (box): top-1, base, {size}"] = mean(hits)
     right = [r["rank"]["box"] < 1 for r in rows]
-    figures["name (box): calibration error"] = calibration_error([r["score"] for r in rows], right) if rows else nan
+    figures["name (box): calibration error"] = (
+        calibration_error([r["score"] for r in rows], right) if rows else math.nan
+    )
     return figures
 
 
