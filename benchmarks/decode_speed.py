@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import EdgeTamConfig, Sam2Config, SamConfig
 
-from ovsam.sam import SAM_SIDES, SamFeatures
-from ovsam.sam.decode import prompts_per_chunk
+from ovsam.modeling.sam import SAM_SIDES, SamFeatures
+from ovsam.modeling.sam.decode import prompts_per_chunk
 
 CONFIGS = {"sam": SamConfig, "sam2": Sam2Config, "edgetam": EdgeTamConfig}
 CHUNKS = (1, 2, 4, 8, 16)

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 import ovsam
-from ovsam.scenes.words import all_words
+from ovsam.data.scenes.words import all_words
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = ROOT / "tests" / "data" / "emojiscenes-val"

@@ -14,10 +14,10 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 import ovsam
-from ovsam.evaluation import COMPARED, measure, open_coco
-from ovsam.scenes.drawing import SceneConfig, draw_scene
-from ovsam.scenes.words import all_words
-from ovsam.training.run import train_recipe
+from ovsam.data.scenes.drawing import SceneConfig, draw_scene
+from ovsam.data.scenes.words import all_words
+from ovsam.evaluation.evaluate import COMPARED, measure, open_coco
+from ovsam.training.engine import train_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = {"train": 700_001, "held-out": 700_002}  # neither any recipe's nor the frozen set's

@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 import ovsam
-from ovsam.scenes.words import all_words
+from ovsam.data.scenes.words import all_words
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = ROOT / "tests" / "data" / "emojiscenes-val" / "images"

@@ -18,10 +18,10 @@ from PIL import Image
 from transformers import pipeline
 
 import ovsam
-from ovsam import rle
-from ovsam.evaluation import iou, open_coco
-from ovsam.scenes.drawing import SceneConfig, draw_scene
-from ovsam.scenes.words import all_words
+from ovsam.data.scenes.drawing import SceneConfig, draw_scene
+from ovsam.data.scenes.words import all_words
+from ovsam.evaluation.evaluate import iou, open_coco
+from ovsam.ops import rle
 
 FROZEN = Path(__file__).resolve().parents[1] / "tests" / "data" / "emojiscenes-val"
 SEED = 810_000  # of the large pictures: no recipe's, nor the frozen set's

@@ -24,8 +24,8 @@ from PIL import Image
 from scene import MOST_OVERLAP, Session, Sessions, Sliders
 
 import ovsam
-from ovsam.images import open_image
-from ovsam.presets import choose_auto, offered
+from ovsam.checkpoints.presets import choose_auto, offered
+from ovsam.processing.images import open_image
 
 HERE = Path(__file__).parent
 EXAMPLES = [

@@ -13,10 +13,10 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves, tree_map
 
 import ovsam
-from ovsam.checkpoints import EMBEDDED, VARIANT
-from ovsam.images import open_image
-from ovsam.presets import PRESETS
-from ovsam.vocabulary import Vocabulary
+from ovsam.checkpoints.embedded import EMBEDDED, VARIANT
+from ovsam.checkpoints.presets import PRESETS
+from ovsam.processing.images import open_image
+from ovsam.processing.vocabulary import Vocabulary
 
 try:  # on a ZeroGPU Space a GPU is lent for the length of one such call
     from spaces import GPU as on_gpu

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ovsam import Results
-from ovsam.exports import cutouts, to_labelme, write_id_map, write_yolo
-from ovsam.results import write_coco
+from ovsam.results.label_formats import cutouts, to_labelme, write_id_map, write_yolo
+from ovsam.results.results import write_coco
 
 
 def coco(results: Results, picture: Path, target: Path) -> Path:

@@ -17,9 +17,9 @@ from typing import Any
 from engine import Upload
 
 from ovsam import InputError, Results
-from ovsam.exports import outlines
-from ovsam.overlay import PALETTE
-from ovsam.results import Instance
+from ovsam.results.instance import Instance
+from ovsam.results.label_formats import outlines
+from ovsam.results.overlay import PALETTE
 
 SESSIONS = 200  # open at a time; the one that has been idle for longest goes first
 UNDO = 50

@@ -32,18 +32,18 @@ sys.path.insert(0, str(ROOT))  # so that it also runs from a checkout that is no
 import hatch_build  # noqa: E402
 import ovsam  # noqa: E402
 from benchmarks import figures  # noqa: E402
-from ovsam.adapters.clip2sam import Clip2SamConfig  # noqa: E402
-from ovsam.adapters.concepts import ConceptHeadConfig  # noqa: E402
-from ovsam.adapters.sam2clip import Sam2ClipConfig  # noqa: E402
-from ovsam.cards import LINK, check_card  # noqa: E402
-from ovsam.checkpoints import TEXT_SHARD  # noqa: E402
-from ovsam.clip import DualEncoderConfig  # noqa: E402
+from ovsam.modeling.adapters.clip2sam import Clip2SamConfig  # noqa: E402
+from ovsam.modeling.adapters.concepts import ConceptHeadConfig  # noqa: E402
+from ovsam.modeling.adapters.sam2clip import Sam2ClipConfig  # noqa: E402
+from ovsam.checkpoints.cards import LINK, check_card  # noqa: E402
+from ovsam.checkpoints.embedded import TEXT_SHARD  # noqa: E402
+from ovsam.modeling.clip import DualEncoderConfig  # noqa: E402
 from ovsam.errors import InputError  # noqa: E402
-from ovsam.push import CARD, full_precision, write_json  # noqa: E402
-from ovsam.remote_code import SHIM, auto_map, write_shim  # noqa: E402
-from ovsam.scenes.words import all_words  # noqa: E402
-from ovsam.training.texts import text_config  # noqa: E402
-from ovsam.training.towers import edgetam_config  # noqa: E402
+from ovsam.checkpoints.push import CARD, full_precision, write_json  # noqa: E402
+from ovsam.modeling.remote_code import SHIM, auto_map, write_shim  # noqa: E402
+from ovsam.data.scenes.words import all_words  # noqa: E402
+from ovsam.training.stages.text_embeddings import text_config  # noqa: E402
+from ovsam.training.stages.towers import edgetam_config  # noqa: E402
 
 IMAGE_SIZE = 512
 PROTOTYPE_WEIGHT = 1.0  # on scenes apart from the frozen sets 0.5 and 2 did about as well, and 0 three points worse for boxes
@@ -277,7 +277,7 @@ def _beside_differences(folder: Path, wanted: ovsam.OVSamConfig) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         write_shim(scratch)
         if (folder / SHIM).read_bytes() != (Path(scratch) / SHIM).read_bytes():
-            found.append(f"{folder / SHIM} is not the shim of ovsam/remote_code.py.")
+            found.append(f"{folder / SHIM} is not the shim of ovsam/modeling/remote_code.py.")
     return found
 
 

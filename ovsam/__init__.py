@@ -2,7 +2,11 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor
 
-from .adapters import (
+from ovsam.checkpoints.compose import from_parts
+from ovsam.errors import InputError
+from ovsam.inference.pipeline import TASK, OpenVocabularySegmentationPipeline, register_pipeline
+from ovsam.inference.segmenter import Segmenter, load
+from ovsam.modeling.adapters import (
     Clip2SamAdapter,
     Clip2SamConfig,
     Clip2SamFpnAdapter,
@@ -15,14 +19,13 @@ from .adapters import (
     Sam2ClipVitAdapter,
     Sam2ClipVitConfig,
 )
-from .configuration_ovsam import OVSamConfig
-from .errors import InputError
-from .modeling_ovsam import OVSamFeatures, OVSamMaskDecoder, OVSamModel, OVSamOutput, OVSamVisionModel
-from .pipeline import TASK, OpenVocabularySegmentationPipeline, register_pipeline
-from .processing_ovsam import OVSamProcessor
-from .results import Instance, Results
-from .segmenter import Segmenter, load
-from .vocabulary import Vocabulary
+from ovsam.modeling.configuration_ovsam import OVSamConfig
+from ovsam.modeling.modeling_ovsam import OVSamMaskDecoder, OVSamModel, OVSamVisionModel
+from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
+from ovsam.processing.processing_ovsam import OVSamProcessor
+from ovsam.processing.vocabulary import Vocabulary
+from ovsam.results.instance import Instance
+from ovsam.results.results import Results
 
 __version__ = "0.1.0"
 
@@ -66,5 +69,6 @@ __all__ = [
     "Sam2ClipVitConfig",
     "Segmenter",
     "Vocabulary",
+    "from_parts",
     "load",
 ]

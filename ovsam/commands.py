@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ovsam.errors import InputError
-from ovsam.images import open_image
-from ovsam.results import Results, check_folder, write_coco, write_whole
-from ovsam.vocabulary import Vocabulary
+from ovsam.ops.files import check_folder, write_whole
+from ovsam.processing.images import open_image
+from ovsam.processing.vocabulary import Vocabulary
+from ovsam.results.results import Results, write_coco
 
 if TYPE_CHECKING:
-    from ovsam.segmenter import Segmenter
+    from ovsam.inference.segmenter import Segmenter
 
 MAX_PHRASE = 64  # words; no text tower reads more, and each says itself if it reads less
 
@@ -62,7 +63,7 @@ def segment(arguments: Namespace) -> int:
 
 def evaluate(arguments: Namespace) -> int:
     """Print the figures of a model on a test set."""
-    from ovsam.evaluation import run_eval
+    from ovsam.evaluation.evaluate import run_eval
 
     run_eval(model=arguments.model, data=arguments.data, json_path=arguments.json, limit=arguments.limit)
     return 0
@@ -70,7 +71,7 @@ def evaluate(arguments: Namespace) -> int:
 
 def train(arguments: Namespace) -> int:
     """Train what a recipe describes."""
-    from ovsam.training.run import train_recipe
+    from ovsam.training.engine import train_recipe
 
     train_recipe(
         arguments.recipe,
@@ -87,7 +88,7 @@ def train(arguments: Namespace) -> int:
 
 def compare(arguments: Namespace) -> int:
     """Print the figures of two models side by side. Returns 1 if the second is not the better one, else 0."""
-    from ovsam.evaluation import run_compare
+    from ovsam.evaluation.evaluate import run_compare
 
     better = run_compare(
         arguments.base,
@@ -103,7 +104,7 @@ def compare(arguments: Namespace) -> int:
 
 def models(arguments: Namespace) -> int:
     """Print the presets."""
-    from ovsam.presets import table
+    from ovsam.checkpoints.presets import table
 
     print(table())
     return 0
@@ -113,8 +114,8 @@ def compose(arguments: Namespace) -> int:
     """Write a whole model made of parts, and say what it can do and under which licences its parts are."""
     from transformers.utils import logging
 
-    from ovsam import compose as parts
-    from ovsam.convert.base import new_folder
+    from ovsam.checkpoints import compose as parts
+    from ovsam.checkpoints.convert.base import new_folder
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -135,7 +136,7 @@ def convert(arguments: Namespace) -> int:
     """Convert a foreign checkpoint and say what became of its tensors."""
     from transformers.utils import logging
 
-    from ovsam.convert import convert_checkpoint
+    from ovsam.checkpoints.convert import convert_checkpoint
 
     logging.set_verbosity_error()  # it would warn that a tracker's folder is opened as an image model, as is meant
     logging.disable_progress_bar()
@@ -151,7 +152,7 @@ def push(arguments: Namespace) -> int:
     """Publish a folder and print its address."""
     from transformers.utils import logging
 
-    from ovsam.push import push as push_folder
+    from ovsam.checkpoints.push import push as push_folder
 
     logging.disable_progress_bar()
     address = push_folder(

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import ovsam
-from ovsam.clip import DualEncoderConfig, OpenClipConfig, OpenClipSide
+from ovsam.modeling.clip import DualEncoderConfig, OpenClipConfig, OpenClipSide
 
 SIZE, GRID, C, D = 128, 8, 32, 32
 WORDS = ("cat", "dog", "car", "tree", "red ball", "cup", "moon", "star")

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import EdgeTamModel, Sam2Model, Sam2Processor, Sam2VideoModel, SamModel, SamProcessor
 
-from ovsam.convert import convert_checkpoint
-from ovsam.sam.efficienttam import EfficientTamModel, EfficientTamSide
+from ovsam.checkpoints.convert import convert_checkpoint
+from ovsam.modeling.sam.efficienttam import EfficientTamModel, EfficientTamSide
 
 DATA = Path(__file__).resolve().parent / "data" / "parity"
 SIZES = ("tiny", "small", "base_plus", "large")

@@ -15,8 +15,8 @@ from safetensors.numpy import load, save
 
 import hatch_build
 from hatch_build import SHARD, ShardError, build_text_shard, get_build_hook, to_text_shard
-from ovsam import checkpoints
-from ovsam.checkpoints import find_checkpoint
+from ovsam.checkpoints import embedded as checkpoints
+from ovsam.checkpoints.embedded import find_checkpoint
 from ovsam.errors import InputError
 
 ROOT = Path(__file__).parents[1]

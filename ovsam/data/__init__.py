@@ -4,18 +4,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ovsam.data.base import Sample, SegmentationData, outlined
+from ovsam.data.coco import Coco
+from ovsam.data.emojiscenes import SceneDataset, open_scenes
+from ovsam.data.folders import Folders
+from ovsam.data.huggingface import HuggingFace
+from ovsam.data.lvis import Lvis
+from ovsam.data.mixture import Mixture, SharedWords, merge_words
+from ovsam.data.pictures import PictureData
+from ovsam.data.sa1b import Sa1b
+from ovsam.data.scenes.drawing import SceneConfig
 from ovsam.errors import InputError
-from ovsam.scenes.drawing import SceneConfig
-
-from .base import Sample, SegmentationData, outlined
-from .coco import Coco
-from .emojiscenes import SceneDataset, open_scenes
-from .folders import Folders
-from .huggingface import HuggingFace
-from .lvis import Lvis
-from .mixture import Mixture, SharedWords, merge_words
-from .pictures import PictureData
-from .sa1b import Sa1b
 
 __all__ = [
     "READERS",

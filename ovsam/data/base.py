@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ovsam.data.scenes.words import Word
 from ovsam.errors import InputError
-from ovsam.scenes.words import Word
 
 Sample = dict[str, Tensor]
 LISTED = 10  # left-out pictures that `describe` names

@@ -8,11 +8,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ovsam.data.base import make_words
+from ovsam.data.pictures import Packed, PictureData, Record, check_pictures
 from ovsam.errors import InputError
-
-from .base import make_words
-from .outlines import check_outline, is_outline
-from .pictures import Packed, PictureData, Record, check_pictures
+from ovsam.ops.outlines import check_outline, is_outline
 
 
 class Coco(PictureData):

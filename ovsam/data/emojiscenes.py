@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ovsam.data.base import Sample, SegmentationData
+from ovsam.data.scenes.drawing import SceneConfig, draw_scene
+from ovsam.data.scenes.styles import HELD_OUT, drawable
+from ovsam.data.scenes.words import all_words
 from ovsam.errors import InputError
-from ovsam.scenes.drawing import SceneConfig, draw_scene
-from ovsam.scenes.styles import HELD_OUT, drawable
-from ovsam.scenes.words import all_words
-
-from .base import Sample, SegmentationData
 
 
 class SceneDataset(SegmentationData):

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ovsam.data.base import make_words
+from ovsam.data.pictures import Packed, PictureData, Record, check_pictures
 from ovsam.errors import InputError
-from ovsam.vocabulary import Vocabulary
-
-from .base import make_words
-from .pictures import Packed, PictureData, Record, check_pictures
+from ovsam.processing.vocabulary import Vocabulary
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 WORDNET_ID = re.compile(r"n\d{8}")

@@ -12,11 +12,10 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ovsam.data.base import make_words
+from ovsam.data.pictures import Header, PictureData, PictureSource, Record, check_pictures, read_header
 from ovsam.errors import InputError
-
-from .base import make_words
-from .outlines import check_outline, from_mask, is_outline
-from .pictures import Header, PictureData, PictureSource, Record, check_pictures, read_header
+from ovsam.ops.outlines import check_outline, from_mask, is_outline
 
 IMAGES = ("image", "pixel_values", "img")
 CATEGORIES = ("category", "categories", "category_id", "label", "labels")  # in `objects`, one for each

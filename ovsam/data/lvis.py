@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from ovsam.data.coco import Coco, check_format, first_file
 from ovsam.errors import InputError
-
-from .coco import Coco, check_format, first_file
 
 # Two slips of the file, mended as in our vocabulary "lvis".
 MENDED = {

@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ovsam.data.base import Sample, SegmentationData, pad_objects
+from ovsam.data.scenes.words import Word
 from ovsam.errors import InputError
-from ovsam.scenes.words import Word
-
-from .base import Sample, SegmentationData, pad_objects
 
 
 class SharedWords(Dataset):

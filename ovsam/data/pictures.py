@@ -18,12 +18,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 from tqdm.auto import tqdm
 
+from ovsam.data.base import Sample, SegmentationData, pad_objects
+from ovsam.data.scenes.words import Word
 from ovsam.errors import InputError
-from ovsam.images import MIN_SIDE, UPRIGHT, open_image
-from ovsam.scenes.words import Word
-
-from .base import Sample, SegmentationData, pad_objects
-from .outlines import Rle, to_rle, turn
+from ovsam.ops.outlines import UPRIGHT, Rle, to_rle, turn
+from ovsam.processing.images import MIN_SIDE, open_image
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ovsam.data.coco import read_json
+from ovsam.data.pictures import Packed, PictureData, Record, check_pictures
 from ovsam.errors import InputError
-
-from .coco import read_json
-from .pictures import Packed, PictureData, Record, check_pictures
 
 
 class Sa1b(PictureData):

@@ -21,21 +21,19 @@ from torch import Tensor
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
-import ovsam
-from ovsam.adapters.clip2sam import Clip2SamAdapter
-from ovsam.adapters.concepts import ConceptHead
-from ovsam.boxes import masks_to_boxes
 from ovsam.data import SceneDataset, SegmentationData
+from ovsam.data.scenes.freeze import related
 from ovsam.errors import InputError
-from ovsam.evaluation import AP_FLOOR, are_right, ask, calibration_error
-from ovsam.naming import calibrated
-from ovsam.results import write_whole
-from ovsam.scenes.freeze import related
-from ovsam.segmenter import Segmenter
-
-from .checkpoint import write_model
-from .data import read_data
-from .targets import LEAST
+from ovsam.evaluation.evaluate import AP_FLOOR, are_right, ask, calibration_error
+from ovsam.inference.segmenter import Segmenter, load
+from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter
+from ovsam.modeling.adapters.concepts import ConceptHead
+from ovsam.modeling.scoring import calibrated
+from ovsam.ops.boxes import masks_to_boxes
+from ovsam.ops.files import write_whole
+from ovsam.training.checkpoint import write_model
+from ovsam.training.order import read_data
+from ovsam.training.stages.prompts import LEAST
 
 THRESHOLDS = "thresholds.json"
 ABSENT_WORDS = 20  # asked of each picture in vain
@@ -76,7 +74,7 @@ def calibrate_recipe(recipe: dict, folder: Path, device: str | None) -> Path:
     if (folder / "model.safetensors").is_file():
         raise InputError(f"{folder} already holds a model; pass another --output.")
     options = dict(recipe["stage_args"])
-    segmenter = ovsam.load(recipe["model"]["base"], device=device)
+    segmenter = load(recipe["model"]["base"], device=device)
     data = read_data(recipe["data"], recipe["seed"], options["pictures"], segmenter.model.sam.image_size)
     if novel := options.pop("novel"):
         if not isinstance(data, SceneDataset) or len(data.novel_ids) < novel:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from ovsam.segmenter import Segmenter
+from ovsam.inference.segmenter import Segmenter
 
 ADAPTERS = ("clip2sam", "concepts", "sam2clip")
 SAVING = ".saving"  # what a killed run leaves in it is never read

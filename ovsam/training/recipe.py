@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ovsam.errors import InputError
-from ovsam.results import write_whole
-
-from .stages import STAGES
+from ovsam.ops.files import write_whole
+from ovsam.training.stages import STAGES
 
 CALIBRATE = "calibrate"  # the one stage that follows no gradient (calibrate.py)
 NEEDED = ("stage", "seed", "data")

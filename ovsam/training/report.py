@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
-from ovsam.results import Results, write_whole
-
-from .predictions import Found
+from ovsam.ops.files import write_whole
+from ovsam.results.results import Results
+from ovsam.training.stages.predictions import Found
 
 LOG, CURVES, SAMPLES = "log.jsonl", "curves.png", "samples.png"
 UNTOLD = {"step", "epoch"}  # of a log line, what is no curve

@@ -1,0 +1,381 @@
+"""Whole models out of parts that people have: a SAM, a CLIP and, if there are any, adapters."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from huggingface_hub import metadata_load
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Sam2ImageProcessor,
+    Sam3ImageProcessor,
+    SamImageProcessor,
+)
+
+from ovsam.checkpoints.tokenizer import clip_tokenizer
+from ovsam.checkpoints.weight_files import OPEN_CLIP, check_weights, fetch, is_open_clip
+from ovsam.errors import InputError
+from ovsam.modeling.clip import CLIP_SIDES, ClipSide, OpenClipConfig
+from ovsam.modeling.configuration_ovsam import OVSamConfig
+from ovsam.modeling.modeling_ovsam import OVSamModel
+from ovsam.modeling.sam import SAM_SIDES
+from ovsam.processing.processing_ovsam import OVSamProcessor
+
+ADAPTERS = ("clip2sam", "sam2clip", "concepts")
+# Trackers in video hold the image model whose prompts and masks they use, and their folders load as that.
+VIDEO = {
+    "sam2_video": "sam2",
+    "edgetam_video": "edgetam",
+    "sam3_tracker_video": "sam3_tracker",
+    "sam3_video": "sam3_tracker",
+}
+IMAGE_PROCESSORS = {
+    "sam": SamImageProcessor,
+    "sam_hq": SamImageProcessor,
+    "ovsam_label_token_sam": SamImageProcessor,
+    "sam3_tracker": Sam3ImageProcessor,
+}
+# The sentences that released text towers were trained or evaluated with.
+TEMPLATES = {"owlv2": ("a photo of a {}",)}
+RELEASED = ("a photo of a {}.",)
+# OWLv2's scores are the words' alone, and lower than those of a head that is trained with objectness.
+THRESHOLDS = {
+    "owlv2": {
+        "objectness_weight": 0.0,
+        "score_threshold": 0.2,
+        "proposal_threshold": 0.1,
+        "objectness_threshold": 0.2,
+    }
+}
+CALIBRATED = (
+    "objectness_weight",
+    "score_calibration",
+    "score_threshold",
+    "proposal_threshold",
+    "objectness_threshold",
+)
+
+
+@dataclass
+class Part:
+    """A part as it was found: `state` are its weights under the names of its side or adapter; `folder` where its
+    processor is, None for a model in memory; `settings` what of OVSamConfig it brings along."""
+
+    name: str
+    config: PreTrainedConfig
+    state: dict[str, Tensor]
+    folder: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def compose(sam: str, clip: str, clip_size: int | None = None, **parts) -> tuple[OVSamModel, OVSamProcessor]:
+    """A model and its processor from parts.
+
+    Args:
+        sam: a SAM-family model of transformers (SAM 1, SAM-HQ, SAM 2, EdgeTAM, ...; a tracker gives its image model).
+        clip: a CLIP, SigLIP, SigLIP 2 or OWLv2 of transformers, or an open_clip model. OWLv2 brings its ConceptHead.
+        clip_size: side in pixels of what CLIP sees, where it has an image tower beside SAM's. By default towers with
+            stages see what SAM sees, plain transformers the size they were trained at.
+        parts: the other arguments of `compose_model`.
+
+    Each part is a folder or a Hub id ("ORG/NAME" or "ORG/NAME@REVISION"); one that holds a whole OVSam model will do.
+
+    Raises:
+        InputError: a part that is not in reach, is of another kind, or does not fit the others.
+    """
+    model, found = compose_model(sam, clip, **parts)
+    return model, build_processor(model, found["sam"], found["clip"], clip_size)
+
+
+def from_parts(sam: str | PreTrainedModel, clip: str | PreTrainedModel, **parts) -> OVSamModel:
+    """Return a model from Hub ids, folders, or models in memory; the arguments are those of `compose_model`."""
+    return compose_model(sam, clip, **parts)[0]
+
+
+def compose_model(
+    sam: str | PreTrainedModel,
+    clip: str | PreTrainedModel,
+    clip2sam: str | PreTrainedModel | None = None,
+    sam2clip: str | PreTrainedModel | None = None,
+    concepts: str | PreTrainedModel | None = None,
+    composition: str | None = None,
+    **config,
+) -> tuple[OVSamModel, dict[str, Part]]:
+    """A model from parts, and these, by name.
+
+    Args:
+        sam, clip: as in `compose`, or models in memory, whose weights are copied.
+        clip2sam, sam2clip, concepts: adapters that fit these two.
+        composition: "clip" where there is a sam2clip, else "dual", by default.
+        config: further fields of OVSamConfig, such as thresholds.
+
+    Raises:
+        InputError: as `compose`.
+    """
+    parts = {"sam": load_sam(sam), "clip": load_clip(clip)}
+    given = zip(ADAPTERS, (clip2sam, sam2clip, concepts), strict=True)
+    parts |= {name: load_adapter(part, name) for name, part in given if part is not None}
+    settings = {"vocabulary": "lvis"}
+    for name in ("clip", "clip2sam", "concepts"):  # what the ConceptHead brings weighs more
+        settings |= parts[name].settings if name in parts else {}
+    whole = OVSamConfig(
+        composition=composition or ("clip" if "sam2clip" in parts else "dual"),
+        **{f"{name}_config": part.config for name, part in parts.items()},
+        **settings | config,
+    )
+    for part in _with_sub_configs(whole):
+        part._name_or_path = ""  # where a part came from is nothing that the whole's folder should tell
+    with torch.device("meta"):
+        wanted = OVSamModel(whole).state_dict()
+    state = {}
+    for name, part in parts.items():
+        own = [key.removeprefix(f"{name}.") for key in wanted if key.startswith(f"{name}.")]
+        if missing := [key for key in own if key not in part.state]:
+            raise InputError(f"{part.name} lacks {missing[0]} and {len(missing) - 1} more of the weights of a {name}.")
+        state |= {f"{name}.{key}": part.state[key] for key in own}
+    # Their own way to load gives each tensor its place, without drawing random ones first.
+    model = OVSamModel.from_pretrained(None, config=whole, state_dict=state, dtype=torch.float32)
+    return model.eval(), parts
+
+
+def load_sam(given: str | PreTrainedModel) -> Part:
+    """The SAM side's configuration and weights."""
+    part, model = _open(given)
+    if model is None:
+        kind = VIDEO.get(part.config.model_type, part.config.model_type)
+        side = _side(SAM_SIDES, kind, part, "SAM")
+        model = _load(part, side.model_class, _image_config(part.config, side.model_class))
+    if isinstance(model, OVSamModel):
+        part.config, part.state = model.config.sam_config, model.sam.state_dict()
+    else:
+        part.config, part.state = model.config, _under_model(model)
+    return _owned(part)
+
+
+def load_clip(given: str | PreTrainedModel) -> Part:
+    """The CLIP side's configuration and weights."""
+    part, model = _open(given)
+    if model is None and part.folder is not None and is_open_clip(part.folder):
+        part.config, part.state = _open_clip(part.folder)
+    elif model is None:
+        side = _side(CLIP_SIDES, part.config.model_type, part, "CLIP")
+        model = _load(part, side.model_class or side)
+    if isinstance(model, OVSamModel):
+        part.config, part.state = model.config.clip_config, model.clip.state_dict()
+        part.settings = {name: getattr(model.config, name) for name in ("templates", "vocabulary")}
+        if hasattr(model.clip, "concepts"):
+            part.settings |= {name: getattr(model.config, name) for name in CALIBRATED}
+        return _owned(part)
+    if model is not None:
+        whole = isinstance(model, tuple(CLIP_SIDES.values()))  # an open_clip side, as its own save_pretrained writes it
+        part.config, part.state = model.config, model.state_dict() if whole else _under_model(model)
+    kind = part.config.model_type
+    part.settings = {"templates": TEMPLATES.get(kind, RELEASED)} | THRESHOLDS.get(kind, {})
+    return _owned(part)
+
+
+def load_adapter(given: str | PreTrainedModel, kind: str) -> Part:
+    """An adapter of a kind, "clip2sam", "sam2clip" or "concepts", also out of a whole OVSam model."""
+    part, model = _open(given)
+    if model is None:
+        if not part.config.model_type.startswith("ovsam_"):
+            raise InputError(
+                f"{part.name} was passed as {kind}, but it holds a model of type {part.config.model_type}."
+            )
+        model = _load(part, AutoModel)
+    if isinstance(model, OVSamModel):
+        if kind == "concepts":
+            part.settings = {name: getattr(model.config, name) for name in CALIBRATED}
+        elif kind == "clip2sam":
+            part.settings = {"name_calibration": model.config.name_calibration}
+        model = getattr(model, kind)
+    if model is None or not model.config.model_type.startswith(f"ovsam_{kind}"):
+        found = f"no {kind}" if model is None else f"a {type(model).__name__}"
+        raise InputError(f"{part.name} was passed as {kind}, but it holds {found}.")
+    part.config, part.state = model.config, model.state_dict()
+    return _owned(part)
+
+
+def describe(model: OVSamModel) -> str:
+    """In one sentence, what a model can do and what it lacks."""
+    has_clip, has_head = model.config.composition != "sam", model.concepts is not None
+    brings_head = has_clip and hasattr(model.clip, "concepts")
+    if model.clip2sam is not None:
+        names = "yes, by its Clip2SamAdapter"
+    elif has_head or brings_head:
+        names = "yes, by the locations that match them"
+    else:
+        names = "yes, by CLIP's own features" if has_clip else "no"
+    if has_head or brings_head:
+        words = f"yes, by {'its ConceptHead' if has_head else 'the CLIP side itself'}"
+    else:
+        words = "yes, by the proposer clip-dense" if has_clip else "only with a proposer such as detector:ID"
+    missing = [name for name in ("clip2sam", "concepts") if getattr(model, name) is None]
+    if brings_head:
+        missing = []  # an adapter may still be better, but nothing is wanting
+    lacks = f"; missing: {' and '.join(missing)}, to be trained" if missing else "; missing: nothing"
+    return f"Names of prompted masks: {names}; words and everything: {words}; video: no{lacks}."
+
+
+def licence(part: Part) -> str:
+    """The licence that a part's card states; "not stated" without one."""
+    card = part.folder and part.folder / "README.md"
+    stated = (metadata_load(card) if card and card.is_file() else None) or {}
+    name = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
+    return name or "not stated"
+
+
+def build_processor(model: OVSamModel, sam: Part, clip: Part, clip_size: int | None = None) -> OVSamProcessor:
+    """The processor of a composed model; `clip_size` as in `compose`.
+
+    Raises:
+        InputError: a part in memory, or one whose folder has no tokenizer.
+    """
+    if clip.folder is None:
+        raise InputError("A model in memory has no tokenizer: pass a folder or a Hub id, or build an OVSamProcessor.")
+    side, composition = model.clip, model.config.composition
+    colours = {"image_mean": list(side.image_mean), "image_std": list(side.image_std)}
+    images = _sam_images(model, sam, colours if composition == "clip" else _sam_colours(sam))
+    return OVSamProcessor(
+        images,
+        _tokenizer(clip),
+        clip_images=_clip_images(model, images, clip_size, colours) if composition == "dual" else None,
+        max_text_length=side.max_text_length,
+        text_padding=side.text_padding,
+    )
+
+
+def _open(given: str | PreTrainedModel) -> tuple[Part, PreTrainedModel | None]:
+    """What can be said of a part before its weights are loaded; and the model, if it is a whole one or in memory."""
+    if not isinstance(given, str):
+        return Part(type(given).__name__, given.config, {}), given
+    folder = fetch(given)
+    check_weights(folder)
+    part = Part(given, PreTrainedConfig(), {}, folder)
+    if is_open_clip(folder):
+        return part, None
+    try:
+        part.config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{given!r} has no configuration that can be read: {error}") from error
+    return part, _load(part, OVSamModel) if part.config.model_type == OVSamConfig.model_type else None
+
+
+def _load(part: Part, model_class: Any, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    given = {} if config is None else {"config": config}
+    try:
+        model, found = model_class.from_pretrained(part.folder, dtype=torch.float32, output_loading_info=True, **given)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{part.name!r} cannot be loaded as a {model_class.__name__}: {error}") from error
+    if missing := sorted(found["missing_keys"]):  # which transformers has drawn at random
+        raise InputError(f"{part.name!r} lacks {len(missing)} of its weights, such as {missing[0]}.")
+    return model
+
+
+def _side(sides: dict[str, Any], kind: str, part: Part, what: str) -> Any:
+    if kind not in sides:
+        found = f"a model of type {kind!r}" if kind else "an open_clip model"
+        raise InputError(f"{part.name!r} is {found}; a {what} is one of {', '.join(sides)}.")
+    if not hasattr(sides[kind].model_class or sides[kind], "from_pretrained"):
+        raise InputError(f"{part.name!r} is a {what} of a whole OVSam model; pass the folder of that model.")
+    return sides[kind]
+
+
+def _image_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig | None:
+    """The image model's configuration out of a tracker's; None for what is no tracker's."""
+    if config.model_type not in VIDEO:
+        return None
+    config = getattr(config, "tracker_config", config)  # SAM 3 is a detector and a tracker
+    names = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+    return model_class.config_class(**{name: _numbers(getattr(config, name)) for name in names})
+
+
+def _numbers(config: PreTrainedConfig) -> dict[str, Any]:
+    """A part's numbers; `model_type` says nothing but that it is a tracker's, except for vision encoders."""
+    return {name: value for name, value in config.to_dict().items() if name != "model_type" or "vision" in value}
+
+
+def _under_model(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {f"model.{key}": value for key, value in model.state_dict().items()}
+
+
+def _owned(part: Part) -> Part:
+    """A part in memory keeps its own weights and configuration, whatever becomes of the whole's."""
+    if part.folder is None:
+        part.state = {key: value.detach().clone() for key, value in part.state.items()}
+        part.config = type(part.config).from_dict(part.config.to_dict())
+    return part
+
+
+def _open_clip(folder: Path) -> tuple[OpenClipConfig, dict[str, Tensor]]:
+    """The layout in which open_clip publishes: open_clip_config.json and open_clip_model.safetensors."""
+    settings = json.loads((folder / "open_clip_config.json").read_text())
+    preprocess = settings.get("preprocess_cfg", {})
+    colours = {f"image_{key}": preprocess[key] for key in ("mean", "std") if key in preprocess}
+    state = open_clip.model.convert_to_custom_text_state_dict(load_file(folder / OPEN_CLIP))
+    return OpenClipConfig(model_cfg=settings["model_cfg"], **colours), {f"model.{key}": state[key] for key in state}
+
+
+def _with_sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _with_sub_configs(value)
+
+
+def _sam_colours(part: Part) -> dict[str, list[float]]:
+    """The mean and deviation that SAM was trained with, where its folder says."""
+    try:
+        found = AutoImageProcessor.from_pretrained(part.folder)
+    except (OSError, ValueError, TypeError):
+        return {}
+    return {"image_mean": list(found.image_mean), "image_std": list(found.image_std)}
+
+
+def _sam_images(model: OVSamModel, part: Part, colours: dict[str, list[float]]) -> Any:
+    """The image processor of the model's square input: SAM 1 pads to the square, later ones squash."""
+    size = model.sam.image_size
+    square, small = {"height": size, "width": size}, {"height": size // 4, "width": size // 4}
+    kind = IMAGE_PROCESSORS.get(part.config.model_type, Sam2ImageProcessor)
+    if kind is SamImageProcessor:
+        edges = {"size": {"longest_edge": size}, "mask_size": {"longest_edge": size // 4}}
+        return kind(**edges, pad_size=square, mask_pad_size=small, **colours)
+    return kind(size=square, mask_size=small, **colours)
+
+
+def _clip_images(model: OVSamModel, images: Any, clip_size: int | None, colours: dict[str, list[float]]) -> dict | None:
+    """The configuration of the stock image processor that makes CLIP's input of the whole picture; None where that is
+    the model's own input."""
+    side: ClipSide = model.clip
+    if clip_size is None:
+        same_stride = len(set(side.strides)) == 1
+        clip_size = side.image_size if same_stride else model.sam.image_size
+    size = {"height": clip_size, "width": clip_size}
+    if model.config.clip_config.model_type == "owlv2":
+        return {"image_processor_type": "Owlv2ImageProcessor", "do_pad": True, "size": size, **colours}
+    own = {"image_mean": list(images.image_mean), "image_std": list(images.image_std)}
+    if isinstance(images, Sam2ImageProcessor) and clip_size == model.sam.image_size and own == colours:
+        return None
+    # CLIP crops the centre; what is to be segmented may lie anywhere, so the whole picture is squashed instead.
+    return {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False, "size": size, **colours}
+
+
+def _tokenizer(part: Part) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(part.folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        model_cfg = getattr(part.config, "model_cfg", None)
+        if model_cfg is not None and "hf_tokenizer_name" not in model_cfg["text_cfg"]:
+            return clip_tokenizer()  # open_clip's own, which comes with it and not with the weights
+        raise InputError(f"{part.name!r} has no tokenizer that can be loaded, and words need one.") from error

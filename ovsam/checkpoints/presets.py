@@ -1,0 +1,106 @@
+"""Whole compositions by name, and which of them `auto` is."""
+
+import sys
+from dataclasses import dataclass
+
+from ovsam.checkpoints.download import cached_folder, hub_has
+from ovsam.checkpoints.embedded import EMBEDDED, VARIANT, find_checkpoint
+from ovsam.errors import InputError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`parts` are the arguments of `compose`, none where the preset is a checkpoint of ours; `licences` one for each
+    part; `parameters` in millions; `download` in MB, of the weights that are fetched (SAM 2's file holds its tracker
+    too)."""
+
+    parts: dict[str, str]
+    licences: tuple[str, ...]
+    parameters: float
+    download: int
+    note: str
+
+    @property
+    def is_cached(self) -> bool:
+        return all(cached_folder(part) for part in self.parts.values())
+
+
+PRESETS = {
+    "photo": Preset(
+        {"sam": "facebook/sam2.1-hiera-small", "clip": "google/owlv2-base-patch16-ensemble"},
+        ("Apache-2.0", "Apache-2.0"),
+        parameters=193.5,
+        download=804,
+        note="photographs; SAM 2.1 and OWLv2 as they were released",
+    ),
+    "photo-large": Preset(
+        {"sam": "facebook/sam2.1-hiera-large", "clip": "google/owlv2-large-patch14-ensemble"},
+        ("Apache-2.0", "Apache-2.0"),
+        parameters=654.5,
+        download=2650,
+        note="the same, larger and slower",
+    ),
+    EMBEDDED: Preset(
+        {}, ("Apache-2.0",), parameters=28.7, download=0, note="pictograms, not photographs; comes with the package"
+    ),
+    VARIANT: Preset(
+        {},
+        ("Apache-2.0",),
+        parameters=27.8,
+        download=0,
+        note="the same with one backbone, Open-Vocabulary SAM's way; in a checkout, or by its id on the Hub",
+    ),
+}
+
+
+def choose_auto() -> str:
+    """What `auto` stands for: `photo` where it is in the cache or the Hub would send it, else the embedded checkpoint,
+    and a line on stderr that says so."""
+    photo = PRESETS["photo"]
+    if photo.is_cached or hub_has(photo.parts["sam"]):  # something may answer that is not the Hub, such as a hotel
+        return "photo"
+    print(
+        f"ovsam: the Hub does not answer and the model photo is not in the cache; using {EMBEDDED}, which knows "
+        "pictograms, not photographs",
+        file=sys.stderr,
+    )
+    return EMBEDDED
+
+
+def announce_download(name: str) -> None:
+    """One line on stderr before a preset is downloaded, with its size."""
+    if not PRESETS[name].is_cached:
+        size = PRESETS[name].download
+        print(f"ovsam: the model {name} is downloaded once, about {size:,} MB", file=sys.stderr)
+
+
+def _where(checkpoint: str) -> str:
+    """Whether a checkpoint of ours is here: `auto` may take the embedded one; the other one is in a checkout or not."""
+    try:
+        find_checkpoint(checkpoint)
+    except InputError:
+        return "no"
+    return "embedded" if checkpoint == EMBEDDED else "checkout"
+
+
+def offered() -> list[str]:
+    """The presets that can be chosen here: all but a checkpoint of ours that is not."""
+    return [name for name, preset in PRESETS.items() if preset.parts or _where(name) != "no"]
+
+
+def table() -> str:
+    """Every preset: its parts with their licences, parameters, download size, and whether it is here already."""
+    rows = [("preset", "parameters", "download", "here", "parts")]
+    for preset_name, preset in PRESETS.items():
+        here = ("cached" if preset.is_cached else "no") if preset.parts else _where(preset_name)
+        parts = zip(preset.parts.values() or [preset_name], preset.licences, strict=True)
+        listed = " + ".join(f"{part} ({licence})" for part, licence in parts)
+        rows.append(
+            (preset_name, f"{preset.parameters:.1f} M", f"{preset.download:,} MB", here, f"{listed}: {preset.note}")
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, parameters, download, state, made_of in rows:
+        cells = name.ljust(widths[0]), parameters.rjust(widths[1]), download.rjust(widths[2]), state.ljust(widths[3])
+        lines.append("  ".join((*cells, made_of)))
+    return "\n".join(lines)

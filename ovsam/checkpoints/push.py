@@ -1,0 +1,346 @@
+"""A model or an adapter to the Hub: built in a folder of its own, loaded back elsewhere, compared, then sent."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
+
+from ovsam.checkpoints.cards import check_card, default_card
+from ovsam.checkpoints.embedded import PACKAGE
+from ovsam.checkpoints.weight_files import INDEX, check_weights, file_hash, hub_hashes, reason, shards_of
+from ovsam.errors import InputError
+from ovsam.modeling.modeling_ovsam import OVSamModel
+from ovsam.modeling.remote_code import SHIM, RemoteCodeConfig, auto_map, write_shim
+from ovsam.processing.processing_ovsam import OVSamProcessor
+
+CARD, PROCESSOR = "README.md", "processor_config.json"
+# What a folder may hold besides weights, configuration, card and the card's pictures. Nothing else is sent: a run's
+# folder also has optimiser states and logs.
+BESIDE = (
+    "added_tokens.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    PROCESSOR,
+    "recipe.toml",
+    "results.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "LICENSE",
+)
+MAX_FILE = constants.MAX_HTTP_DOWNLOAD_SIZE  # bytes; what is larger cannot be downloaded by everybody
+MAX_PICTURE = 2_000_000  # bytes
+# Weights of an earlier push that this one does not replace are deleted: transformers would take them for this one's.
+OLD_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+TOLERANCE = 1e-4
+REFERENCE = "reference.safetensors"
+
+# Runs where nothing but the built folder is known: first as somebody who never imported ovsam, then as one who did.
+LOAD_BACK = """
+import sys
+from transformers import AutoModel, AutoProcessor
+folder, reference, whole, package = sys.argv[1:]
+sys.path.append(package)  # for a checkout that is not installed
+trusted = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True) if whole else None
+from ovsam.checkpoints.push import compare
+compare(trusted, processor, reference, "with trust_remote_code")
+del trusted
+plain = AutoModel.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder) if whole else None
+compare(plain, processor, reference, "with ovsam imported")
+"""
+
+
+@dataclass
+class Built:
+    """A folder ready to be sent. `left_out` are files of the source that are not in it; `notes` are for the user."""
+
+    folder: Path
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def files(self) -> dict[str, int]:
+        """What is to be sent, with sizes in bytes."""
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def push(
+    folder: str | os.PathLike,
+    repo: str,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+) -> str:
+    """Publish a folder that holds an OVSam model (with its processor) or an adapter, and return the address.
+
+    Args:
+        repo: "ORG/NAME"; it is made if it does not exist.
+        private: only who has access to the repository sees it; refused where the repository is public already.
+        revision: a branch, made if it does not exist; the default one if None.
+        create_pr: as a pull request, which changes nothing until somebody merges it.
+        dry_run: stop before anything is sent; returns "" then.
+
+    Prints what is (or would be) sent.
+
+    Raises:
+        InputError: something that cannot be published, found before anything is sent; or the upload failed.
+    """
+    folder = Path(folder)
+    check_target(repo, revision, create_pr)
+    check_folder(folder)
+    if not dry_run and not get_token():
+        raise InputError("There is no token for the Hub: run `hf auth login`, or set HF_TOKEN, to one that may write.")
+    with tempfile.TemporaryDirectory(prefix="ovsam-push-") as scratch:
+        built = build(folder, repo, Path(scratch))
+        where = f"a pull request to {repo}" if create_pr else repo + (f", branch {revision}" if revision else "")
+        print(f"{where} ({'private' if private else 'as visible as it is, public if new'}):")
+        for name, size in built.files().items():
+            print(f"  {name:<34} {size:>14,} bytes")
+        for note in built.notes + ([f"not sent: {', '.join(built.left_out)}"] if built.left_out else []):
+            print(f"  {note}")
+        if dry_run:
+            print("loaded back with equal outputs; nothing was sent (--dry-run)")
+            return ""
+        return upload(built, repo, private, revision, create_pr)
+
+
+def check_target(repo: str, revision: str | None = None, create_pr: bool = False) -> None:
+    """Raises InputError for a name that is not ORG/NAME, and for a pull request together with a branch."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise InputError(
+            f"{repo!r} is no name of a repository; one is ORG/NAME, letters and digits, -, _ and ."
+        ) from None
+    if repo.count("/") != 1:
+        raise InputError(f"{repo!r} lacks the user or organisation; it is ORG/NAME.")
+    if create_pr and revision:
+        raise InputError("A pull request is opened against the default branch: leave out --revision or --create-pr.")
+
+
+def check_folder(folder: Path) -> RemoteCodeConfig:
+    """The configuration of a folder that can be published; raises InputError for any other."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no model: it has no config.json.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder} holds no OVSam model or adapter: its config.json is of another kind.") from error
+    if not isinstance(config, RemoteCodeConfig) or "AutoModel" not in config.auto_classes:
+        raise InputError(f"{folder} holds a {config.model_type}, neither an OVSam model nor one of its adapters.")
+    check_weights(folder, finite=True)
+    for path in [folder / shard for shard in shards_of(folder)]:
+        if path.stat().st_size > MAX_FILE:
+            raise InputError(
+                f"{path} has {path.stat().st_size:,} bytes, over the {MAX_FILE:,} that can be downloaded: save the "
+                "model in more shards (max_shard_size)."
+            )
+    return config
+
+
+def build(folder: Path, repo: str, scratch: Path) -> Built:
+    """Make the folder to send out of a checked one, and see that it works: loaded back in a clean process, with and
+    without ovsam imported before, it gives the outputs of its source. Raises InputError if it does not."""
+    model, processor = open_source(folder)
+    built = Built(scratch / "built")
+    built.folder.mkdir()
+
+    config = full_precision(json.loads((folder / "config.json").read_text()))
+    config["architectures"] = [type(model).__name__]
+    config["auto_map"] = auto_map(AutoConfig=type(model.config).__name__, **model.config.auto_classes)
+    write_json(built.folder / "config.json", config)
+    write_shim(built.folder)
+    if processor is not None:
+        own = json.loads((folder / PROCESSOR).read_text())
+        write_json(built.folder / PROCESSOR, own | {"auto_map": auto_map(AutoProcessor=type(processor).__name__)})
+    shards = shards_of(folder)
+    weights = [*shards, INDEX] if None not in shards.values() else [*shards]
+    taken = ["config.json", SHIM, *weights, *(name for name in BESIDE if (folder / name).is_file())]
+
+    if (folder / CARD).is_file():
+        card = (folder / CARD).read_text()
+        pictures = check_card(card, folder)
+        for name in pictures:
+            if name not in taken and (folder / name).stat().st_size > MAX_PICTURE:
+                raise InputError(f"README.md shows {name}, which has over {MAX_PICTURE:,} bytes: make it smaller.")
+        taken += [CARD, *pictures]
+    else:
+        card = default_card(repo, model)
+        built.notes.append(f"{folder} has no {CARD}: the one that is sent says what can be read off the model")
+    if not ModelCard(card).data.license:
+        built.notes.append(f"the card names no licence; state one in the front matter of {folder / CARD}")
+    (built.folder / CARD).write_text(card)
+
+    for name in dict.fromkeys(taken):
+        target = built.folder / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(folder / name, target)
+    known = {Path(name).parts[0] for name in taken}
+    built.left_out = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in known)
+    save_file(answers(model, processor), scratch / REFERENCE)
+    load_back(built.folder, scratch / REFERENCE, whole=processor is not None)
+    return built
+
+
+def open_source(folder: Path) -> tuple[PreTrainedModel, OVSamProcessor | None]:
+    """The model of a folder, and the processor of a whole one; raises InputError if something of them is missing."""
+    try:
+        model, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder} cannot be loaded: {reason(error)}.") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"{folder} lacks {len(missing)} of its model's weights, such as {missing[0]}.")
+    if not isinstance(model, OVSamModel):
+        return model.eval(), None
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} has no processor: put one there with processor.save_pretrained().") from error
+    if not isinstance(processor, OVSamProcessor):
+        raise InputError(f"{folder} has no OVSamProcessor: put one there with processor.save_pretrained().")
+    return model.eval(), processor
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, processor: OVSamProcessor | None = None) -> dict[str, Tensor]:
+    """What a model says to an input that is random but always the same: a whole one to a picture with a box and two
+    words, an adapter to maps."""
+    generator = torch.Generator().manual_seed(0)
+    if processor is not None:
+        picture = torch.randint(0, 256, (240, 320, 3), generator=generator, dtype=torch.uint8).numpy()
+        inputs = processor(images=picture, text=["dog", "red ball"], input_boxes=[[[40, 30, 200, 180]]])
+        outputs = model(**inputs)
+        concepts = outputs.features.concepts
+        return dict(_tensors({"answer": {**outputs, "features": None}, "concepts": concepts}))
+    config = model.config
+    side = 16 * getattr(config, "grid", 8)
+    cells = {"generator": generator}
+    given = {
+        "maps": tuple(
+            torch.randn(1, channels, side // stride, side // stride, **cells)
+            for channels, stride in zip(config.in_channels, (4, 8, 16, 32), strict=True)
+        ),
+        "boxes": torch.tensor([[[0.1, 0.2, 0.6, 0.9], [0.0, 0.0, 1.0, 1.0]]]) * side,
+        "masks": torch.rand(1, 2, side // 4, side // 4, **cells),
+        "tokens": torch.randn(1, 2, config.token_dim, **cells) if getattr(config, "token_dim", 0) else None,
+    }
+    wanted = inspect.signature(model.forward).parameters
+    return dict(_tensors({"answer": model(**{name: value for name, value in given.items() if name in wanted})}))
+
+
+def compare(model: PreTrainedModel, processor: OVSamProcessor | None, reference: str, how: str) -> None:
+    """Ends the process with a sentence if a model is not float32 or its answers are not those of the reference."""
+    if model.dtype != torch.float32:
+        raise SystemExit(f"loaded {how}, it is {model.dtype}, not torch.float32")
+    expected, found = load_file(reference), answers(model.eval(), processor)
+    if expected.keys() != found.keys():
+        raise SystemExit(f"loaded {how}, it answers other questions")
+    for name, value in expected.items():
+        if found[name].shape != value.shape or not torch.allclose(
+            found[name].float(), value.float(), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True
+        ):
+            raise SystemExit(f"loaded {how}, its {name} is another than the source's")
+
+
+def load_back(folder: Path, reference: Path, whole: bool) -> None:
+    """Load a folder in a process that knows nothing else, offline and with an empty cache, and compare its answers.
+    Raises InputError if they differ."""
+    with tempfile.TemporaryDirectory(prefix="ovsam-cache-") as empty:
+        environment = os.environ | {"HF_HOME": empty, "HF_HUB_OFFLINE": "1"}
+        for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"):
+            environment.pop(name, None)
+        arguments = [str(folder), str(reference), "whole" if whole else "", str(PACKAGE.parent)]
+        command = [sys.executable, "-c", LOAD_BACK, *arguments]
+        done = subprocess.run(command, env=environment, cwd=empty, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or "it ended without a word").splitlines()[-1]
+        raise InputError(f"What would be sent does not work as its source does, and was not sent: {last}.")
+
+
+def upload(built: Built, repo: str, private: bool = False, revision: str | None = None, create_pr: bool = False) -> str:
+    """Send a built folder in one commit and return its address.
+
+    Files are compared with what the Hub has for them afterwards. A repository that is not to be seen by all is looked
+    at before the first file leaves. Raises InputError if anything fails; the same call then goes on from there.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo).private:
+            raise InputError(f"{repo} exists and is public: make it private on the Hub first, or leave out --private.")
+        if revision and not revision.startswith("refs/"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=built.folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message="Upload with ovsam push",
+            delete_patterns=OLD_WEIGHTS,
+        )
+        names = list(built.files())
+        there = hub_hashes(repo, names, commit.oid, api)
+    except InputError:
+        raise
+    except Exception as error:  # the client's own errors and those of its HTTP library have no common base
+        raise InputError(
+            f"{repo} was not published ({reason(error)}); run the same command again, it sends only what is missing."
+        ) from error
+    for name in names:
+        if name not in there or file_hash(built.folder / name, there[name]) != there[name]:
+            raise InputError(f"The Hub has another {name} than was sent to {repo}: push again.")
+    return commit.pr_url or f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
+
+
+def full_precision(config: dict) -> dict:
+    """`"dtype": "float32"` at every level: weights may be stored in half precision, but a folder that says so opens as
+    half precision, which is slow on CPUs."""
+    return {k: full_precision(v) if isinstance(v, dict) else v for k, v in config.items()} | (
+        {"dtype": "float32"} if "model_type" in config else {}
+    )
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:  # where links are a privilege
+        shutil.copyfile(source, target)
+
+
+def _tensors(value, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested outputs, by their paths."""
+    if isinstance(value, Tensor):
+        yield name, value.contiguous().clone()
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _tensors(each, f"{name}.{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from _tensors(each, f"{name}.{index}")

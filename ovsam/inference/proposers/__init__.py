@@ -1,0 +1,38 @@
+"""Proposers: where in a picture something may be. The model's own ConceptHead is one; these stand in for it.
+
+A proposer is a function from a Question to Proposals; a user's own is one too: `segmenter.where(..., proposer=mine)`.
+"""
+
+from collections.abc import Callable
+
+from ovsam.errors import InputError
+from ovsam.inference.proposers.base import Proposals, Proposer, Question, decode_proposals, mask_boxes
+from ovsam.inference.proposers.clip_dense import clip_dense
+from ovsam.inference.proposers.detector import Detector
+from ovsam.inference.proposers.grid import grid
+from ovsam.inference.proposers.sam3 import Sam3
+
+# What needs nothing but the model, and what is loaded from a folder or the Hub: "detector:ID".
+FUNCTIONS: dict[str, Proposer] = {"clip-dense": clip_dense, "grid": grid}
+LOADERS: dict[str, Callable[[str, str], Proposer]] = {
+    "detector": Detector.from_pretrained,
+    "sam3": Sam3.from_pretrained,
+}
+NAMES = ("concepts", *FUNCTIONS, *(f"{kind}:ID" for kind in LOADERS))
+
+
+def get_proposer(name: str, device: str = "cpu") -> Proposer:
+    """The proposer of a name, such as "grid" or "detector:google/owlv2-base-patch16-ensemble".
+
+    Raises:
+        InputError: no such proposer, or no such model.
+    """
+    kind, _, model_id = name.partition(":")
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    if kind not in LOADERS or not model_id:
+        raise InputError(f"There is no proposer {name!r}; there are {', '.join(NAMES)}, and functions of your own.")
+    return LOADERS[kind](model_id, device)
+
+
+__all__ = ["NAMES", "Proposals", "Proposer", "Question", "decode_proposals", "get_proposer", "mask_boxes"]

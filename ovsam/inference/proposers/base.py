@@ -1,0 +1,192 @@
+"""What a proposer is asked and what it answers, and how its answers become instances."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ovsam.errors import InputError
+from ovsam.modeling.geometry import boxes_from_clip
+from ovsam.modeling.scoring import calibrated, instance_scores
+from ovsam.ops.boxes import masks_to_boxes
+
+if TYPE_CHECKING:
+    from ovsam.modeling.modeling_ovsam import OVSamModel
+    from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
+    from ovsam.processing.processing_ovsam import OVSamProcessor
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is looked for, in one picture.
+
+    words: K phrases, none where everything is wanted and nobody said which names there are; text_embeds [K, D] of them;
+    everything: whatever is a thing is wanted, and the words only name it; features: of the picture, by `model`; labels:
+    what each phrase stands for, itself if not given.
+    """
+
+    image: Image.Image
+    words: list[str]
+    text_embeds: Tensor | None
+    everything: bool
+    model: "OVSamModel"
+    processor: "OVSamProcessor"
+    features: "OVSamFeatures"
+    labels: list[str] | None = None
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Width and height, in pixels of the model input, of the part that shows the picture (the rest is padding)."""
+        share = self.processor.picture_share(self.image.height, self.image.width)
+        return share[0] * self.model.sam.image_size, share[1] * self.model.sam.image_size
+
+    def check_named(self) -> None:
+        """Raises InputError where words are looked for and nothing in the model can tell which is which."""
+        namers = self.model.clip2sam, self.features.clip, self.features.concepts
+        if self.words and not self.everything and all(namer is None for namer in namers):
+            raise InputError(
+                "This model names nothing (it has no CLIP image tower, ConceptHead or Clip2SamAdapter), so words need "
+                "a proposer that knows them, such as detector:google/owlv2-base-patch16-ensemble."
+            )
+
+    def boxes_from_clip(self, boxes: Tensor) -> Tensor:
+        """boxes [n, 4] in fractions of CLIP's input -> in pixels of the picture, and not beyond it."""
+        height, width = self.features.clip_size
+        boxes = boxes * torch.tensor([width, height, width, height], device=boxes.device)
+        boxes = boxes_from_clip(boxes[None], self.features.clip_frame)[0]
+        per_pixel = torch.tensor([self.image.width, self.image.height] * 2) / torch.tensor([*self.extent] * 2)
+        limit = torch.tensor([self.image.width, self.image.height] * 2, device=boxes.device)
+        return torch.minimum((boxes * per_pixel.to(boxes.device)).clamp(min=0), limit)
+
+    def masks_from_model(self, masks: Tensor) -> Tensor:
+        """masks [n, h, w] over the model input -> the part of them that lies over the picture."""
+        width, height = (
+            round(side / self.model.sam.image_size * n) for side, n in zip(self.extent, masks.shape[:0:-1], strict=True)
+        )
+        return masks[:, :height, :width]
+
+
+@dataclass
+class Proposals:
+    """n places, in pixels of the picture; at least one of boxes, points and masks.
+
+    boxes [n, 4] xyxy and points [n, 2] xy are prompts for the SAM side. masks [n, H, W], bool or logits, over the whole
+    picture at any resolution, are taken as they are. scores [n] in [0, 1]: how surely there is a thing, 1 if not given.
+    word_scores [n, K] in [0, 1], where the proposer itself knows the words: else the model names what was found.
+    """
+
+    boxes: Tensor | None = None
+    points: Tensor | None = None
+    masks: Tensor | None = None
+    scores: Tensor | None = None
+    word_scores: Tensor | None = None
+
+    def __len__(self) -> int:
+        return next(len(given) for given in (self.masks, self.boxes, self.points) if given is not None)
+
+
+Proposer = Callable[[Question], Proposals]
+
+
+@torch.no_grad()
+def decode_proposals(question: Question, proposals: Proposals, negative_embeds: Tensor | None = None) -> "OVSamOutput":
+    """Proposals -> the model's output for them: masks by the SAM side (or as proposed), names by the model (or as
+    proposed), objectness as proposed. One picture, B = 1.
+
+    Raises:
+        InputError: the proposer gave neither boxes, points nor masks, or tensors that do not agree.
+    """
+    model, device = question.model, question.model.device
+    _check(proposals, len(question.words))
+    if proposals.word_scores is None:
+        question.check_named()
+    prompts = {}
+    size = [(question.image.height, question.image.width)]
+    if proposals.boxes is not None and len(proposals):
+        boxes = question.processor(input_boxes=[proposals.boxes.tolist()], original_sizes=size)
+        prompts["input_boxes"] = boxes["input_boxes"]
+    if proposals.points is not None and len(proposals):
+        points = question.processor(
+            input_points=[[[xy] for xy in proposals.points.tolist()]],
+            input_labels=[[[1]] * len(proposals)],
+            original_sizes=size,
+        )
+        prompts |= {name: points[name] for name in ("input_points", "input_labels")}
+    if proposals.masks is not None and len(proposals):
+        masks = question.processor.mask_prompts(proposals.masks, model.sam.image_size)
+        prompts |= {"input_masks": masks, "input_boxes": mask_boxes(masks)}
+    if not len(proposals):  # a prompt that post-processing drops again
+        prompts = {"input_boxes": torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])}
+    outputs = model(
+        features=question.features,
+        text_embeds=question.text_embeds,
+        text_labels=question.labels,
+        negative_embeds=negative_embeds,
+        multimask_output="input_points" in prompts and "input_boxes" not in prompts,
+        refine="input_masks" not in prompts,
+        **{name: prompt.to(device) for name, prompt in prompts.items()},
+    )
+    if not len(proposals):
+        outputs.valid = torch.zeros_like(outputs.valid)
+        outputs.objectness = torch.zeros(1, 1, device=device)
+        return outputs
+    if proposals.masks is not None:
+        outputs.pred_masks, outputs.iou_scores = _over_input(question, proposals.masks).to(device), None
+    scores = torch.ones(len(proposals)) if proposals.scores is None else proposals.scores
+    outputs.objectness = scores.to(device).float()[None]
+    if outputs.iou_scores is not None and proposals.word_scores is None:
+        # Nobody but the decoder has seen these masks: what it doubts is a doubtful thing (YOLACT++'s re-scoring).
+        outputs.objectness = outputs.objectness * outputs.iou_scores.float().amax(-1).clamp(0, 1)
+    config = model.config
+    weight = 0.0 if question.everything else config.objectness_weight
+    calibration = config.name_calibration if question.everything else config.score_calibration
+    if proposals.word_scores is not None:
+        known = proposals.word_scores.to(device).float()[None]  # [1, n, K]
+        outputs.logits, outputs.scores = known.logit(eps=1e-6), known
+    elif outputs.logits is not None:
+        scores = instance_scores(outputs.logits.float(), outputs.objectness[..., None], weight)
+        outputs.scores = calibrated(scores, calibration)
+    if outputs.negative_logits is not None:
+        scores = instance_scores(outputs.negative_logits.float(), outputs.objectness[..., None], weight)
+        outputs.negative_scores = calibrated(scores, calibration)
+    return outputs
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """input_masks [B, P, H/4, W/4] -> their boxes [B, P, 4] in pixels of the model input."""
+    return masks_to_boxes(masks > 0) * 4
+
+
+def _over_input(question: Question, masks: Tensor) -> Tensor:
+    """Masks [n, h, w] over the picture -> logits [1, n, 1, h', w'] over the model input, at the same resolution."""
+    logits = torch.where(masks, 10.0, -10.0) if masks.dtype == torch.bool else masks.float()
+    width, height = (side / question.model.sam.image_size for side in question.extent)
+    h, w = masks.shape[1:]
+    right, below = round(w / width) - w, round(h / height) - h
+    return F.pad(logits, (0, right, 0, below), value=-10.0)[None, :, None]
+
+
+def _check(proposals: Proposals, words: int) -> None:
+    shapes: dict[str, tuple] = {
+        "boxes": ("n", 4),
+        "points": ("n", 2),
+        "masks": ("n", "H", "W"),
+        "scores": ("n",),
+        "word_scores": ("n", words),
+    }
+    given = {name: getattr(proposals, name) for name in shapes if getattr(proposals, name) is not None}
+    if not given.keys() & {"boxes", "points", "masks"}:
+        raise InputError("A proposer must give boxes [n, 4], points [n, 2] or masks [n, H, W].")
+    for name, tensor in given.items():
+        want = shapes[name]
+        fits = tensor.ndim == len(want) and len(tensor) == len(proposals)
+        fits &= all(not isinstance(side, int) or side == have for side, have in zip(want, tensor.shape, strict=False))
+        if not fits:
+            expected = ", ".join(map(str, want))
+            raise InputError(
+                f"A proposer's {name} must be [{expected}] with n = {len(proposals)}; got {list(tensor.shape)}."
+            )

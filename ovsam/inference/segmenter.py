@@ -1,0 +1,387 @@
+"""`ovsam.load(...)` -> Segmenter: the three questions about one picture, answered with Results."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor
+
+from ovsam.checkpoints.compose import compose
+from ovsam.checkpoints.embedded import CACHE, find_checkpoint
+from ovsam.checkpoints.presets import PRESETS, announce_download, choose_auto
+from ovsam.checkpoints.weight_files import check_weights, fetch
+from ovsam.errors import InputError
+from ovsam.inference.proposers import Proposer, Question, decode_proposals, get_proposer, mask_boxes
+from ovsam.inference.tiling import segment_tiled
+from ovsam.modeling.configuration_ovsam import OVSamConfig
+from ovsam.modeling.modeling_ovsam import OVSamModel
+from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
+from ovsam.ops.edges import edge_map
+from ovsam.processing.images import Picture, open_image
+from ovsam.processing.processing_ovsam import OVSamProcessor
+from ovsam.processing.vocabulary import Vocabulary
+from ovsam.results.results import Results
+
+Words = Vocabulary | str | os.PathLike | Sequence[str] | Mapping[str, str]
+
+
+def load(model: str | os.PathLike = "auto", device: str | None = None) -> "Segmenter":
+    """A Segmenter for a preset, a folder or a Hub id.
+
+    Args:
+        model: "photo" or "photo-large", composed of released models that are downloaded once;
+            "ovsam-tiny", the checkpoint inside the package, which knows pictograms, not photographs; "ovsam-tiny-clip",
+            its variant of one backbone, in a checkout; "auto": what the environment variable OVSAM_MODEL names, else
+            `photo` where it is in the cache or the Hub answers, else `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME"
+            or "ORG/NAME@REVISION".
+        device: "cpu", "cuda", ...; a GPU if there is one.
+
+    Raises:
+        InputError: no such model, none in reach, or no such device.
+    """
+    name = str(model)
+    if name == "auto":
+        name = os.environ.get("OVSAM_MODEL") or choose_auto()
+    try:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device {device!r} cannot be used here; `cpu` always works.") from error
+    if name in PRESETS and PRESETS[name].parts:
+        announce_download(name)
+        parts = PRESETS[name].parts
+        whole, processor = compose(sam=parts["sam"], clip=parts["clip"])
+        return Segmenter(whole.to(target), processor, name)
+    folder = find_checkpoint(name) if name in PRESETS else _fetch(name)
+    check_weights(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if not isinstance(config, OVSamConfig):
+            raise InputError(
+                f"{name!r} holds a model of type {config.model_type!r}, not a whole OVSam model: `ovsam compose` makes "
+                "one of a SAM and a CLIP, and ovsam-tiny is one."
+            )
+        whole = OVSamModel.from_pretrained(folder, config=config)
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, KeyError) as error:
+        raise InputError(f"{name!r} cannot be loaded: {error}") from error
+    return Segmenter(whole.to(target).eval(), processor, name)
+
+
+def _fetch(name: str) -> Path:
+    """The folder of a model that is no preset."""
+    if "/" not in name and not Path(name).exists():
+        raise InputError(f"There is no model {name!r}: pass {', '.join(PRESETS)}, a folder, or a Hub id, ORG/NAME.")
+    return fetch(name)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question, once its words are embedded. negatives: their vocabulary and embeddings."""
+
+    source: str
+    vocabulary: Vocabulary | None = None
+    embeds: Tensor | None = None
+    negatives: tuple[Vocabulary, Tensor] | None = None
+    threshold: float | None = None
+    proposer: str | Proposer | None = None
+    refine: bool = True
+    post: dict = field(default_factory=dict)
+
+
+class Segmenter:
+    """A model and its processor, for people who have a picture and a question.
+
+    A picture is a path, a PIL image or an array [H, W, 3]; or the pair that `encode` returned, which is not encoded
+    again. Words are a list, a mapping of prompts to labels, a file, the name of a built-in vocabulary, or a Vocabulary.
+    """
+
+    def __init__(self, model: OVSamModel, processor: OVSamProcessor, name: str = ""):
+        self.model, self.processor, self.name = model, processor, name
+        self._text_hash = ""
+        self._proposers: dict[str, Proposer] = {}
+
+    @torch.no_grad()
+    def encode(self, image: Picture) -> tuple[Picture, OVSamFeatures]:
+        """Features of a picture, to ask about it several times: pass what this returns in place of the picture."""
+        image = open_image(image)
+        inputs = self._to_device(self.processor(images=image))
+        pixels = (inputs.get(name) for name in ("pixel_values", "clip_pixel_values", "clip_window"))
+        return image, self.model.encode(*pixels)
+
+    @torch.no_grad()
+    def embed(self, words: Words) -> tuple[Vocabulary, Tensor]:
+        """The vocabulary and its text embeddings [K, D]; long ones are cached on disk."""
+        vocabulary = words if isinstance(words, Vocabulary) else Vocabulary(words)
+        worth_keeping = len(vocabulary.prompts) > 256
+        embeds = vocabulary.embed(
+            self._encode_words,
+            templates=tuple(self.model.config.templates),
+            text_hash=self._hash_of_text_tower() if worth_keeping else "",
+            cache_dir=CACHE if worth_keeping else None,
+        )
+        return vocabulary, embeds.to(self.model.device)
+
+    def where(
+        self,
+        image: Picture | tuple[Picture, OVSamFeatures],
+        words: Words | None = None,
+        negative: Sequence[str] = (),
+        threshold: float | None = None,
+        exemplars: Sequence | Mapping[str, Sequence] | None = None,
+        proposer: str | Proposer | None = None,
+        refine: bool = True,
+        tile: int | None = None,
+        **post,
+    ) -> Results:
+        """Every instance of the words; what looks more like a negative word is left out, and `results.dropped` tells.
+
+        Args:
+            exemplars: boxes [x1, y1, x2, y2] around things of which all alike are wanted, alone or besides the words:
+                on this picture, or as (picture, box) on another. They go by the label "exemplar", or by their own:
+                {label: boxes}, which may be one of the words.
+            proposer: who says where to look: "concepts" (the model's own ConceptHead, the default where it has one),
+                "clip-dense", "grid", "detector:ID", "sam3:ID", or a function (ovsam.inference.proposers).
+            refine: False keeps the ConceptHead's prototype masks, which takes half the time.
+            tile: side in pixels of the overlapping tiles in which a large picture is looked through for small things,
+                besides the whole; takes as many times as long as there are tiles (ovsam/inference/tiling.py).
+            post: nms, per_word, rescore, exclusive, mask_threshold, top_k of
+                OVSamProcessor.post_process_instance_segmentation.
+        """
+        if words is None and not exemplars:
+            raise InputError("Pass words, or exemplars: what to look for.")
+        vocabulary, embeds = self.embed(words) if words is not None else (None, None)
+        if exemplars:
+            image = image if tile else self._encoded(image)
+            vocabulary, embeds = self._with_exemplars(vocabulary, embeds, exemplars, image)
+        negatives = self.embed(list(negative)) if negative else None
+        question = _Asked("text", vocabulary, embeds, negatives, threshold, proposer, refine, post)
+        return self._propose(image, question, tile)
+
+    def everything(
+        self,
+        image: Picture | tuple[Picture, OVSamFeatures],
+        vocabulary: Words | None = None,
+        threshold: float | None = None,
+        proposer: str | Proposer | None = None,
+        refine: bool = True,
+        tile: int | None = None,
+        **post,
+    ) -> Results:
+        """All there is, named from the vocabulary or else from the checkpoint's own; the rest as in `where`."""
+        question = _Asked("auto", *self._names(vocabulary), None, threshold, proposer, refine, post)
+        return self._propose(image, question, tile)
+
+    @torch.no_grad()
+    def edges(self, image: Picture | tuple[Picture, OVSamFeatures]) -> Tensor:
+        """The edges of the things in a picture, [H, W] in [0, 1], out of the masks of everything. They
+        are thin on the mask decoder's grid, a quarter of the model input, and enlarged from there."""
+        picture, features = self._encoded(image)
+        outputs = self.model(features=features, everything=True)
+        grid = edge_map(outputs.pred_masks[0, :, 0].float().sigmoid())  # [h, w]
+        across, down = self.processor.picture_share(picture.height, picture.width)
+        grid = grid[: round(down * grid.shape[0]), : round(across * grid.shape[1])]
+        size = picture.height, picture.width
+        return torch.nn.functional.interpolate(grid[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+
+    def what(
+        self,
+        image: Picture | tuple[Picture, OVSamFeatures],
+        points: Sequence[Sequence[float]] | None = None,
+        labels: Sequence[int] | None = None,
+        boxes: Sequence[Sequence[float]] | None = None,
+        masks: Tensor | None = None,
+        vocabulary: Words | None = None,
+    ) -> Results:
+        """The mask of what was clicked, boxed or roughly painted, named from the vocabulary or, without one, the
+        checkpoint's own.
+
+        Args:
+            points: [[x, y], ...], clicks on one object; with `labels`, 1 on it and 0 beside it.
+            boxes: [[x1, y1, x2, y2], ...], an object each; together with points, one box for their object.
+            masks: [n, H, W] bool over the picture, an object each: rough masks to be made exact, such as an earlier
+                result's; together with points, one.
+        """
+        points, boxes = _floats(points), _floats(boxes)
+        if not points and not boxes and masks is None:
+            raise InputError("Pass points, boxes or masks: what to name.")
+        if labels and len(labels) != len(points or ()):
+            raise InputError(f"There are {len(labels)} labels for {len(points or ())} points; each point takes one.")
+        for name, several in (("box", boxes), ("mask", masks)):
+            if points and several is not None and len(several) > 1:
+                raise InputError(f"Points are on one object, so that they go with one {name}, not with {len(several)}.")
+        if boxes and masks is not None and len(boxes) != len(masks):
+            raise InputError(f"There are {len(boxes)} boxes for {len(masks)} masks; each object takes one of each.")
+        image = self._encoded(image)
+        picture = image[0]
+        words, embeds = self._names(vocabulary)
+        outputs = self._prompt(image, points, labels, boxes, masks, words, embeds)
+        source: str = "mask"
+        prompts: list = ["mask"] * len(outputs.pred_masks[0])
+        if points:
+            source, prompts = "point", [points]
+        elif boxes:
+            source, prompts = "box", boxes
+        return self._results(outputs, picture, _Asked(source, words), prompts=prompts)
+
+    @torch.no_grad()
+    def _prompt(self, image, points=None, labels=None, boxes=None, masks=None, words=None, embeds=None) -> OVSamOutput:
+        picture, features = image
+        _check_inside(picture.size, points, boxes)
+        inputs = self.processor(
+            original_sizes=[(picture.height, picture.width)],
+            input_points=[[points]] if points else None,
+            input_labels=[[list(labels or [1] * len(points))]] if points else None,
+            input_boxes=[boxes] if boxes else None,
+        )
+        prompts = {k: inputs[k] for k in ("input_points", "input_labels", "input_boxes") if k in inputs}
+        if masks is not None:
+            prompts["input_masks"] = self.processor.mask_prompts(torch.as_tensor(masks), self.model.sam.image_size)
+            if not points:  # a mask prompt corrects a box or clicks; alone it says little to SAM
+                prompts.setdefault("input_boxes", mask_boxes(prompts["input_masks"]))
+        return self.model(features=features, text_embeds=embeds, text_labels=_labels(words), **self._to_device(prompts))
+
+    @torch.no_grad()
+    def _propose(self, image, asked: "_Asked", tile: int | None) -> Results:
+        if tile:
+            if isinstance(image, tuple):
+                raise InputError("tile looks at parts of the picture, each encoded anew: pass the picture itself.")
+            return segment_tiled(lambda part: self._propose(part, asked, None), open_image(image), tile, tile // 4)
+        picture, features = self._encoded(image)
+        config, everything = self.model.config, asked.source == "auto"
+        threshold = asked.threshold
+        if threshold is None:
+            threshold = config.objectness_threshold if everything else config.score_threshold
+        negatives = None if asked.negatives is None else asked.negatives[1]
+        propose = self._proposer(asked.proposer, features)
+        if propose is None:
+            outputs = self.model(
+                features=features,
+                text_embeds=asked.embeds,
+                text_labels=_labels(asked.vocabulary),
+                negative_embeds=negatives,
+                everything=everything,
+                refine=asked.refine,
+                proposal_threshold=min(threshold, config.proposal_threshold),
+            )
+        else:
+            words = asked.vocabulary.prompts if asked.vocabulary is not None else []
+            question = Question(
+                picture,
+                words,
+                asked.embeds,
+                everything,
+                self.model,
+                self.processor,
+                features,
+                _labels(asked.vocabulary),
+            )
+            outputs = decode_proposals(question, propose(question), negatives)
+        return self._results(outputs, picture, asked, threshold)
+
+    def _proposer(self, proposer: str | Proposer | None, features: OVSamFeatures) -> Proposer | None:
+        """The function that proposes; None where the model does it itself, by its ConceptHead."""
+        if proposer is None:
+            if features.concepts is not None:
+                return None
+            proposer = "clip-dense" if features.clip is not None else "grid"
+        if proposer == "concepts":
+            return None
+        if not isinstance(proposer, str):
+            return proposer
+        if proposer not in self._proposers:
+            self._proposers[proposer] = get_proposer(proposer, str(self.model.device))
+        return self._proposers[proposer]
+
+    def _with_exemplars(self, vocabulary, embeds, exemplars, image) -> tuple[Vocabulary, Tensor]:
+        """Words and their embeddings, and those of exemplars, which are words that only have an embedding."""
+        by_label = exemplars if isinstance(exemplars, Mapping) else {"exemplar": exemplars}
+        labels = {} if vocabulary is None else vocabulary.as_mapping()
+        rows = [] if embeds is None else [embeds]
+        for label, boxes in by_label.items():
+            for number, given in enumerate(boxes, 1):
+                on, box = given if len(given) == 2 else (image, given)
+                found = self._prompt(self._encoded(on), boxes=_floats([box]))
+                rows.append(found.class_embeds[0].float() * self.model.config.exemplar_scale)
+                labels[f"{label} as in exemplar {number}"] = label
+        return Vocabulary(labels), torch.cat(rows)
+
+    def _results(self, outputs, picture, asked: "_Asked", threshold=None, prompts=None) -> Results:
+        size = (picture.height, picture.width)
+        found = self.processor.post_process_instance_segmentation(
+            outputs,
+            threshold=threshold,
+            everything=asked.source == "auto",
+            target_sizes=[size],
+            text_labels=asked.vocabulary.as_mapping() if asked.vocabulary is not None else None,
+            negative_labels=asked.negatives[0].prompts if asked.negatives is not None else None,
+            return_coco_annotation=True,
+            **asked.post,
+        )[0]
+        labels = [label if label is not None else "object" for label in found["text_labels"]]
+        phrases = [phrase if phrase is not None else "object" for phrase in found["phrases"]]
+        objectness = found["objectness"]
+        return Results.from_arrays(
+            found["masks"],
+            labels,
+            found["labels"].tolist(),
+            found["scores"].tolist(),
+            found["mask_scores"].tolist(),
+            prompts if prompts is not None else phrases,
+            asked.source,
+            topk=found["topk"],
+            model=self.name,
+            objectness=None if objectness is None else objectness.tolist(),
+            size=size,
+            presence=found["presence"],
+            dropped=found["dropped"],
+        )
+
+    def _names(self, vocabulary: Words | None) -> tuple[Vocabulary | None, Tensor | None]:
+        """The words to name with; neither the user nor the checkpoint may have any, and then all is an "object"."""
+        words = vocabulary if vocabulary is not None else self.model.config.vocabulary
+        return self.embed(words) if words is not None else (None, None)
+
+    def _encoded(self, image) -> tuple[Picture, OVSamFeatures]:
+        return image if isinstance(image, tuple) else self.encode(image)
+
+    def _encode_words(self, phrases: list[str]) -> Tensor:
+        tokens = self._to_device(self.processor.tokenize(phrases))
+        return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
+
+    def _to_device(self, inputs: Mapping) -> dict:
+        return {k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+    def _hash_of_text_tower(self) -> str:
+        """Tells text towers apart by what they do: the hash of their embeddings of a few fixed words."""
+        if not self._text_hash:
+            probe = self._encode_words(["dog", "a red ball", "zzyzx"]).float().cpu()
+            self._text_hash = hashlib.sha256((probe * 1e4).round().numpy().tobytes()).hexdigest()[:16]
+        return self._text_hash
+
+
+def _floats(rows) -> list[list[float]]:
+    """Points or boxes as lists of plain numbers, whatever they were: lists, arrays, tensors."""
+    return [] if rows is None else [[float(number) for number in row] for row in rows]
+
+
+def _labels(words: Vocabulary | None) -> list[str] | None:
+    """The label that each phrase stands for."""
+    return None if words is None else list(words.as_mapping().values())
+
+
+def _check_inside(size: tuple[int, int], points, boxes) -> None:
+    width, height = size
+    for x, y in points or ():
+        if not (0 <= x < width and 0 <= y < height):
+            raise InputError(f"The point {x:g},{y:g} is outside the picture, which is {width}x{height} pixels.")
+    for x1, y1, x2, y2 in boxes or ():
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            raise InputError(
+                f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not left,top,right,bottom inside the picture, which is "
+                f"{width}x{height} pixels."
+            )

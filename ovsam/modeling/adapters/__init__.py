@@ -1,0 +1,27 @@
+"""The adapters between the sides: what is trained over released towers, each a model of its own."""
+
+from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter, Clip2SamConfig
+from ovsam.modeling.adapters.clip2sam_fpn import Clip2SamFpnAdapter, Clip2SamFpnConfig
+from ovsam.modeling.adapters.concepts import ConceptHead, ConceptHeadConfig
+from ovsam.modeling.adapters.sam2clip import Sam2ClipAdapter, Sam2ClipConfig
+from ovsam.modeling.adapters.sam2clip_vit import Sam2ClipVitAdapter, Sam2ClipVitConfig
+from ovsam.modeling.outputs import ConceptOutput
+
+SAM2CLIP_ADAPTERS = {"ovsam_sam2clip": Sam2ClipAdapter, "ovsam_sam2clip_vit": Sam2ClipVitAdapter}
+CLIP2SAM_ADAPTERS = {"ovsam_clip2sam": Clip2SamAdapter, "ovsam_clip2sam_fpn": Clip2SamFpnAdapter}
+
+__all__ = [
+    "CLIP2SAM_ADAPTERS",
+    "SAM2CLIP_ADAPTERS",
+    "Clip2SamAdapter",
+    "Clip2SamConfig",
+    "Clip2SamFpnAdapter",
+    "Clip2SamFpnConfig",
+    "ConceptHead",
+    "ConceptHeadConfig",
+    "ConceptOutput",
+    "Sam2ClipAdapter",
+    "Sam2ClipConfig",
+    "Sam2ClipVitAdapter",
+    "Sam2ClipVitConfig",
+]

@@ -1,0 +1,117 @@
+"""Clip2SamAdapter: the name of a prompted mask, from CLIP's maps (Open-Vocabulary SAM, Yuan et al. 2024, §3.2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+from transformers import initialization as init
+
+from ovsam.modeling.adapters.common import AdapterModel, RegionProjection, TopDown
+from ovsam.modeling.clip.base import mask_pool
+from ovsam.modeling.geometry import boxes_to_clip, maps_to_clip
+from ovsam.modeling.remote_code import RemoteCodeConfig
+from ovsam.modeling.scoring import Naming
+
+ROI = 7
+
+
+class Clip2SamConfig(RemoteCodeConfig):
+    """`token_dim` is the mask decoder's width C, or 0 to leave its tokens out (as the released Open-Vocabulary SAM
+    does, whose label token is multiplied by zero)."""
+
+    model_type = "ovsam_clip2sam"
+    auto_classes = {"AutoModel": "Clip2SamAdapter"}
+
+    in_channels: list | tuple = (32, 64, 96, 960)
+    embed_dim: int = 384
+    width: int = 128
+    token_dim: int = 0
+
+
+class Clip2SamAdapter(AdapterModel):
+    """Light FPN + RoIAlign on the box, weighed by the mask, plus the mask token; added to CLIP's own pooled embedding.
+
+    A word's logit is (cosine + logit_shift) * exp(log_scale); both are stored with the weights, calibrated.
+    """
+
+    config: Clip2SamConfig
+    base_model_prefix = "clip2sam"
+
+    def __init__(self, config: Clip2SamConfig):
+        super().__init__(config)
+        channels = tuple(config.in_channels)
+        self.region = RegionProjection(channels, config.embed_dim)
+        self.pyramid = TopDown(channels[1:], config.width)
+        self.roi_conv = nn.Conv2d(config.width + 1, config.width, 3, padding=1)  # + 1: the mask itself
+        self.roi_out = nn.Conv2d(config.width, config.width, 3, padding=1)
+        self.token = nn.Linear(config.token_dim, config.width) if config.token_dim else None
+        self.embedding = nn.Linear(config.width, config.embed_dim)
+        self.log_scale = nn.Parameter(torch.tensor(2.7))
+        self.logit_shift = nn.Parameter(torch.tensor(-0.7))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.embedding:  # starts as the tower's own embedding
+            init.zeros_(module.weight)
+        elif module is self:
+            init.constant_(self.log_scale, 2.7)
+            init.constant_(self.logit_shift, -0.7)
+
+    def forward(self, maps: tuple[Tensor, ...], boxes: Tensor, masks: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            maps: CLIP's maps at strides 4, 8, 16, 32, each [B, Ci, hi, wi].
+            boxes: [B, P, 4] xyxy in pixels of the model input.
+            masks: probabilities [B, P, H/4, W/4].
+            tokens: the mask decoder's mask tokens [B, P, C]; needed if and only if the config's `token_dim` says so.
+
+        Returns:
+            class embeddings [B, P, D], L2-normalised.
+        """
+        b, p = boxes.shape[:2]
+        pooled = mask_pool(self.region(maps), masks)  # [B, P, D]
+
+        rois = torch.cat([torch.arange(b, device=boxes.device).repeat_interleave(p)[:, None], boxes.flatten(0, 1)], 1)
+        features = self._roi_features(self.pyramid(maps[1:]), rois.float())  # [B*P, width, 7, 7]
+        each = torch.cat([torch.arange(b * p, device=boxes.device)[:, None], boxes.flatten(0, 1)], 1)
+        inside = roi_align(masks.flatten(0, 1)[:, None].float(), each.float(), ROI, 1 / 4, 2, True).to(features.dtype)
+
+        hidden = F.relu(self.roi_conv(torch.cat([features, inside - 0.5], 1)))
+        hidden = F.relu(self.roi_out(hidden))
+        weight = inside + 0.05  # context still counts a little, and an empty mask divides by no zero
+        hidden = (hidden * weight).sum((2, 3)) / weight.sum((2, 3))  # [B*P, width]
+        hidden = hidden.view(b, p, self.config.width)
+        if self.token is not None:
+            hidden = hidden + F.relu(self.token(tokens))
+        return F.normalize(pooled + self.embedding(hidden), dim=-1)
+
+    def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor, clip) -> Naming:
+        """The naming of masks in a whole model.
+
+        Args:
+            features: the model's OVSamFeatures.
+            masks: logits [B, P, H/4, W/4] over the model input.
+            boxes: [B, P, 4] xyxy in pixels of the model input.
+            tokens: the mask decoder's mask tokens [B, P, C].
+            clip: the model's CLIP side, for adapters that ask it.
+        """
+        frame, size = features.clip_frame, features.clip_size
+        seen = maps_to_clip(masks.sigmoid(), frame, 4 * masks.shape[-1], size)
+        embeds = self(features.maps, boxes_to_clip(boxes, frame), seen, tokens)
+        return Naming(embeds, self.log_scale.exp(), self.logit_shift)
+
+    def logits(self, embeds: Tensor, words: Tensor) -> Tensor:
+        """embeds [B, P, D], words [K, D] -> [B, P, K]"""
+        return (embeds @ words.T + self.logit_shift) * self.log_scale.exp()
+
+    def _roi_features(self, levels: list[Tensor], rois: Tensor) -> Tensor:
+        """RoIAlign on the level whose stride suits the box: about 7 cells across (Lin et al. 2017, eq. 1)."""
+        side = (rois[:, 3:] - rois[:, 1:3]).clamp(min=1).prod(1).sqrt()
+        level = torch.floor(torch.log2(side / (ROI * 8) + 1e-6)).clamp(0, len(levels) - 1)
+        pooled = rois.new_zeros(len(rois), levels[0].shape[1], ROI, ROI)
+        for i, feature in enumerate(levels):
+            here = (level == i).nonzero()[:, 0]
+            pooled = pooled.index_copy(0, here, roi_align(feature.float(), rois[here], ROI, 1 / (8 * 2**i), 2, True))
+        return pooled.to(levels[0].dtype)

@@ -1,0 +1,107 @@
+"""Clip2SamFpnAdapter: the CLIP2SAM adapter as Open-Vocabulary SAM released it (Yuan et al. 2024, §3.2): a feature
+pyramid, RoIAlign on the box of the mask, and one linear layer."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from ovsam.modeling.adapters.common import AdapterModel, TopDown
+from ovsam.modeling.geometry import boxes_to_clip, maps_to_clip
+from ovsam.modeling.remote_code import RemoteCodeConfig
+from ovsam.modeling.scoring import FusedNaming
+from ovsam.ops.boxes import masks_to_boxes
+
+EMPTY = -20.0  # the logit of a pixel that is certainly not in the mask
+
+
+class Clip2SamFpnConfig(RemoteCodeConfig):
+    """`in_channels` are those of CLIP's maps at strides 4, 8, 16, 32; `roi_size` is 12 in the release for COCO and 7 in
+    the one for LVIS; a box less than twice `finest_size` pixels across is read at stride 4, one less than four times at
+    stride 8, and so on. `log_scale` is that of the softmax. `trained_words` are those the adapter has seen in training,
+    in lower case and without underscores. The defaults are the released sizes."""
+
+    model_type = "ovsam_clip2sam_fpn"
+    auto_classes = {"AutoModel": "Clip2SamFpnAdapter"}
+
+    in_channels: list | tuple = (384, 768, 1536, 3072)
+    width: int = 256
+    embed_dim: int = 768
+    roi_size: int = 12
+    finest_size: int = 56
+    log_scale: float = 4.6052
+    trained_words: list | tuple = ()
+
+
+class Clip2SamFpnAdapter(AdapterModel):
+    """The class embedding of a mask, from the box around it; CLIP's own embedding comes in only with its probability.
+
+    The released decoder's label token has no say: it enters the class embedding multiplied by zero.
+    """
+
+    config: Clip2SamFpnConfig
+    base_model_prefix = "clip2sam"
+
+    def __init__(self, config: Clip2SamFpnConfig):
+        super().__init__(config)
+        channels = tuple(config.in_channels)
+        self.pyramid = TopDown(channels, config.width)
+        self.smooth = nn.ModuleList([nn.Conv2d(config.width, config.width, 3, padding=1) for _ in channels])
+        self.roi_conv = nn.Conv2d(config.width, config.embed_dim, 1, bias=False)
+        self.post_init()
+
+    def forward(self, maps: tuple[Tensor, ...], masks: Tensor) -> Tensor:
+        """
+        Args:
+            maps: CLIP's maps at strides 4, 8, 16, 32, each [B, Ci, hi, wi].
+            masks: probabilities [B, P, Hm, Wm] over CLIP's input, at any resolution.
+
+        Returns:
+            class embeddings [B, P, D], L2-normalised; zeros for an empty mask.
+        """
+        stride = 4 * maps[0].shape[-1] / masks.shape[-1]
+        boxes = masks_to_boxes(masks > 0.5) * stride  # [B, P, 4] in pixels of CLIP's input
+        rois = self.roi_features(self.levels(maps), boxes)
+        embeds = F.relu(self.roi_conv(rois)).mean((2, 3))  # [B*P, D, r, r] -> [B*P, D]
+        return F.normalize(embeds, dim=-1).unflatten(0, boxes.shape[:2])
+
+    def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor, clip) -> FusedNaming:
+        """The naming of masks in a whole model, together with CLIP's own; arguments as in `Clip2SamAdapter.name`.
+
+        The adapter reads the box of the mask, CLIP `boxes`, which may be a person's.
+        """
+        frame, size = features.clip_frame, features.clip_size
+        if frame is not None:  # outside the model input there is certainly nothing
+            masks = maps_to_clip(masks - EMPTY, frame, 4 * masks.shape[-1], size) + EMPTY
+        coarse = F.interpolate(masks, features.maps[-1].shape[-2:], mode="bilinear", align_corners=False)
+        return FusedNaming(
+            embeds=self(features.maps, masks.sigmoid()),
+            clip_embeds=clip.pool(features.clip, boxes=boxes_to_clip(boxes, frame)),
+            clip_sees=(coarse > 0).flatten(2).any(2),
+            scale=math.exp(self.config.log_scale),
+            trained_words=frozenset(self.config.trained_words),
+        )
+
+    def levels(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
+        """Maps at strides 4, 8, 16, 32 -> the feature pyramid at the same strides, each [B, width, hi, wi]."""
+        return [conv(level) for conv, level in zip(self.smooth, self.pyramid(maps), strict=True)]
+
+    def roi_features(self, levels: list[Tensor], boxes: Tensor) -> Tensor:
+        """Boxes [B, P, 4] -> [B*P, width, r, r], each from the level that suits its size (Lin et al. 2017, eq. 1)."""
+        size = self.config.roi_size
+        image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+        rois = torch.cat([image[:, None], boxes.flatten(0, 1)], 1).float()  # [B*P, 5]
+        level = self.box_level(boxes).flatten()
+        features = rois.new_zeros(len(rois), self.config.width, size, size)
+        for i, feature in enumerate(levels):
+            here = (level == i).nonzero()[:, 0]
+            pooled = roi_align(feature.float(), rois[here], size, 1 / (4 * 2**i), aligned=True)
+            features = features.index_copy(0, here, pooled)
+        return features.to(levels[0].dtype)
+
+    def box_level(self, boxes: Tensor) -> Tensor:
+        """Boxes [..., 4] -> which of the four levels they are read from, [...]."""
+        side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
+        return torch.floor(torch.log2(side / self.config.finest_size + 1e-6)).clamp(0, 3).long()

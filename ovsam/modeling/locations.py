@@ -1,0 +1,34 @@
+"""Which location of the ConceptHead means what a person points at, so that its prototype mask can help the decoder."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from ovsam.modeling.outputs import ConceptOutput
+
+
+def boxed_locations(concepts: ConceptOutput, boxes: Tensor) -> Tensor:
+    """boxes [B, P, 4] -> [B, P]: of each box the location whose own box fits it best, objectness breaking near ties."""
+    fit = torch.stack([box_iou(given, found) for given, found in zip(boxes, concepts.boxes.float(), strict=True)])
+    return (fit * concepts.objectness.float().sigmoid().sqrt()[:, None]).argmax(-1)
+
+
+def pointed_locations(concepts: ConceptOutput, points: Tensor, labels: Tensor, stride: float) -> Tensor:
+    """Clicks -> [B, P]: the most object-like location whose mask holds the clicks inside and none of those outside.
+
+    Args:
+        points: [B, P, N, 2] xy in pixels; labels: [B, P, N], 1 inside, 0 outside, others nothing.
+        stride: pixels of a prototype's cell.
+    """
+    height, width = concepts.prototypes.shape[-2:]
+    cell = (points / stride).long()
+    cell = cell[..., 1].clamp(0, height - 1) * width + cell[..., 0].clamp(0, width - 1)  # [B, P, N]
+    at = concepts.prototypes.flatten(2).transpose(1, 2)  # [B, h*w, Q]
+    at = at.gather(1, cell.flatten(1)[..., None].expand(-1, -1, at.shape[-1])).view(*cell.shape, -1)  # [B, P, N, Q]
+    held = torch.einsum("bpnq,blq->bpnl", at, concepts.coefficients).float().sigmoid()
+    low, high = concepts.boxes[:, None, None, :, :2], concepts.boxes[:, None, None, :, 2:]
+    boxed = ((points[..., None, :] > low) & (points[..., None, :] < high)).all(-1)  # [B, P, N, L]
+    held = held * boxed  # a prototype mask ends at its box
+    label = labels[..., None]
+    agrees = torch.where(label == 1, held, torch.where(label == 0, 1 - held, torch.ones_like(held)))
+    return (agrees.prod(2) * concepts.objectness.float().sigmoid()[:, None]).argmax(-1)

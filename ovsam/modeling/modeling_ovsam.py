@@ -1,0 +1,465 @@
+"""OVSamModel: a SAM side, a CLIP side and the adapters between them; `forward` reads like the figure.
+
+    image --> SAM side: vision encoder ----> SamFeatures --> prompt encoder + mask decoder --> masks, tokens
+      |           (or Sam2ClipAdapter(CLIP maps))                      ^ boxes, points, masks     |
+      +----> CLIP side: maps ----> ConceptHead --> locations ----------+                          v
+    words -> CLIP text tower ---------^------------------------------> names <---- Clip2SamAdapter
+
+Shapes: B images, P prompts per image, N points per prompt, I instances per image (P, or what was proposed), M mask
+candidates, K words, L locations, D CLIP width, C SAM width, Q prototypes.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from ovsam.errors import InputError
+from ovsam.modeling.adapters import CLIP2SAM_ADAPTERS, SAM2CLIP_ADAPTERS, ConceptHead, ConceptOutput
+from ovsam.modeling.adapters.common import maps_at_strides
+from ovsam.modeling.check_parts import check_fit
+from ovsam.modeling.clip import CLIP_SIDES
+from ovsam.modeling.configuration_ovsam import OVSamConfig
+from ovsam.modeling.geometry import boxes_from_clip, clip_frame, maps_from_clip, maps_to_clip
+from ovsam.modeling.locations import boxed_locations, pointed_locations
+from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
+from ovsam.modeling.sam import SAM_SIDES, DecodedMasks, SamFeatures
+from ovsam.modeling.sam.base import check_prompts
+from ovsam.modeling.scoring import (
+    FusedNaming,
+    Naming,
+    calibrated,
+    clip_scale_shift,
+    instance_scores,
+    mean_logits,
+    row_labels,
+)
+from ovsam.ops.boxes import masks_to_boxes
+from ovsam.ops.masks import crop, mask_overlap
+from ovsam.ops.nms import fast_box_nms, suppress
+
+
+class OVSamPreTrainedModel(PreTrainedModel):
+    config: OVSamConfig
+    base_model_prefix = "ovsam"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules: list[str] = []
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fills what a checkpoint lacks of the modules that belong to no model of their own, such as timm's: whatever
+        is passed over here stays uninitialised memory, also buffers that are not saved."""
+        for parameter in module.parameters(recurse=False):
+            init.normal_(parameter, std=0.02)
+        super()._init_weights(module)
+        if hasattr(module, "init_non_persistent_buffers"):  # a convention of timm
+            module.init_non_persistent_buffers()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Remote code is one shim file beside the weights (see hub/); transformers must not copy our sources."""
+
+
+def _sam_part(config: OVSamConfig, part: Literal["all", "vision", "decoder"]) -> nn.Module:
+    return SAM_SIDES[config.sam_config.model_type](config.sam_config, part=part)
+
+
+class OVSamVisionModel(OVSamPreTrainedModel):
+    """Image -> OVSamFeatures, without concepts. Loads from the whole model's folder; module paths are the whole's."""
+
+    _keys_to_ignore_on_load_unexpected = [
+        r"^clip\.(model\.)?(owlv2\.)?(text|logit)",
+        r"^(clip2sam|concepts)\.",
+        r"^sam\.model\.(prompt_encoder|shared_image_embedding|mask_decoder)\.",
+    ]
+
+    def __init__(self, config: OVSamConfig):
+        super().__init__(config)
+        # Each composition has only the encoders it uses.
+        self.sam = _sam_part(config, "vision") if config.composition != "clip" else None
+        self.clip = _clip_part(config, "vision") if config.composition != "sam" else None
+        self.sam2clip = _sam2clip(config) if config.composition == "clip" else None
+        self.post_init()
+
+    def forward(
+        self, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
+    ) -> OVSamFeatures:
+        """pixel_values [B, 3, H, W]; clip_pixel_values and clip_window only where CLIP has a geometry of its own."""
+        return encode_image(self, pixel_values, clip_pixel_values, clip_window)
+
+
+class OVSamMaskDecoder(OVSamPreTrainedModel):
+    """Features and prompts -> masks: prompt encoder and mask decoder. Loads from the whole model's folder."""
+
+    main_input_name = "input_boxes"
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(clip|clip2sam|concepts|sam2clip)\.",
+        r"^sam\.model\.(vision_encoder|no_memory_embedding)",
+    ]
+
+    def __init__(self, config: OVSamConfig):
+        super().__init__(config)
+        self.sam = _sam_part(config, "decoder")
+        self.post_init()
+
+    def forward(self, features: SamFeatures, multimask_output: bool = False, **prompts: Tensor | None) -> DecodedMasks:
+        """prompts: input_points, input_labels, input_boxes, input_masks, as in OVSamModel."""
+        return self.sam.select_masks(self.sam.decode(features, **prompts), multimask_output)
+
+
+def _clip_part(config: OVSamConfig, part: Literal["all", "vision", "text"]) -> nn.Module:
+    return CLIP_SIDES[config.clip_config.model_type](config.clip_config, part=part)
+
+
+def _sam2clip(config: OVSamConfig) -> nn.Module:
+    return SAM2CLIP_ADAPTERS[config.sam2clip_config.model_type](config.sam2clip_config)
+
+
+def _clip2sam(config: OVSamConfig) -> nn.Module:
+    return CLIP2SAM_ADAPTERS[config.clip2sam_config.model_type](config.clip2sam_config)
+
+
+def encode_image(
+    model, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
+) -> OVSamFeatures:
+    """The image side of the figure, for the whole model and for its vision part alone."""
+    pixel_values = pixel_values.to(model.dtype)
+    if model.config.composition == "sam":
+        sam = model.sam.encode(pixel_values)
+        # SAM's pyramid ends at stride 16, and SAM 1's is no more: the finer maps are then the same one, resampled.
+        # The adapters' fourth map is that of stride 16, halved.
+        finer = (sam.pyramid[0],) * (3 - len(sam.pyramid))
+        maps = (*finer, *sam.pyramid, F.avg_pool2d(sam.pyramid[-1], 2))
+        return OVSamFeatures(sam=sam, maps=maps_at_strides(maps, tuple(pixel_values.shape[-2:])))
+    frame, clip_size = None, tuple(pixel_values.shape[-2:])
+    if clip_pixel_values is None:
+        clip_pixel_values = pixel_values
+    elif clip_window is not None or clip_pixel_values.shape[-2:] != pixel_values.shape[-2:]:
+        clip_size = tuple(clip_pixel_values.shape[-2:])
+        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=pixel_values.device).expand(len(pixel_values), -1)
+        frame = clip_frame(whole if clip_window is None else clip_window, pixel_values.shape[-1], clip_size)
+    clip = model.clip.encode_image(clip_pixel_values.to(model.dtype))
+    maps, config = clip.maps, model.config
+    if config.sam2clip_config or config.clip2sam_config or config.concepts_config:  # somebody reads them
+        maps = maps_at_strides(maps, clip_size)
+    sam = model.sam2clip(maps) if config.composition == "clip" else model.sam.encode(pixel_values)
+    return OVSamFeatures(sam=sam, clip=clip, maps=maps, clip_frame=frame, clip_size=clip_size)
+
+
+class OVSamModel(OVSamPreTrainedModel):
+    """The whole. Three questions, one call: prompts (what is this?), words (where is it?), neither (what is here?)."""
+
+    def __init__(self, config: OVSamConfig):
+        super().__init__(config)
+        composition = config.composition
+        self.sam = _sam_part(config, "decoder" if composition == "clip" else "all")
+        self.clip = _clip_part(config, "text" if composition == "sam" else "all")
+        self.sam2clip = _sam2clip(config) if composition == "clip" else None
+        self.clip2sam = _clip2sam(config) if config.clip2sam_config else None
+        self.concepts = ConceptHead(config.concepts_config) if config.concepts_config else None
+        check_fit(self)
+        self.post_init()
+
+    # ---- the two encoders -------------------------------------------------------------------------------------
+
+    def encode(
+        self, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
+    ) -> OVSamFeatures:
+        """pixel_values [B, 3, H, W] -> everything that depends on the image alone."""
+        features = encode_image(self, pixel_values, clip_pixel_values, clip_window)
+        if self.concepts is not None:
+            features.concepts = self.concepts(features.maps)
+        elif features.clip is not None and hasattr(self.clip, "concepts"):  # such as OWLv2, which brings its own head
+            features.concepts = self.clip.concepts(features.clip)
+        if features.concepts is not None:
+            self._move_from_clip(features)
+        return features
+
+    def get_image_embeddings(self, pixel_values: Tensor) -> list[Tensor]:
+        """What SAM 2's own method of this name gives, maps at strides 4, 8 and 16, to be passed back in as
+        `image_embeddings` for masks without names. transformers' mask-generation pipeline works that way."""
+        sam = encode_image(self, pixel_values).sam
+        return [*sam.high_res, sam.embedding]
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """input_ids [K, T] -> [K, D], L2-normalised."""
+        return self.clip.encode_text(input_ids, attention_mask)
+
+    # ---- the figure -------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        clip_pixel_values: Tensor | None = None,
+        clip_window: Tensor | None = None,
+        features: OVSamFeatures | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        negative_input_ids: Tensor | None = None,
+        negative_attention_mask: Tensor | None = None,
+        negative_embeds: Tensor | None = None,
+        text_labels: list | None = None,
+        input_points: Tensor | None = None,
+        input_labels: Tensor | None = None,
+        input_boxes: Tensor | None = None,
+        input_masks: Tensor | None = None,
+        image_embeddings: list[Tensor] | None = None,
+        multimask_output: bool = False,
+        everything: bool = False,
+        refine: bool = True,
+        proposal_threshold: float | None = None,
+        **kwargs,
+    ) -> OVSamOutput:
+        """
+        Args:
+            pixel_values: [B, 3, H, W]; or `features` of an earlier call; or, for masks without names,
+                `image_embeddings` from get_image_embeddings().
+            clip_pixel_values: [B, 3, H', W'], where CLIP has a geometry of its own; clip_window [B, 4] is then the
+                rectangle it covers, x1, y1, x2, y2 in fractions of the model input; the whole if not given.
+            input_ids, attention_mask: the words [K, T]; or `text_embeds` [K, D], L2-normalised.
+            text_mask: [B, K] bool, which words each image is asked about, where that differs. Other words' logits are
+                the least there is.
+            negative_input_ids, negative_attention_mask, negative_embeds: words to be told apart from, likewise.
+            text_labels: the words as strings, also per image, as the processor gives them; or, for `text_embeds`, the
+                K names that its rows stand for. Naming rules that know words they were trained on, or synonyms (rows
+                of one name), read them; post-processing does.
+            input_points: [B, P, N, 2] xy in pixels of the model input; input_labels [B, P, N]: 1 inside, 0 outside, -10
+                padding.
+            input_boxes: [B, P, 4] xyxy in pixels of the model input.
+            input_masks: [B, P, H/4, W/4] logits.
+            multimask_output: three masks for each prompt instead of the best one.
+            everything: propose whatever is an object, and let the words only name it; without words that is so anyway.
+            refine: False keeps input_masks, or else the ConceptHead's prototype masks, as they are.
+            proposal_threshold: proposals below it are dropped before refinement (default: the config's).
+
+        Raises:
+            InputError: neither pixels nor features; or no prompts and no ConceptHead.
+        """
+        if features is None and image_embeddings is not None:
+            *high_res, embedding = image_embeddings
+            # A ModelOutput given nothing but a dictionary takes that for its fields; maps=() is something.
+            features = OVSamFeatures(sam=SamFeatures(embedding=embedding, high_res=tuple(high_res)), maps=())
+        if features is None and pixel_values is None:
+            raise InputError("Pass pixel_values, or features of an earlier call to encode().")
+        if features is None:
+            features = self.encode(pixel_values, clip_pixel_values, clip_window)
+        if text_embeds is None and input_ids is not None:
+            text_embeds = self.get_text_features(input_ids, attention_mask)
+        if negative_embeds is None and negative_input_ids is not None:
+            negative_embeds = self.get_text_features(negative_input_ids, negative_attention_mask)
+        labels = row_labels(text_labels)
+
+        prompts = {
+            "input_points": input_points,
+            "input_labels": input_labels,
+            "input_boxes": input_boxes,
+            "input_masks": input_masks,
+        }
+        if any(prompt is not None for prompt in prompts.values()):
+            return self._what(
+                features, prompts, text_embeds, text_mask, labels, negative_embeds, multimask_output, refine
+            )
+        return self._where(
+            features, text_embeds, text_mask, labels, negative_embeds, everything, refine, proposal_threshold
+        )
+
+    def _what(
+        self, features, prompts, text_embeds, text_mask, labels, negative_embeds, multimask_output, refine
+    ) -> OVSamOutput:
+        """Prompts -> masks and their class embeddings."""
+        prototype_masks = self._prompted_prototypes(features, prompts) if refine and not multimask_output else None
+        if prototype_masks is not None:
+            prompts = prompts | {"input_masks": prototype_masks}
+        decoded = self.sam.select_masks(self.sam.decode(features.sam, **prompts), multimask_output)
+        if prototype_masks is not None:
+            decoded.masks = decoded.masks + self.config.prototype_weight * prototype_masks[:, :, None]
+        if not refine:  # the decoder is only asked for its tokens, which naming may want
+            if prompts["input_masks"] is None:
+                raise InputError("refine=False keeps masks as they are: pass input_masks, or refine boxes and points.")
+            decoded.masks, decoded.iou = prompts["input_masks"][:, :, None], None
+        score = decoded.masks.new_zeros(decoded.masks.shape[:3]) if decoded.iou is None else decoded.iou
+        best = score.argmax(-1, keepdim=True)  # [B, P, 1]; the mask that is named
+        masks = decoded.masks.take_along_dim(best[..., None, None], 2)[:, :, 0]  # [B, P, H/4, W/4]
+        tokens = decoded.tokens.take_along_dim(best[..., None], 2)[:, :, 0]  # [B, P, C]
+        boxes = masks_to_boxes(masks > 0) * self._mask_stride(masks)
+        # A person's box says better where the thing is than the box of the predicted mask.
+        region = boxes if prompts["input_boxes"] is None else prompts["input_boxes"].float()
+        naming = self._name(features, masks, region, tokens)
+        logits, negative_logits = naming.logits(text_embeds, text_mask, labels), naming.logits(negative_embeds)
+        return OVSamOutput(
+            pred_masks=decoded.masks,
+            iou_scores=decoded.iou,
+            pred_boxes=boxes,
+            class_embeds=naming.embeds,
+            logits=logits,
+            negative_logits=negative_logits,
+            scores=_score(logits, None, 0.0, self.config.name_calibration),
+            negative_scores=_score(negative_logits, None, 0.0, self.config.name_calibration),
+            valid=torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device),
+            features=features,
+        )
+
+    def _where(
+        self, features, text_embeds, text_mask, labels, negative_embeds, everything, refine, proposal_threshold
+    ) -> OVSamOutput:
+        """Words, or nothing -> the ConceptHead's locations -> instances."""
+        concepts = features.concepts
+        if concepts is None:
+            raise InputError(
+                "This model has no ConceptHead, so it cannot find words or everything by itself: pass points, boxes or "
+                "masks, or a model with one, such as ovsam-tiny."
+            )
+        if not refine and concepts.prototypes is None:
+            raise InputError("refine=False needs prototype masks, which this model's ConceptHead does not give.")
+        threshold = self.config.proposal_threshold if proposal_threshold is None else proposal_threshold
+        index, valid = self._propose(features, None if everything else text_embeds, text_mask, threshold)  # [B, I]
+        boxes = _take(concepts.boxes, index)  # [B, I, 4]
+        objectness = concepts.objectness.gather(1, index).float().sigmoid()
+        masks, iou, tokens = self._prototype_masks(features, index), None, None
+        if refine and index.shape[1]:
+            decoded = self.sam.decode(features.sam, input_boxes=boxes, input_masks=masks)
+            decoded = self.sam.select_masks(decoded, multimask_output=False)
+            refined, iou, tokens = decoded.masks[:, :, 0], decoded.iou, decoded.tokens[:, :, 0]
+            masks = refined if masks is None else refined + self.config.prototype_weight * masks
+        elif masks is None:  # nothing was proposed, and there are no prototypes to say how large a mask is
+            masks = boxes.new_zeros(*index.shape, *(4 * side for side in features.sam.embedding.shape[-2:]))
+        namings: list[Naming | FusedNaming] = [self._concept_naming(concepts, index)]
+        if self.clip2sam is not None and tokens is not None:
+            # The adapter has seen the refined mask: it names everything, and has half a say on words.
+            region = masks_to_boxes(masks > 0) * self._mask_stride(masks)
+            seen = self._name(features, masks, region, tokens)
+            namings = [seen] if everything else [*namings, seen]
+        logits = mean_logits(namings, text_embeds, text_mask, labels)
+        negative_logits = mean_logits(namings, negative_embeds)
+        config = self.config
+        weight = 0.0 if everything else config.objectness_weight
+        calibration = config.name_calibration if everything else config.score_calibration
+        return OVSamOutput(
+            pred_masks=masks[:, :, None],
+            iou_scores=iou,
+            pred_boxes=boxes,
+            class_embeds=namings[-1].embeds,
+            logits=logits,
+            negative_logits=negative_logits,
+            objectness=objectness,
+            scores=_score(logits, objectness, weight, calibration),
+            negative_scores=_score(negative_logits, objectness, weight, calibration),
+            valid=valid,
+            features=features,
+        )
+
+    # ---- its steps --------------------------------------------------------------------------------------------
+
+    def _propose(
+        self, features: OVSamFeatures, words: Tensor | None, text_mask: Tensor | None, threshold: float
+    ) -> tuple[Tensor, Tensor]:
+        """Which locations become instances: the most object-like, those that a word fits, less their duplicates.
+
+        Returns index [B, I] into the locations, best first, and valid [B, I]; I is the most any image has.
+        """
+        concepts, config = features.concepts, self.config
+        count = min(config.max_locations or concepts.objectness.shape[1], concepts.objectness.shape[1])
+        objectness, top = concepts.objectness.float().sigmoid().topk(count, dim=1)  # [B, 300]
+        score = objectness
+        if words is not None:
+            logits = self._concept_naming(concepts, top).best_logit(words, text_mask)
+            score = instance_scores(logits.float(), objectness, config.objectness_weight)
+            score = calibrated(score, config.score_calibration)
+        score, order = score.sort(dim=1, descending=True)
+        top = top.gather(1, order)
+        kept = []
+        for image in range(len(top)):  # images differ in how many instances they hold
+            index = top[image][score[image] > threshold]
+            index = index[fast_box_nms(concepts.boxes[image, index], config.nms_threshold)][: config.max_detections]
+            if concepts.prototypes is not None and len(index) > 1:  # what is one thing by its mask is refined once
+                rough = torch.einsum("iq,qhw->ihw", concepts.coefficients[image, index], concepts.prototypes[image])
+                rough = crop(rough, concepts.boxes[image, index] / self._mask_stride(rough))
+                index = index[suppress(mask_overlap(rough > 0), config.mask_nms_threshold)]
+            kept.append(index)
+        index = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
+        return index.clamp(min=0), index >= 0
+
+    def _move_from_clip(self, features: OVSamFeatures) -> None:
+        """Boxes and prototypes that were found in CLIP's input to where they lie in the model input, and not beyond."""
+        concepts, frame = features.concepts, features.clip_frame
+        concepts.boxes = boxes_from_clip(concepts.boxes, frame).clamp(0, self.sam.image_size)
+        if concepts.prototypes is not None:
+            concepts.prototypes = maps_from_clip(concepts.prototypes, frame, self.sam.image_size, features.clip_size)
+
+    def _prototype_masks(self, features: OVSamFeatures, index: Tensor, boxes: Tensor | None = None) -> Tensor | None:
+        """Mask logits [B, I, H/4, W/4] of some locations: prototypes times coefficients (YOLACT), cut to their box, or
+        to `boxes` [B, I, 4]."""
+        concepts = features.concepts
+        if concepts.prototypes is None:
+            return None
+        masks = torch.einsum("biq,bqhw->bihw", _take(concepts.coefficients, index), concepts.prototypes)
+        boxes = _take(concepts.boxes, index) if boxes is None else boxes
+        return crop(masks, boxes / self._mask_stride(masks))
+
+    def _prompted_prototypes(self, features: OVSamFeatures, prompts: dict) -> Tensor | None:
+        """What the ConceptHead takes for the prompted things: prototype masks [B, P, H/4, W/4], where it has a say. A
+        mask that is given, such as the one that further clicks correct, says more."""
+        concepts, boxes, points = features.concepts, prompts["input_boxes"], prompts["input_points"]
+        if not self.config.prototype_weight or concepts is None or concepts.prototypes is None:
+            return None
+        if prompts["input_masks"] is not None:
+            return None
+        check_prompts(len(concepts.boxes), *prompts.values())
+        if boxes is not None:
+            return self._prototype_masks(features, boxed_locations(concepts, boxes.float()), boxes.float())
+        if points is not None:
+            stride = self._mask_stride(concepts.prototypes)
+            labels = prompts["input_labels"]
+            labels = torch.ones_like(points[..., 0]) if labels is None else labels
+            index = pointed_locations(concepts, points, labels, stride)
+            return self._prototype_masks(features, index)
+        return None
+
+    def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> Naming | FusedNaming:
+        """The class embedding of each mask: the adapter's, else the best-matching locations', else CLIP's own; none
+        where the features are SAM's alone."""
+        if self.clip2sam is not None and features.maps:
+            return self.clip2sam.name(features, masks, boxes, tokens, self.clip)
+        if features.concepts is not None:
+            concepts = features.concepts
+            overlap = torch.stack([box_iou(b, c) for b, c in zip(boxes, concepts.boxes, strict=True)])  # [B, P, L]
+            overlap = overlap.nan_to_num()  # an empty mask's box has no IoU with an empty one
+            best = (overlap * concepts.objectness.sigmoid()[:, None]).argmax(-1)  # [B, P]
+            return self._concept_naming(concepts, best)
+        if features.clip is not None:
+            seen = maps_to_clip(masks.sigmoid(), features.clip_frame, self.sam.image_size, features.clip_size)
+            embeds = self.clip.pool(features.clip, masks=seen)
+            return Naming(embeds, *clip_scale_shift(self.clip))
+        return Naming(None, None, None)
+
+    def _concept_naming(self, concepts: ConceptOutput, index: Tensor) -> "Naming":
+        """The class embeddings of some locations, index [B, I], each with its own scale and shift."""
+        return Naming(*(_take(t, index) for t in (concepts.embeds, concepts.logit_scale, concepts.logit_shift)))
+
+    def _mask_stride(self, masks: Tensor) -> float:
+        return self.sam.image_size / masks.shape[-1]
+
+
+def _score(
+    logits: Tensor | None, objectness: Tensor | None, weight: float, calibration: Sequence[float]
+) -> Tensor | None:
+    """logits [B, I, K], objectness [B, I] -> [B, I, K]"""
+    if logits is None:
+        return None
+    things = None if objectness is None else objectness[..., None]
+    return calibrated(instance_scores(logits.float(), things, weight), calibration)
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """tensor [B, L, X], index [B, I] -> [B, I, X]"""
+    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))

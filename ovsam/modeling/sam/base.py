@@ -1,0 +1,251 @@
+"""What every SAM side gives and takes, and all that the families have in common."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ovsam.errors import InputError
+from ovsam.modeling.outputs import DecodedMasks, SamFeatures
+from ovsam.modeling.sam.decode import decode_masks
+
+__all__ = ["DecodedMasks", "SamFeatures", "SamSide"]
+
+# SAM 2's, for the families whose configuration has none.
+STABILITY_DELTA = 0.05
+STABILITY_THRESHOLD = 0.98
+
+
+class SamSide(nn.Module):
+    """A model of the SAM family, held as `model`: image -> SamFeatures, prompts -> DecodedMasks.
+
+    Prompts and image cells share one position encoding, as in released weights; transformers alone draws two.
+    It stays in fp32 whatever dtype the rest is cast to, and prompts are encoded in fp32: bf16 moves small boxes.
+
+    A family says which model it holds, `_pyramid`, `_encode`, and how its decoder differs from SAM 2's, if it does.
+
+    Args:
+        config: the configuration of the whole model, whichever part is kept.
+        part: "all"; "vision", only what `encode` needs; or "decoder", only what `decode` needs. Names of weights are
+            the same in all three.
+
+    Attributes:
+        image_size: side of the square input in pixels.
+        grid: side of the embedding in cells.
+        width: C, the width of the embedding and of the tokens.
+        finer_maps: how many maps of `SamFeatures.high_res` its mask decoder reads.
+        pyramid_channels: channels of each map of the pyramid, high resolution first.
+        pyramid_strides: their strides in pixels.
+
+    Raises:
+        InputError: the configuration is not of square images, or its parts do not fit each other.
+    """
+
+    model_class: type[PreTrainedModel]
+    encoder_parts: tuple[str, ...] = ("vision_encoder",)  # what of the model only `encode` needs
+    image_layers: tuple[str, ...] = ()  # what of its mask decoder sees the image alone, and is applied by `encode`
+    finer_maps: int = 0
+
+    def __init__(self, config: PreTrainedConfig, part: Literal["all", "vision", "decoder"] = "all"):
+        super().__init__()
+        prompts = config.prompt_encoder_config
+        if not isinstance(prompts.image_size, int):
+            raise InputError(f"image_size must be one number, the side of a square; got {prompts.image_size}.")
+        self.image_size = prompts.image_size
+        self.grid = self.image_size // prompts.patch_size
+        self.width = config.mask_decoder_config.hidden_size
+        self.pyramid_channels, sizes = self._pyramid(config)
+        self.pyramid_strides = tuple(self.image_size / size for size in sizes)
+
+        self.model = self.model_class(config)
+        encoder = self.model.prompt_encoder
+        # In SAM 1 of transformers the position encoding is a parameter, which an optimiser would change; originally,
+        # and in all later models, it is a buffer.
+        code = encoder.shared_embedding.positional_embedding.data
+        del encoder.shared_embedding.positional_embedding
+        encoder.shared_embedding.positional_embedding = nn.Buffer(code)
+        if part == "vision":
+            layers = {name: getattr(self.model.mask_decoder, name) for name in self.image_layers}
+            self.model.mask_decoder = nn.ModuleDict(layers)
+            self.model.shared_image_embedding = self.model.prompt_encoder = None
+        else:
+            # One module under two names is tied for good: through random init, load, cast and copy. Built in fp32, it
+            # stays so in from_pretrained(dtype=...), which gives each tensor the dtype that the model was built with.
+            self.model.shared_image_embedding = encoder.shared_embedding.float()
+            self.register_state_dict_post_hook(_untie_in_state_dict)
+        if part == "decoder":
+            for name in self.encoder_parts:
+                setattr(self.model, name, None)
+
+    # ------------------------------------------------------------------------------------- what families differ in
+
+    def _pyramid(self, config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Channels and sides of the maps in `SamFeatures.pyramid`; raises InputError if they cannot be."""
+        raise NotImplementedError
+
+    def _encode(self, pixel_values: Tensor) -> SamFeatures:
+        """Images [B, 3, H, W] of the right size and dtype -> features."""
+        raise NotImplementedError
+
+    def _encode_nothing(self, images: int, prompts: int) -> Tensor:
+        """What stands in for points and boxes where there are none, [B, P, T, C]: SAM 2's padding point."""
+        device = self.model.prompt_encoder.no_mask_embed.weight.device
+        points = torch.zeros(images, prompts, 1, 2, device=device)
+        return self.model.prompt_encoder(points, torch.full((images, prompts, 1), -1, device=device), None, None)[0]
+
+    def _decode(self, features: SamFeatures, position: Tensor, sparse: Tensor, dense: Tensor) -> DecodedMasks:
+        """Embedded prompts -> masks; arguments as in `decode_masks`."""
+        high_res = (features.high_res or ())[: self.finer_maps]
+        return decode_masks(self.model.mask_decoder, features.embedding, position, high_res, sparse, dense)
+
+    # ------------------------------------------------------------------------------------------------ what they share
+
+    def encode(self, pixel_values: Tensor) -> SamFeatures:
+        """Features of normalised images [B, 3, H, W] of the model's own square size, with gradients.
+
+        Raises:
+            InputError: the images have another size.
+        """
+        if pixel_values.shape[-2:] != (self.image_size, self.image_size):
+            height, width = pixel_values.shape[-2:]
+            raise InputError(
+                f"This model sees square images of {self.image_size} x {self.image_size} pixels; "
+                f"got {height} x {width}: resize them first, as the processor does."
+            )
+        return self._encode(pixel_values.to(next(self.model.vision_encoder.parameters()).dtype))
+
+    def decode(
+        self,
+        features: SamFeatures,
+        input_points: Tensor | None = None,
+        input_labels: Tensor | None = None,
+        input_boxes: Tensor | None = None,
+        input_masks: Tensor | None = None,
+    ) -> DecodedMasks:
+        """Masks of every prompt from every mask token (M = 4 in released weights; index 0 is the single-mask token).
+
+        All prompts may be combined; any of them may be left out. Coordinates are pixels of the model's input.
+
+        Args:
+            features: of B images; finer maps than the decoder reads are passed over.
+            input_points: [B, P, N, 2] as x, y.
+            input_labels: [B, P, N]: 1 inside, 0 outside, -10 padding; all 1 if not given.
+            input_boxes: [B, P, 4] as x1, y1, x2, y2.
+            input_masks: logits [B, P, 4h, 4w], one mask for each prompt; other sizes are resized.
+
+        Raises:
+            InputError: the prompts do not agree on B, P or N, or have too many or too few dimensions; or the features
+                lack maps that the mask decoder reads.
+        """
+        images, given = len(features.embedding), len(features.high_res or ())
+        if given < self.finer_maps:
+            raise InputError(f"This mask decoder reads {self.finer_maps} maps of high_res; the features have {given}.")
+        check_prompts(images, input_points, input_labels, input_boxes, input_masks)
+        encoder, device = self.model.prompt_encoder, features.embedding.device
+        if input_points is not None and input_labels is None:
+            input_labels = torch.ones(input_points.shape[:3], dtype=torch.long, device=device)
+
+        with torch.autocast(device.type, enabled=False):
+            if input_points is None and input_boxes is None:
+                sparse = self._encode_nothing(images, 1 if input_masks is None else input_masks.shape[1])
+            else:
+                points = None if input_points is None else input_points.float()
+                boxes = None if input_boxes is None else input_boxes.float()
+                sparse, _ = encoder(points, input_labels, boxes, None)  # [B, P, T, C]
+            position = self._position()
+        if input_masks is None:
+            dense = encoder.no_mask_embed.weight.view(1, 1, -1, 1, 1)
+        else:
+            masks = input_masks.float()
+            if masks.shape[-2:] != (4 * self.grid, 4 * self.grid):
+                masks = F.interpolate(masks, (4 * self.grid, 4 * self.grid), mode="bilinear", antialias=True)
+            masks = masks.flatten(0, 1)[:, None].to(encoder.mask_embed.conv1.weight.dtype)  # -> [B*P, 1, 4h, 4w]
+            dense = encoder.mask_embed(masks).unflatten(0, input_masks.shape[:2])  # [B*P, C, h, w] -> [B, P, C, h, w]
+        return self._decode(features, position, sparse, dense)
+
+    def select_masks(
+        self, decoded: DecodedMasks, multimask_output: bool, by_stability: bool | None = None
+    ) -> DecodedMasks:
+        """The masks that transformers' model would give, with their tokens.
+
+        Args:
+            decoded: all M masks of each prompt.
+            multimask_output: true, the M - 1 masks of an ambiguous prompt; false, one mask: the single-mask token's.
+            by_stability: for one mask, take the best of the others by predicted IoU where the single-mask token's is
+                unstable (its area changes with the threshold). By default where the configuration says
+                `dynamic_multimask_via_stability`, in evaluation mode; SAM 1's cannot say so, and it may be asked for.
+        """
+        config = self.model.config.mask_decoder_config
+        masks, iou, tokens = decoded.masks, decoded.iou, decoded.tokens
+        if by_stability is None:
+            by_stability = not self.training and getattr(config, "dynamic_multimask_via_stability", False)
+        if multimask_output or not by_stability:
+            kept = slice(1, None) if multimask_output else slice(0, 1)
+            return DecodedMasks(masks[:, :, kept], iou[:, :, kept], tokens[:, :, kept], decoded.object_logits)
+        delta = getattr(config, "dynamic_multimask_stability_delta", STABILITY_DELTA)
+        least = getattr(config, "dynamic_multimask_stability_thresh", STABILITY_THRESHOLD)
+        inner, outer = (masks[:, :, 0] > delta).sum((-1, -2)), (masks[:, :, 0] > -delta).sum((-1, -2))  # areas [B, P]
+        stable = torch.where(outer > 0, inner / outer, 1.0) >= least
+        choice = torch.where(stable, 0, iou[:, :, 1:].argmax(-1) + 1)[:, :, None]  # [B, P, 1]
+        return take_masks(decoded, choice)
+
+    def _position(self) -> Tensor:
+        """Position encoding of the cells' centres, [1, C, h, w]."""
+        code = self.model.prompt_encoder.shared_embedding
+        line = (torch.arange(self.grid, device=code.positional_embedding.device) + 0.5) / self.grid
+        y, x = torch.meshgrid(line, line, indexing="ij")
+        return code(torch.stack([x, y], dim=-1)).permute(2, 0, 1)[None]  # [h, w, C] -> [1, C, h, w]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SamSide":
+        """Moves the position encoding with the rest, but casts it to nothing."""
+        encoder = self.model.prompt_encoder
+        if encoder is None:
+            return super()._apply(fn, recurse)
+        exact = encoder.shared_embedding.positional_embedding
+        super()._apply(fn, recurse)
+        moved = encoder.shared_embedding.positional_embedding
+        if moved.dtype != exact.dtype:
+            encoder.shared_embedding.positional_embedding = exact.to(moved.device)
+        return self
+
+
+def take_masks(decoded: DecodedMasks, choice: Tensor) -> DecodedMasks:
+    """Some of each prompt's masks, in the order of choice [B, P, M'] (indices into M)."""
+    return DecodedMasks(
+        decoded.masks.take_along_dim(choice[..., None, None], 2),
+        decoded.iou.take_along_dim(choice, 2),
+        decoded.tokens.take_along_dim(choice[..., None], 2),
+        decoded.object_logits,
+    )
+
+
+def _untie_in_state_dict(side: SamSide, state_dict: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+    """Files hold both names, as transformers' own classes expect, as two tensors: safetensors takes no aliases."""
+    name = prefix + "model.shared_image_embedding.positional_embedding"
+    state_dict[name] = state_dict[name].clone()
+
+
+PROMPT_SHAPES = {
+    "input_points": "[B, P, N, 2]",
+    "input_labels": "[B, P, N]",
+    "input_boxes": "[B, P, 4]",
+    "input_masks": "[B, P, H, W]",
+}
+
+
+def check_prompts(images: int, *prompts: Tensor | None) -> None:
+    """Raises InputError unless the prompts, in the order of PROMPT_SHAPES, agree with each other and the images."""
+    named = zip(PROMPT_SHAPES, prompts, strict=True)
+    shapes = {name: list(prompt.shape) for name, prompt in named if prompt is not None}
+    agree = len({tuple(shape[:2]) for shape in shapes.values()}) <= 1
+    agree &= all(len(shape) == PROMPT_SHAPES[name].count(",") + 1 for name, shape in shapes.items())
+    agree &= all(shape[0] == images for shape in shapes.values())
+    if "input_points" in shapes and "input_labels" in shapes:
+        agree &= shapes["input_points"][:3] == shapes["input_labels"]
+    if not agree:
+        expected = ", ".join(f"{name} {PROMPT_SHAPES[name]}" for name in shapes)
+        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise InputError(f"Prompts must be {expected} with B = {images} images and the same P and N; got {got}.")

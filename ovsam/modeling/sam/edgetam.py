@@ -1,0 +1,11 @@
+"""EdgeTAM (Zhou et al. 2025): SAM 2's decoder on a convolutional trunk of timm."""
+
+from transformers import EdgeTamModel
+
+from ovsam.modeling.sam.sam2 import Sam2Side
+
+
+class EdgeTamSide(Sam2Side):
+    """An `EdgeTamModel`; takes an `EdgeTamConfig`, whose trunk may be any of timm's with maps at strides 4 to 32."""
+
+    model_class = EdgeTamModel

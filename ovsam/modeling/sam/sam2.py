@@ -1,0 +1,36 @@
+"""SAM 2 and 2.1 (Ravi et al. 2024)."""
+
+from torch import Tensor
+from transformers import PreTrainedConfig, Sam2Model
+
+from ovsam.errors import InputError
+from ovsam.modeling.outputs import SamFeatures
+from ovsam.modeling.sam.base import SamSide
+
+
+class Sam2Side(SamSide):
+    """A `Sam2Model`; takes a `Sam2Config`, whose trunk may be any that `SamTrunkConfig` names besides Hiera."""
+
+    model_class = Sam2Model
+    encoder_parts = ("vision_encoder", "no_memory_embedding")
+    image_layers = ("conv_s0", "conv_s1")
+    finer_maps = 2
+
+    def _pyramid(self, config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        vision, grid = config.vision_config, self.grid
+        sizes = [list(size) for size in vision.backbone_feature_sizes]
+        if sizes != [[4 * grid] * 2, [2 * grid] * 2, [grid] * 2]:
+            raise InputError(
+                f"For images of {self.image_size} x {self.image_size} pixels backbone_feature_sizes must be "
+                f"{[[4 * grid] * 2, [2 * grid] * 2, [grid] * 2]}; got {sizes}."
+            )
+        return (vision.fpn_hidden_size,) * 3, (4 * grid, 2 * grid, grid)
+
+    def _encode(self, pixel_values: Tensor) -> SamFeatures:
+        decoder = self.model.mask_decoder
+        pyramid = tuple(self.model.vision_encoder(pixel_values, return_dict=True).fpn_hidden_states[:3])
+        return SamFeatures(
+            embedding=pyramid[2] + self.model.no_memory_embedding.view(-1, 1, 1),
+            high_res=(decoder.conv_s0(pyramid[0]), decoder.conv_s1(pyramid[1])),
+            pyramid=pyramid,
+        )

@@ -1,0 +1,326 @@
+"""OVSamOutput -> the instances that are kept, and what their mask logits look like in the picture's pixels.
+
+Shapes: I instances of an image as the model gave them, n that are kept, K phrases, h w the mask decoder's grid, H W the
+picture.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ovsam.errors import InputError
+from ovsam.modeling.outputs import OVSamOutput
+from ovsam.ops import rle
+from ovsam.ops.boxes import masks_to_boxes
+from ovsam.ops.masks import mask_overlap
+from ovsam.ops.nms import NMS, within
+
+Words = Sequence[str] | Mapping[str, str]
+
+TIE = 1e-4  # scores of one word differ by rounding with the words that are encoded beside it
+
+
+@dataclass
+class Asked:
+    """The phrases an image was asked about, and the labels they stand for (a phrase stands for itself if not told).
+
+    columns: where the phrases stand among those of all images, None for all in order; label_ids: each phrase's label.
+    """
+
+    phrases: list[str]
+    labels: list[str]
+    label_ids: list[int]
+    columns: list[int] | None = None
+
+    @classmethod
+    def of(cls, text_labels: Words | Sequence[Words] | None, image: int, count: int) -> "Asked":
+        """Words as they were given to the processor; those that were not told are called by their number."""
+        if text_labels is None:
+            text_labels = [str(number) for number in range(count)]
+        given: Any = text_labels
+        own = given[image] if is_per_image(given) else given
+        columns = None
+        if is_per_image(text_labels):
+            place = {phrase: number for number, phrase in enumerate(all_phrases(text_labels))}
+            columns = [place[phrase] for phrase in own]
+        elif len(own) != count:
+            raise InputError(f"There are {len(own)} words in text_labels, but the model was asked for {count}.")
+        phrases = list(own)
+        meant = list(own.values()) if isinstance(own, Mapping) else phrases
+        labels = list(dict.fromkeys(meant))
+        number = {label: i for i, label in enumerate(labels)}
+        return cls(phrases, labels, [number[label] for label in meant], columns)
+
+    def by_label(self, scores: Tensor) -> Tensor:
+        """Scores of the phrases [n, K] -> of the labels: the best of a label's synonyms."""
+        if len(self.labels) == len(self.phrases):
+            return scores
+        index = torch.tensor(self.label_ids, device=scores.device).expand_as(scores)
+        return scores.new_zeros(len(scores), len(self.labels)).scatter_reduce(1, index, scores, "amax")
+
+
+@dataclass
+class Selection:
+    """The n instances of one image that are kept: proposals best first, prompts in their own order.
+
+    index: their place among the model's I; scores, mask_scores, objectness (None for prompts): [n]; phrase_ids [n] into
+    asked.phrases, -1 without words; logits [n, h, w]; topk: the best labels of each; dropped: what looked more like a
+    negative word; presence: for each label the best score of any of the I instances.
+    """
+
+    asked: Asked
+    index: Tensor
+    scores: Tensor
+    mask_scores: Tensor
+    objectness: Tensor | None
+    phrase_ids: Tensor
+    logits: Tensor
+    topk: list[list[list[Any]]]
+    dropped: list[dict[str, Any]]
+    presence: dict[str, float]
+
+    @property
+    def phrases(self) -> list[str | None]:
+        return [self.asked.phrases[i] if i >= 0 else None for i in self.phrase_ids.tolist()]
+
+    @property
+    def labels(self) -> Tensor:
+        """[n], index into asked.labels, -1 without words."""
+        label_ids = torch.tensor([*self.asked.label_ids, -1], device=self.phrase_ids.device)
+        return label_ids[self.phrase_ids]
+
+    @property
+    def text_labels(self) -> list[str | None]:
+        return [self.asked.labels[i] if i >= 0 else None for i in self.labels.tolist()]
+
+    def take(self, keep: Tensor) -> "Selection":
+        """Only those of these places [m]."""
+        return Selection(
+            asked=self.asked,
+            index=self.index[keep],
+            scores=self.scores[keep],
+            mask_scores=self.mask_scores[keep],
+            objectness=None if self.objectness is None else self.objectness[keep],
+            phrase_ids=self.phrase_ids[keep],
+            logits=self.logits[keep],
+            topk=[self.topk[i] for i in keep.tolist()],
+            dropped=self.dropped,
+            presence=self.presence,
+        )
+
+
+def is_per_image(text_labels: Any) -> bool:
+    """Whether these are words per image (a list of lists or of mappings), not words for all images."""
+    return (
+        isinstance(text_labels, list | tuple)
+        and bool(text_labels)
+        and isinstance(text_labels[0], list | tuple | Mapping)
+    )
+
+
+def all_phrases(text_labels: Any) -> list[str]:
+    """The phrases of all images, each once if they differ between images."""
+    if is_per_image(text_labels):
+        return list(dict.fromkeys(phrase for row in text_labels for phrase in row))
+    return list(text_labels)
+
+
+def select(
+    outputs: OVSamOutput,
+    image: int,
+    text_labels: Words | Sequence[Words] | None = None,
+    negative_labels: Sequence[str] | None = None,
+    prompt_count: int | None = None,
+    threshold: float = 0.3,
+    everything: bool = False,
+    nms: str | None = "fast",
+    nms_threshold: float = 0.6,
+    per_word: bool = False,
+    rescore: bool = False,
+    top_k: int = 5,
+) -> Selection:
+    """Choose among the instances of one image; see OVSamProcessor.post_process_instance_segmentation."""
+    if nms is not None and nms not in NMS:
+        raise InputError(f"There is no NMS {nms!r}; there are {', '.join(NMS)}, and None.")
+    proposed = outputs.objectness is not None
+    valid = outputs.valid[image].clone()
+    if prompt_count is not None:
+        valid &= torch.arange(len(valid), device=valid.device) < int(prompt_count)
+    index = valid.nonzero()[:, 0]  # [I]
+    objectness = outputs.objectness[image, index].float() if proposed else None
+
+    asked, names, presence = Asked([], [], []), None, {}
+    if outputs.scores is not None:
+        asked = Asked.of(text_labels, image, outputs.scores.shape[-1])
+    if asked.phrases:
+        names = outputs.scores[image, index].float()  # [I, K]
+        names = names if asked.columns is None else names[:, asked.columns]
+        score, phrase_ids = names.max(-1)
+        best = asked.by_label(names.amax(0, keepdim=True))[0] if len(index) else names.new_zeros(len(asked.labels))
+        presence = dict(zip(asked.labels, best.tolist(), strict=True))
+    else:
+        phrase_ids = torch.full_like(index, -1)
+        score = objectness if proposed else torch.ones(len(index), device=index.device)
+
+    order, dropped = torch.arange(len(index), device=index.device), []
+    if proposed:
+        rank = objectness if everything else score
+        order = (rank >= threshold).nonzero()[:, 0]
+        if outputs.negative_scores is not None:
+            unwanted, like = outputs.negative_scores[image, index[order]].float().max(-1)
+            lost = unwanted >= score[order] - TIE
+            columns = phrase_ids[order[lost]], score[order[lost]], like[lost], unwanted[lost]
+            for phrase, own, word, other in zip(*(column.tolist() for column in columns), strict=True):
+                label = asked.labels[asked.label_ids[phrase]] if phrase >= 0 else None
+                negative = str(word) if negative_labels is None else negative_labels[word]
+                dropped.append({"text_label": label, "score": own, "negative": negative, "negative_score": other})
+            order = order[~lost]
+    logits, quality = best_masks(outputs, image, index[order])
+    trust = quality.clamp(0, 1) if rescore else torch.ones_like(quality)
+    score = score[order] * trust
+    if proposed:
+        rank = objectness[order] * trust if everything else score
+        decayed = rank * (logits > 0).flatten(1).any(1)
+        if nms is not None:
+            overlap = mask_overlap(logits > 0)
+            overlap = within(overlap, phrase_ids[order]) if per_word else overlap
+            decayed = NMS[nms](overlap, decayed, nms_threshold)
+        keep = decayed.argsort(descending=True, stable=True)
+        keep = keep[(decayed[keep] >= threshold) & (decayed[keep] > 0)]
+        score = score * decayed / rank.clamp(min=1e-12)
+        order, score, logits, quality = order[keep], score[keep], logits[keep], quality[keep]
+    return Selection(
+        asked=asked,
+        index=index[order],
+        scores=score,
+        mask_scores=quality,
+        objectness=objectness[order] if proposed else None,
+        phrase_ids=phrase_ids[order],
+        logits=logits,
+        topk=_topk(asked.by_label(names[order]), asked.labels, top_k) if names is not None else [[] for _ in order],
+        dropped=dropped,
+        presence=presence,
+    )
+
+
+def best_masks(outputs: OVSamOutput, image: int, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The best candidate mask of each instance, logits [n, h, w], and its predicted IoU [n]."""
+    masks = outputs.pred_masks[image, index].float()  # [n, M, h, w]
+    if outputs.iou_scores is None:  # prototype masks: how sure their own pixels are (YOLACT++'s idea, untrained)
+        on = masks[:, 0] > 0
+        sure = (masks[:, 0].sigmoid() * on).sum((-1, -2)) / on.sum((-1, -2)).clamp(min=1)
+        return masks[:, 0], sure
+    quality, best = outputs.iou_scores[image, index].float().max(-1)
+    return masks.take_along_dim(best[:, None, None, None], 1)[:, 0], quality
+
+
+@dataclass
+class Canvas:
+    """What a mask decoder's grid is enlarged to: height and width in pixels. `share` is the part of the grid's width
+    and height that shows the picture; the rest is padding and goes."""
+
+    height: int
+    width: int
+    share: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    def enlarge(self, logits: Tensor, level: float) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        """Each of n masks' logits [h, w], interpolated bilinearly where they can be over the level: the window of the
+        canvas, rows and columns, and the values there. One by one, since each has a window of its own, and all of them
+        whole would cost a hundred times the memory and the time of small things in a large picture."""
+        (h, w), (across, down) = logits.shape[-2:], self.share
+        for mask, (x1, y1, x2, y2) in zip(logits, masks_to_boxes(logits > level).int().tolist(), strict=True):
+            rows = _reach(y1, y2, self.height / (h * down), self.height)
+            columns = _reach(x1, x2, self.width / (w * across), self.width)
+            wide = _lines(mask.T, w * across / self.width, columns).T.contiguous()  # [h, w] -> [h, columns]
+            yield (rows, columns), _lines(wide, h * down / self.height, rows)
+
+
+def enlarge(logits: Tensor, canvas: Canvas, mask_threshold: float) -> Tensor:
+    """logits [n, h, w] -> masks [n, H, W] bool."""
+    masks = torch.zeros(len(logits), *canvas.size, dtype=torch.bool, device=logits.device)
+    level = _logit(mask_threshold)
+    for mask, (window, values) in zip(masks, canvas.enlarge(logits, level), strict=True):
+        mask[window] = values > level
+    return masks
+
+
+def enlarge_rle(logits: Tensor, canvas: Canvas, mask_threshold: float, owners: Tensor | None = None) -> list[rle.RLE]:
+    """As `enlarge`, to run lengths: memory is that of the largest one.
+
+    owners [H, W]: which of the n instances each pixel belongs to, where it is to be one's alone.
+    """
+    level = _logit(mask_threshold)
+    segmentations = []
+    for number, (window, values) in enumerate(canvas.enlarge(logits, level)):
+        inside = values > level
+        if owners is not None:
+            inside &= owners[window] == number
+        rows, columns = window
+        segmentations.append(rle.encode(inside.cpu().numpy(), columns.start, rows.start, canvas.size))
+    return segmentations
+
+
+def assign(
+    logits: Tensor, scores: Tensor, canvas: Canvas, mask_threshold: float, by_pixel: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each pixel to one of n instances.
+
+    Args:
+        logits: [n, h, w]; scores: [n].
+        by_pixel: to the largest product of score and the pixel's probability (MaskFormer, Cheng et al. 2021, §3.4), not
+            to the highest score.
+
+    Returns:
+        owners [H, W], -1 where no mask is; their value [H, W] (score, or product; 0 there); areas [n] of the masks
+        before.
+    """
+    level = _logit(mask_threshold)
+    owners = torch.full(canvas.size, -1, device=logits.device)
+    values = torch.full(canvas.size, -1.0, device=logits.device)
+    areas = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    for number, (window, part) in enumerate(canvas.enlarge(logits, level)):
+        inside = part > level
+        areas[number] = inside.sum()
+        weight = scores[number] * part.sigmoid() if by_pixel else scores[number].expand_as(part)
+        better = inside & (weight > values[window])
+        values[window] = torch.where(better, weight, values[window])
+        owners[window] = torch.where(better, number, owners[window])
+    return owners, values.clamp(min=0), areas
+
+
+def _reach(low: int, high: int, scale: float, length: int) -> slice:
+    """The pixels that cells low to high reach by interpolation, a cell being `scale` of the `length` pixels: a cell's
+    value is carried no further than to the middle of the next cell."""
+    start = min(max(0, math.floor((low - 1) * scale)), length - 1)
+    return slice(start, min(max(start + 1, math.ceil((high + 1) * scale)), length))
+
+
+def _lines(values: Tensor, step: float, lines: slice) -> Tensor:
+    """values [h, w], interpolated linearly as F.interpolate does, at lines that are `step` apart."""
+    place = torch.arange(lines.start, lines.stop, device=values.device, dtype=values.dtype)
+    place = ((place + 0.5) * step - 0.5).clamp(0, len(values) - 1)
+    low = place.long()
+    high = (low + 1).clamp(max=len(values) - 1)
+    return torch.lerp(values[low], values[high], (place - low)[:, None])
+
+
+def _logit(probability: float) -> float:
+    if probability <= 0 or probability >= 1:
+        return -math.inf if probability <= 0 else math.inf
+    return math.log(probability / (1 - probability))
+
+
+def _topk(scores: Tensor, words: list[str], count: int) -> list[list[list[Any]]]:
+    values, index = scores.topk(min(count, scores.shape[1]), dim=1)
+    return [
+        [[words[i], round(v, 4)] for i, v in zip(row, value, strict=True)]
+        for row, value in zip(index.tolist(), values.tolist(), strict=True)
+    ]

@@ -1,0 +1,45 @@
+"""One instance that was found in an image."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ovsam.ops import rle
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One thing in a picture.
+
+    `id` counts from 1 within its picture; `label_id` is the label's place in the vocabulary. `score` is how surely the
+    label is right and `mask_score` the predicted IoU of the mask, both in [0, 1]. `prompt` is what asked for it: a
+    phrase, or the clicks or the box in pixels; `source` is "text", "point", "box", "mask" or "auto". `bbox` is x, y,
+    width, height, and `area` a count, in pixels. `segmentation` is the mask [H, W] as COCO's compressed RLE, its counts
+    a string. `topk` holds the best labels with their scores, best first. `objectness` is how surely it is a thing at
+    all, None where somebody pointed at it.
+    """
+
+    id: int
+    label: str
+    label_id: int
+    score: float
+    mask_score: float
+    prompt: Any
+    source: str
+    bbox: tuple[float, float, float, float]
+    area: int
+    segmentation: dict[str, Any]
+    topk: list[tuple[str, float]]
+    objectness: float | None = None
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The mask [H, W] as bool, decoded anew at each call."""
+        return rle.decode(self.segmentation)
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """`bbox` as corners: x1, y1, x2, y2."""
+        x, y, width, height = self.bbox
+        return x, y, x + width, y + height

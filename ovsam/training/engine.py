@@ -1,0 +1,354 @@
+"""`ovsam train RECIPE`: one toml file in, one folder of weights out; stopped at any moment, `--resume` goes on.
+
+The loop is transformers.Trainer's, so `accelerate launch -m ovsam train ...` spreads it over GPUs and machines (which
+must share the output folder), and accumulation, bfloat16 and the progress bar come with it.
+"""
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+
+from ovsam.data import SegmentationData, SharedWords
+from ovsam.data.scenes.words import Word
+from ovsam.errors import InputError
+from ovsam.inference.segmenter import Segmenter, load
+from ovsam.ops.files import write_whole
+from ovsam.processing.vocabulary import Vocabulary
+from ovsam.training.calibrate import calibrate_recipe
+from ovsam.training.checkpoint import (
+    SAVING,
+    checkpoint_step,
+    clear_saving,
+    list_checkpoints,
+    publish_checkpoint,
+    write_model,
+)
+from ovsam.training.order import TrainingOrder, collate, mix_rehearsal, read_data
+from ovsam.training.preflight import (
+    check_trainable,
+    check_workers,
+    describe,
+    first_sample,
+    measure_memory,
+    recompute_activations,
+)
+from ovsam.training.recipe import CALIBRATE, check_unchanged, read_recipe, record_recipe, stage_parameters, weight_files
+from ovsam.training.report import LogFile, cut_log, draw_curves, draw_samples
+from ovsam.training.stages import STAGES
+from ovsam.training.stages.text_embeddings import embed_texts, word_table
+from ovsam.training.stages.towers import build_towers, text_embedder
+
+DRAWN_SAMPLES = 8
+
+
+def train_recipe(
+    path: str | Path,
+    output: str | Path | None = None,
+    resume: bool = False,
+    steps: int | None = None,
+    device: str | None = None,
+    data: str | Path | None = None,
+    images: str | Path | None = None,
+    settings: Sequence[str] = (),
+) -> Path:
+    """Train what a recipe describes and write its weights.
+
+    Args:
+        path: a recipe.toml; adapters/README.md explains its tables.
+        output: folder of the result; default `runs/NAME`, NAME being the recipe's folder.
+        resume: go on from the last checkpoint in the output folder, if there is one.
+        steps: instead of the recipe's.
+        device: "cpu" keeps off a GPU.
+        data, images: a COCO json and the folder of its pictures, instead of the recipe's [data].
+        settings: `KEY=VALUE` instead of what the recipe says, such as `model.sam=facebook/sam2.1-hiera-large`.
+
+    Returns:
+        the output folder: model.safetensors under the whole model's names, log.jsonl, curves.png, the last checkpoint.
+        Where the recipe starts from a whole model, the folder is one: OVSamModel.from_pretrained(output) loads it, and
+        its adapters lie in folders of their own.
+
+    Raises:
+        InputError: the recipe or the data cannot work, or the output folder holds another run.
+    """
+    recipe = read_recipe(Path(path), steps, data, images, settings)
+    folder = Path(output or Path("runs") / Path(path).parent.name)
+    if recipe["stage"] == CALIBRATE:
+        return calibrate_recipe(recipe, folder, device)
+    arguments = _arguments(recipe, folder, device)  # from here on it is known which process of how many this is
+    optim, main = recipe["optim"], arguments.process_index == 0
+    samples = optim["steps"] * optim["batch_size"] * optim["accumulate"] * arguments.world_size
+
+    torch.manual_seed(recipe["seed"])
+    base = load(recipe["model"]["base"], device="cpu") if "base" in recipe.get("model", {}) else None
+    size = base.model.sam.image_size if base is not None else None
+    source = read_data(recipe["data"], recipe["seed"], samples, size)
+    with arguments.main_process_first(local=False):
+        if main:
+            _prepare_folder(folder, recipe | {"found": _fingerprint(source, arguments.world_size)}, resume)
+    checkpoints = list_checkpoints(folder)
+    data, rehearsal, words = source, None, source.words
+    share = recipe.get("rehearsal", {}).get("share", 0.0)
+    if share:
+        old = read_data(recipe["rehearsal"]["scenes"], recipe["seed"] + 1, math.ceil(samples * share), source.size)
+        data, rehearsal, words = mix_rehearsal(source, old)
+    held_out = _held_out(recipe, words, size)
+
+    stage = _build_stage(recipe, words, base)
+    check_trainable(stage, recipe["stage"])
+    if optim["gradient_checkpointing"]:
+        recompute_activations(stage)
+    if hasattr(stage, "prepare"):  # what a stage computes once for each picture
+        if rehearsal is not None:
+            raise InputError(f"The stage {recipe['stage']} keeps features of each picture, so it takes no [rehearsal].")
+        data = stage.prepare(data, folder / "cache", json.dumps([recipe["data"], recipe["seed"]]))
+    order = TrainingOrder(data, samples, recipe["seed"], source.pictures, rehearsal, share)
+    trainer = StageTrainer(folder, words, model=stage, args=arguments, train_dataset=order, eval_dataset=held_out)
+    memory = measure_memory(stage, collate([first_sample(order)]), trainer.accelerator.autocast)
+    if main:
+        print(describe(recipe, stage, source, memory, arguments.world_size))
+        if held_out is not None:
+            print(f"held out: {len(held_out):,} pictures, looked at every {recipe['eval']['every']:,} steps")
+        if checkpoints:
+            print(f"resuming after step {checkpoint_step(checkpoints[-1]):,} of {optim['steps']:,}")
+        sys.stdout.flush()  # before the progress bar
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    if main:
+        draw_curves(folder)
+        if base is not None:
+            # Without words from a user, it names what it was tuned for, and what it knew before.
+            known = base.model.config.vocabulary  # a list, the name of a built-in one, or none
+            vocabulary = [word.name for word in source.words] + (Vocabulary(known).labels if known else [])
+            base.model.config.vocabulary = list(dict.fromkeys(vocabulary))
+            write_model(base, folder)
+        else:
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in stage.published_state().items()}
+            write_whole(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _fingerprint(data: SegmentationData, processes: int) -> dict[str, Any]:
+    """What else a run is, beside its recipe: the data as they are today, and how many processes share a step."""
+    words = hashlib.sha256("\n".join(word.name for word in data.words).encode()).hexdigest()[:12]
+    return {"processes": processes, "pictures": data.pictures, "instances": data.instances, "words": words}
+
+
+def _arguments(recipe: dict, folder: Path, device: str | None) -> TrainingArguments:
+    if device is not None and device.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device {device} cannot be trained on; there are cpu and cuda.")
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: there is no GPU here that PyTorch can use; `cpu` always works.")
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1  # by accelerate or torchrun
+    optim = recipe["optim"]
+    workers = optim["workers"]
+    if workers < 0:  # on a CPU, reading shares the model's cores anyway
+        workers = min(12, os.cpu_count() or 1) if on_gpu else 0
+    check_workers(workers)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=optim["steps"],
+        per_device_train_batch_size=optim["batch_size"],
+        gradient_accumulation_steps=optim["accumulate"],
+        train_sampling_strategy="sequential",  # TrainingOrder is the order
+        learning_rate=optim["learning_rate"],
+        weight_decay=optim["weight_decay"],
+        warmup_steps=optim["warmup_steps"],
+        lr_scheduler_type="cosine",
+        adam_beta2=0.98,
+        logging_steps=optim["logging_steps"],
+        logging_nan_inf_filter=False,
+        save_steps=optim["save_steps"],
+        eval_strategy="steps" if "eval" in recipe else "no",
+        eval_steps=recipe["eval"]["every"] if "eval" in recipe else None,
+        seed=recipe["seed"],
+        dataloader_num_workers=workers,
+        bf16=on_gpu and optim["bf16"],
+        use_cpu=not on_gpu,
+        ddp_backend="gloo" if launched and not on_gpu else None,
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=[],
+    )
+
+
+def _prepare_folder(folder: Path, recipe: dict, resume: bool) -> None:
+    """Make the output folder ready to start or to go on in; an earlier run is neither mixed up with nor overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_saving(folder)
+    checkpoints = list_checkpoints(folder)
+    if not resume and (checkpoints or (folder / "model.safetensors").is_file()):
+        raise InputError(f"{folder} already holds a run; pass --resume to go on with it, or another --output.")
+    if checkpoints:
+        check_unchanged(folder, recipe)
+    record_recipe(folder, recipe)
+    cut_log(folder, checkpoint_step(checkpoints[-1]) if checkpoints else -1)
+
+
+def _held_out(recipe: dict, words: list[Word], size: int | None) -> Dataset | None:
+    if "eval" not in recipe:
+        return None
+    data = read_data(recipe["eval"]["data"], recipe["seed"] + 2, recipe["eval"]["pictures"], size)
+    if unknown := {word.name for word in data.words} - {word.name for word in words}:
+        raise InputError(f"[eval.data] has words that are not trained: {', '.join(sorted(unknown)[:5])}.")
+    return Subset(SharedWords(data, words, data.max_objects), range(min(len(data), recipe["eval"]["pictures"])))
+
+
+def _build_stage(recipe: dict, words: list[Word], base: Segmenter | None) -> nn.Module:
+    """The stage, given what its constructor names: the table of words, the towers of [model], the model of its base."""
+    kind, given, model = STAGES[recipe["stage"]], dict(recipe["stage_args"]), recipe.get("model", {})
+    accepted = stage_parameters(kind)
+    if "words" in accepted:
+        encode = _embedder(base) if base is not None else embed_texts
+        if "clip" in model:
+            encode = text_embedder(model["clip"], model.get("templates", ("{}",)))
+        given["words"] = word_table(words, encode)
+    if "towers" in accepted:
+        given["towers"] = build_towers(model)
+    if "model" in accepted and base is not None:
+        if base.processor.clip_images is not None:
+            raise InputError(
+                f"In {model['base']} SAM and CLIP see different pictures; `finetune` is for models of one."
+            )
+        given["model"] = base.model
+    stage = kind(**given)
+    if paths := weight_files(recipe):  # of a tensor that several files have, the last one's counts
+        stage.load_published({name: tensor for path in paths for name, tensor in load_file(path).items()})
+    return stage
+
+
+def _embedder(segmenter: Segmenter):
+    def embed(texts: list[str]) -> Tensor:
+        unique = list(dict.fromkeys(texts))
+        row = {text: i for i, text in enumerate(unique)}
+        return segmenter.embed(unique)[1][torch.tensor([row[text] for text in texts])]
+
+    return embed
+
+
+def _callbacks(folder: Path) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [LogFile(folder)]
+    if importlib.util.find_spec("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
+    return callbacks
+
+
+class StageTrainer(Trainer):
+    """transformers.Trainer with checkpoints that are whole or not there, held-out metrics that are the stage's own, and
+    the running means of whatever a stage returns beside its loss."""
+
+    control: TrainerControl
+
+    def __init__(self, folder: Path, words: list[Word], **kwargs):
+        main = kwargs["args"].process_index == 0
+        super().__init__(callbacks=_callbacks(folder) if main else [], data_collator=collate, **kwargs)
+        self.folder, self.words = folder, [word.name for word in words]
+        self.running: dict[str, list[Tensor]] = {}
+
+    # ---- what is logged ---------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        outputs = model(**inputs)
+        for name, value in outputs.items():
+            if name != "loss":
+                self.running.setdefault(name, []).append(torch.as_tensor(value).detach())
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                saved = list_checkpoints(self.folder)
+                last = f"The last checkpoint is {saved[-1]}." if saved else "Nothing was saved yet."
+                raise InputError(
+                    f"The loss became {logs['loss']} by step {self.state.global_step}; a smaller learning_rate or more "
+                    f"warmup_steps may help. {last}"
+                )
+            logs.update({name: float(torch.stack(values).float().mean()) for name, values in self.running.items()})
+            self.running.clear()
+        super().log(logs, *args, **kwargs)
+
+    # ---- held-out data ----------------------------------------------------------------------------------------
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The stage's metrics on the held-out pictures, shared out among the processes; then curves and samples. Its
+        random numbers are the same every time, and the training's are left as they were."""
+        stage, device = self.model, self.args.device
+        training = stage.training
+        rank, world = self.args.process_index, self.args.world_size
+        own = Subset(self.eval_dataset, range(rank, len(self.eval_dataset), world))
+        sums: dict[str, tuple[float, int]] = {}
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(self.args.seed)
+            stage.eval()
+            for batch in DataLoader(own, self.args.train_batch_size, collate_fn=collate):
+                with self.accelerator.autocast():
+                    outputs = stage(**self._prepare_inputs(batch))
+                for name, value in outputs.items():
+                    total, count = sums.get(name, (0.0, 0))
+                    sums[name] = total + float(value) * len(batch["image"]), count + len(batch["image"])
+            merged: dict[str, list[tuple[float, int]]] = {}
+            for part in gather_object([sums]):
+                for name, pair in part.items():
+                    merged.setdefault(name, []).append(pair)
+            metrics = {f"eval_{n}": sum(t for t, _ in pairs) / sum(c for _, c in pairs) for n, pairs in merged.items()}
+            self.log(metrics)
+            if self.is_world_process_zero():
+                draw_curves(self.folder)
+                draw_samples(self.folder, self._predictions(stage), self.words)
+            self.accelerator.wait_for_everyone()
+        stage.train(training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _predictions(self, stage) -> list[tuple[dict, tuple]]:
+        rows = []
+        for sample in Subset(self.eval_dataset, range(min(DRAWN_SAMPLES, len(self.eval_dataset)))):
+            batch = self._prepare_inputs(collate([sample]))
+            with self.accelerator.autocast():
+                rows.append((sample, stage.predict(**batch)[0]))
+        return rows
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self.folder / SAVING)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)  # writes into SAVING
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            publish_checkpoint(self.folder, f"checkpoint-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None):
+        """What training changes: trainable parameters, and buffers such as batch statistics."""
+        if not self.args.should_save:
+            return
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        frozen = {n for n, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        # safetensors takes no channels-last tensors.
+        kept = {name: tensor.contiguous() for name, tensor in state.items() if name not in frozen}
+        save_file(kept, Path(output_dir) / "model.safetensors", metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        state = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        unexpected = self.model.load_state_dict(state, strict=False).unexpected_keys
+        if unexpected:
+            raise InputError(f"{resume_from_checkpoint} holds {unexpected[0]}, which this stage has not.")

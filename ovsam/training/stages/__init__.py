@@ -1,0 +1,25 @@
+"""The training stages by the name that a recipe gives them.
+
+A stage is a module whose `forward(image, masks, word_ids, known)` takes a batch of a SegmentationData and returns
+{"loss": ..., metric: ...}; `predict`, of the same arguments, returns what it finds in each picture.
+"""
+
+from ovsam.training.stages.adapters import AdaptersStage
+from ovsam.training.stages.clip import ClipStage
+from ovsam.training.stages.clip2sam import Clip2SamStage
+from ovsam.training.stages.concepts import ConceptsStage
+from ovsam.training.stages.finetune import FinetuneStage
+from ovsam.training.stages.mae import MaeStage
+from ovsam.training.stages.sam import SamStage
+from ovsam.training.stages.sam2clip import Sam2ClipStage
+
+STAGES = {
+    "clip": ClipStage,
+    "sam": SamStage,
+    "sam2clip": Sam2ClipStage,
+    "clip2sam": Clip2SamStage,
+    "concepts": ConceptsStage,
+    "adapters": AdaptersStage,
+    "mae": MaeStage,
+    "finetune": FinetuneStage,
+}

@@ -1,0 +1,179 @@
+"""Stage `clip`: an image tower drawn towards a locked text tower (LiT, Zhai et al. 2022).
+
+What is a picture? With `pictures = "objects"` it is one object of a scene: the tower sees a whole window once, and each
+object's features are averaged under its mask. That costs per object what a small crop costs, and the tower learns the
+dense features that the adapters will read, at the scale and in the clutter in which they will read them. With "whole"
+it is the whole picture, named by its first named object, as in a folder of pictures a class; plain vision transformers
+may then skip a share of their patches (FLIP, Li et al. 2023), which saves that share of the work. With "captions" it is
+the whole picture as CLIP saw it (Radford et al. 2021): told from the others of its batch by a caption that says which
+words are in it, and not where.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip.transformer
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchDropout
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ovsam.errors import InputError
+from ovsam.modeling.clip import DualEncoderSide, OpenClipSide
+from ovsam.modeling.clip.base import mask_pool
+from ovsam.modeling.clip.transformers_clip import TransformersClipSide, TransformersSiglipSide
+from ovsam.training.stages.predictions import Found
+from ovsam.training.stages.prompts import visible_objects
+from ovsam.training.stages.text_embeddings import WordTable, text_tower
+from ovsam.training.stages.towers import Pixels, Towers
+from ovsam.training.stages.word_losses import LitLosses, check_width
+
+PICTURES = ("objects", "whole", "captions")
+
+
+class ClipStage(nn.Module):
+    """
+    Args:
+        words: the words as the locked text tower sees them.
+        towers: with the CLIP side whose image tower learns.
+        label_smoothing: of the cross entropy among all names.
+        keyword_weight: of the cross entropy against a word's keywords.
+        pictures: "objects", "whole" or "captions"; label_smoothing and keyword_weight do nothing to captions.
+        patch_drop: share of the patches to skip while training on whole pictures (FLIP: 0.5).
+    """
+
+    def __init__(
+        self,
+        words: WordTable,
+        towers: Towers,
+        label_smoothing: float = 0.05,
+        keyword_weight: float = 0.3,
+        pictures: str = "objects",
+        patch_drop: float = 0.0,
+    ):
+        super().__init__()
+        if pictures not in PICTURES:
+            raise InputError(f"pictures is {pictures!r}; it is one of {', '.join(PICTURES)}.")
+        if patch_drop and pictures != "whole":
+            raise InputError("patch_drop needs pictures = 'whole': objects are read where their patches lie.")
+        check_width(words, towers.embed_dim)
+        self.clip = towers.clip.requires_grad_(True)
+        self.clip.to(memory_format=torch.channels_last)
+        if patch_drop:
+            drop_patches(self.clip, patch_drop)
+        if pictures == "captions" and not isinstance(self.clip, DualEncoderSide):
+            raise InputError(
+                "pictures = 'captions' is for our own towers, from scratch; released ones have read theirs."
+            )
+        size = self.clip.image_size if pictures == "whole" else towers.clip_size
+        self.clip_pixels = Pixels(self.clip.image_mean, self.clip.image_std, size)
+        self.pictures = pictures
+        self.lit = LitLosses(words, label_smoothing, keyword_weight)
+        self.caption_words: list[str] = []
+        self.embed: Callable[[list[str]], Tensor] | None = None
+
+    def prepare(self, data: Dataset, folder: Path, data_key: str) -> Dataset:
+        """Captions are written anew at each step, so they need the words and the text tower while training."""
+        if self.pictures == "captions":
+            self.caption_words = [word.name for word in data.words]
+            self.embed = caption_embedder()
+        return data
+
+    def published_state(self) -> dict[str, Tensor]:
+        return {f"clip.{name}": tensor for name, tensor in self.clip.state_dict().items()}
+
+    def load_published(self, state: dict[str, Tensor]) -> None:
+        own = {name.removeprefix("clip."): tensor for name, tensor in state.items() if name.startswith("clip.")}
+        self.clip.load_state_dict(own)
+
+    def forward(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> dict[str, Tensor]:
+        if self.pictures == "whole":
+            named = word_ids >= 0
+            seen = named.any(1)
+            ids = word_ids.gather(1, named.int().argmax(1, keepdim=True))[seen, 0]
+            return self.lit(F.normalize(self.picture_embeds(image)[seen].float(), dim=-1), ids)
+        if self.pictures == "captions":
+            return self.match_captions(image, word_ids)
+        visible = visible_objects(masks, word_ids)
+        embeds = mask_pool(self.clip.encode_image(self.clip_pixels(image)).pool_map, masks)[visible]  # [n, D]
+        return self.lit(F.normalize(embeds.float(), dim=-1), word_ids[visible])
+
+    def match_captions(self, image: Tensor, word_ids: Tensor) -> dict[str, Tensor]:
+        """CLIP's loss: which caption of the batch belongs to each picture, and which picture to each caption."""
+        named = (word_ids >= 0).any(1)
+        captions = [write_caption(ids[ids >= 0], self.caption_words) for ids in word_ids[named]]
+        texts = self.embed(captions).to(image.device)  # [b, D]
+        embeds = F.normalize(self.picture_embeds(image)[named].float(), dim=-1)
+        logits = self.lit.log_scale.clamp(max=4.6).exp() * embeds @ texts.T  # [b, b]
+        own = torch.arange(len(texts), device=image.device)
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        retrieved = (logits.argmax(1) == own).float().mean()
+        return {"loss": loss, "retrieved": retrieved, "scale": self.lit.log_scale.detach().exp()}
+
+    def picture_embeds(self, image: Tensor) -> Tensor:
+        """[B, D] of whole pictures, by the tower's own pooling."""
+        pixels = self.clip_pixels(image)
+        if isinstance(self.clip, OpenClipSide):
+            return self.clip.model.visual(pixels)
+        if isinstance(self.clip, TransformersClipSide | TransformersSiglipSide):
+            return self.clip.model.get_image_features(pixels).pooler_output
+        return self.clip.encode_image(pixels).pool_map.mean((2, 3))
+
+    @torch.no_grad()
+    def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
+        """The best base word of every true object, or of the whole picture."""
+        there = masks.flatten(2).any(-1)  # [B, O]
+        if self.pictures == "whole":
+            embeds = F.normalize(self.picture_embeds(image).float(), dim=-1)[:, None].expand(-1, masks.shape[1], -1)
+        else:
+            embeds = F.normalize(mask_pool(self.clip.encode_image(self.clip_pixels(image)).pool_map, masks), dim=-1)
+        scores, classes = self.lit.logits(embeds).softmax(-1).max(-1)
+        ids = self.lit.base_ids[classes]
+        return [(masks[b][there[b]], ids[b][there[b]], scores[b][there[b]]) for b in range(len(masks))]
+
+
+def write_caption(ids: Tensor, words: list[str]) -> str:
+    """ "fork, cat face and red apple": each word of a picture once, in a random order. ids [n], places in `words`."""
+    unique = ids.unique()
+    names = [words[i] for i in unique[torch.randperm(len(unique))].tolist()]
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
+def caption_embedder() -> Callable[[list[str]], Tensor]:
+    """Captions -> [n, D], L2-normalised, by the locked text tower, in bfloat16: it is asked at every step."""
+    side, tokenizer = text_tower()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    side.to(device)
+
+    @torch.no_grad()
+    def embed(captions: list[str]) -> Tensor:
+        tokens = tokenizer(captions, padding=True, return_tensors="pt").to(device)
+        with torch.autocast(device, torch.bfloat16):
+            return side.encode_text(tokens["input_ids"], tokens["attention_mask"]).float()
+
+    return embed
+
+
+def drop_patches(side: nn.Module, share: float) -> None:
+    """Let a plain vision transformer skip a random share of its patches while it trains (FLIP).
+
+    Raises:
+        InputError: the tower is something else; leaving patches out of windows or convolutions is another computation.
+    """
+    if isinstance(side, TransformersClipSide | TransformersSiglipSide):
+        prefix = int(isinstance(side, TransformersClipSide))  # the class token
+        embeddings = side.model.vision_model.embeddings
+        embeddings.patch_drop = PatchDropout(share, num_prefix_tokens=prefix)
+        embeddings.register_forward_hook(lambda module, inputs, tokens: module.patch_drop(tokens))
+        return
+    visual = side.model.visual if isinstance(side, OpenClipSide) else None
+    trunk = getattr(visual, "trunk", None)
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        visual.patch_dropout = open_clip.transformer.PatchDropout(share)
+    elif isinstance(trunk, VisionTransformer):
+        trunk.patch_drop = PatchDropout(share, num_prefix_tokens=trunk.num_prefix_tokens)
+    else:
+        kind = type(trunk or visual or side).__name__
+        raise InputError(f"patch_drop needs a plain vision transformer as CLIP's image tower; this one is {kind}.")

@@ -1,0 +1,322 @@
+"""The towers a stage stands on, from the `[model]` table of a recipe: tiny ones of our own, or released ones.
+
+A tower is written as one of
+
+- `"facebook/sam2.1-hiera-small"`: an id on the Hub or a folder, for transformers;
+- `{open_clip = "convnext_large_d_320", pretrained = "laion2b_s29b_b131k_ft_soup"}`: open_clip's names;
+- `{architecture = "mobilenetv4_conv_small", ...}`: our own kind over a timm trunk, new;
+- `{model_type = "sam2", ...}`: any configuration of transformers or of ours, new;
+
+the last two with `weights = "runs/NAME/model.safetensors"` where a recipe goes on from another one's result.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+from transformers import AutoConfig, AutoTokenizer, EdgeTamConfig, PreTrainedConfig
+
+from ovsam.errors import InputError
+from ovsam.modeling.adapters.common import AdapterModel, maps_at_strides
+from ovsam.modeling.clip import CLIP_SIDES, ClipFeatures, DualEncoderConfig, DualEncoderSide, OpenClipConfig
+from ovsam.modeling.sam import SAM_SIDES, SamFeatures, SamSide
+from ovsam.processing.vocabulary import Vocabulary
+from ovsam.training.stages.prompts import take
+from ovsam.training.stages.text_embeddings import embed_texts, text_config
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Spec = str | dict
+
+
+class Pixels(nn.Module):
+    """uint8 pictures [B, 3, S, S] -> a tower's normalised input [B, 3, size, size]; `size` None keeps S."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], size: int | None = None):
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None] * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None] * 255, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        pixels = image.float()
+        if self.size is not None and image.shape[-1] != self.size:
+            pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True).clamp(0, 255)
+        return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+
+class Towers(nn.Module):
+    """A SAM side and a CLIP side, either of which may be missing, as a stage's adapters see them.
+
+    `composition` is the whole model's: adapters read CLIP's maps, or in `sam` the SAM side's pyramid. They work in the
+    frame of what they read: `frame` is the side of that picture in pixels, which is CLIP's own `clip_size` where that
+    is given (towers that take one size only), and the recipe's otherwise. Frozen unless a stage says otherwise; a
+    frozen tower keeps its batch statistics. In `sam`, a CLIP side with an image tower is a teacher.
+    """
+
+    def __init__(
+        self,
+        sam: SamSide | None = None,
+        clip: nn.Module | None = None,
+        composition: str = "dual",
+        clip_size: int | None = None,
+    ):
+        super().__init__()
+        self.sam, self.clip, self.composition, self.clip_size = sam, clip, composition, clip_size
+        self.sam_pixels = Pixels(IMAGENET_MEAN, IMAGENET_STD)
+        if clip is not None:
+            self.clip_pixels = Pixels(clip.image_mean, clip.image_std, clip_size)
+        self.requires_grad_(False)
+
+    @property
+    def channels(self) -> list[int]:
+        """Of the four maps that adapters read."""
+        if self.composition == "sam":
+            return [*self.sam.pyramid_channels, self.sam.pyramid_channels[-1]]
+        return list(self.clip.channels)
+
+    @property
+    def embed_dim(self) -> int:
+        return self.clip.embed_dim
+
+    def frame(self, image: Tensor) -> int:
+        """Side of the picture that adapters read, in pixels."""
+        return image.shape[-1] if self.composition == "sam" else self.clip_size or image.shape[-1]
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for module in self.modules():  # what is frozen stays in evaluation mode, whatever around it learns
+            parameters = list(module.parameters())
+            if parameters and not all(parameter.requires_grad for parameter in parameters):
+                module.training = False
+        return self
+
+    def encode_sam(self, image: Tensor) -> SamFeatures:
+        return self.sam.encode(self.sam_pixels(image))
+
+    def encode_clip(self, image: Tensor) -> ClipFeatures:
+        """With its maps at strides 4, 8, 16 and 32."""
+        pixels = self.clip_pixels(image)
+        features = self.clip.encode_image(pixels)
+        return ClipFeatures(maps=maps_at_strides(features.maps, tuple(pixels.shape[-2:])), pool_map=features.pool_map)
+
+    def maps(self, image: Tensor, sam: SamFeatures | None = None) -> tuple[Tensor, ...]:
+        """What adapters read, in their frame; `sam`: the picture's features, if they are there already."""
+        if self.composition == "sam":
+            return maps_of_sam((sam or self.encode_sam(image)).pyramid)
+        return self.encode_clip(image).maps
+
+    def teach(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """CLIP's own embedding of each box [B, O, 4] (in pixels of `image`): [B, O, D], L2-normalised. A detector's
+        (OWLv2) is that of its location whose box fits best."""
+        pixels = self.clip_pixels(image)
+        boxes = boxes * (pixels.shape[-1] / image.shape[-1])
+        features = self.clip.encode_image(pixels)
+        if not hasattr(self.clip, "concepts"):
+            return self.clip.pool(features, boxes=boxes)
+        out = self.clip.concepts(features)
+        fit = torch.stack([box_iou(b, o) for b, o in zip(boxes, out.boxes.float(), strict=True)])  # [B, O, L]
+        best = (fit * out.objectness.sigmoid()[:, None]).argmax(-1)  # [B, O]
+        return take(out.embeds, best)
+
+
+def start_region(adapter: AdapterModel, towers: Towers) -> AdapterModel:
+    """A new adapter starts from the class embedding that a tower of our own gives to each place."""
+    if towers.composition != "sam" and isinstance(towers.clip, DualEncoderSide):
+        adapter.region.detail.load_state_dict(towers.clip.detail_projection.state_dict())
+        adapter.region.context.load_state_dict(towers.clip.context_projection.state_dict())
+    return adapter.to(memory_format=torch.channels_last)
+
+
+def build_towers(model: dict) -> Towers:
+    """Towers from a recipe's `[model]`: `sam` and `clip` as described above, and Towers' other arguments; `templates`
+    are `text_embedder`'s."""
+    numbers = {name: value for name, value in model.items() if name not in ("sam", "clip", "templates")}
+    if unknown := numbers.keys() - {"composition", "clip_size"}:
+        known = "sam, clip, composition, clip_size, templates"
+        raise InputError(f"[model] has {', '.join(sorted(unknown))}; it knows {known}.")
+    sam = sam_side(model["sam"]) if "sam" in model else None
+    clip = clip_side(model["clip"]) if "clip" in model else None
+    return Towers(sam, clip, **numbers)
+
+
+def sam_side(spec: Spec) -> SamSide:
+    """A whole SAM side, its weights loaded if it has any."""
+    if isinstance(spec, str):
+        config = _released(AutoConfig, spec)
+        # A checkpoint of SAM 2 names its video model, which holds the image model.
+        side = _side(SAM_SIDES, config.model_type.removesuffix("_video"))
+        loaded = _released(side.model_class, spec)
+        made = side(loaded.config)
+        made.model.load_state_dict(loaded.state_dict())
+        return made
+    spec = dict(spec)
+    weights, trunk_weights = spec.pop("weights", None), spec.pop("trunk_weights", None)
+    if "architecture" in spec:
+        made = SAM_SIDES["edgetam"](edgetam_config(**spec))
+        init_from_scratch(made)
+    else:
+        made = _side(SAM_SIDES, spec["model_type"])(AutoConfig.for_model(**spec))
+    if trunk_weights is not None:  # a trunk that knows pictures already: the clip stage's, of the same architecture
+        _load(made.model.vision_encoder.backbone.timm_model, trunk_weights, "clip.vision_model.")
+    if weights is not None:
+        _load(made, weights, "sam.")
+    return made
+
+
+def clip_side(spec: Spec) -> nn.Module:
+    """The image half of a CLIP side, its weights loaded if it has any; `text_embedder` is the other half."""
+    config, state = _clip(spec)
+    side = _side(CLIP_SIDES, config.model_type)(config, part="vision")
+    if state is not None:
+        side.load_state_dict({name: state[name] for name in side.state_dict()})
+    if isinstance(spec, dict) and "weights" in spec:
+        _load(side, spec["weights"], "clip.", partly=True)
+    return side
+
+
+def text_embedder(spec: Spec, templates: Sequence[str] = ("{}",)) -> Callable[[list[str]], Tensor]:
+    """n words -> [n, D], L2-normalised, the mean over the templates, by the text tower that belongs to a CLIP side.
+
+    A new side has none yet: its image tower learns towards the one inside ovsam-tiny, as those of our own kind do.
+    """
+    config, state = _clip(spec)
+    if state is None:
+        encode = embed_texts
+    else:
+        side = _side(CLIP_SIDES, config.model_type)(config, part="text").eval()
+        side.load_state_dict({name: state[name] for name in side.state_dict()})
+        side.to("cuda" if torch.cuda.is_available() else "cpu")
+        tokenize = _tokenizer(spec, side.max_text_length)
+
+        def encode(texts: list[str]) -> Tensor:
+            tokens = {name: tensor.to(next(side.parameters()).device) for name, tensor in tokenize(texts).items()}
+            return side.encode_text(**tokens)
+
+    def embed(words: list[str]) -> Tensor:
+        unique = list(dict.fromkeys(words))
+        row = {word: i for i, word in enumerate(unique)}
+        return Vocabulary(unique).embed(encode, templates)[torch.tensor([row[word] for word in words])]
+
+    return embed
+
+
+def _tokenizer(spec: Spec, length: int) -> Callable[[list[str]], dict[str, Tensor]]:
+    if isinstance(spec, dict):
+        tokenizer = open_clip.get_tokenizer(spec["open_clip"])
+        return lambda texts: {"input_ids": tokenizer(texts)}
+    tokenizer = _released(AutoTokenizer, spec)
+    kind = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    return lambda texts: dict(tokenizer(texts, **kind))
+
+
+def maps_of_sam(pyramid: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """SAM's pyramid ends at stride 16; the adapters' fourth map is its stride-16 map, halved, as in OVSamModel."""
+    return (*pyramid, F.avg_pool2d(pyramid[-1], 2))
+
+
+def edgetam_config(architecture: str, channels: list[int], width: int, mlp_dim: int, image_size: int) -> EdgeTamConfig:
+    """An EdgeTAM of any width over any timm trunk with maps at strides 4, 8, 16, 32 (`channels`, in that order)."""
+    grid = image_size // 16
+    backbone = {
+        "model_type": "timm_wrapper",
+        "architecture": architecture,
+        "num_classes": 0,
+        "model_args": {"in_chans": 3, "features_only": True, "out_indices": [1, 2, 3, 4]},
+    }
+    return EdgeTamConfig(
+        vision_config={
+            "model_type": "edgetam_vision_model",
+            "backbone_config": backbone,
+            "backbone_channel_list": channels[::-1],
+            "backbone_feature_sizes": [[4 * grid] * 2, [2 * grid] * 2, [grid] * 2],
+            "fpn_hidden_size": width,
+            "fpn_top_down_levels": [0, 1, 2, 3],
+        },
+        prompt_encoder_config={"hidden_size": width, "image_size": image_size},
+        mask_decoder_config={"hidden_size": width, "mlp_dim": mlp_dim, "iou_head_hidden_dim": width},
+    )
+
+
+@torch.no_grad()
+def init_from_scratch(side: SamSide) -> None:
+    """Every layer's own initialisation instead of transformers' normal(0.02), which learns prompts far more slowly."""
+    model = side.model
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.LayerNorm | nn.Embedding):
+            module.reset_parameters()
+    wrapper = model.vision_encoder.backbone.config
+    trunk = timm.create_model(wrapper.architecture, pretrained=False, **wrapper.model_args)
+    model.vision_encoder.backbone.timm_model.load_state_dict(trunk.state_dict())
+    # Between prompts and image, keys start as queries' twins: then similarity of position codes alone makes a prompt
+    # and the pixels near it attend to each other from the first step, instead of that being discovered.
+    transformer = model.mask_decoder.transformer
+    crossings = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        crossings += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    for attention in crossings:
+        nn.init.orthogonal_(attention.q_proj.weight, gain=1.5)
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        nn.init.zeros_(attention.q_proj.bias)
+        nn.init.zeros_(attention.k_proj.bias)
+    # Position codes: SAM's frequencies (sigma 1) blur over four cells of a 32 x 32 grid. Drawing sigma between 1 and 4
+    # keeps the long range and makes neighbouring cells distinct.
+    code = model.prompt_encoder.shared_embedding.positional_embedding
+    code.mul_(4 ** torch.rand(code.shape[1]))
+
+
+def _clip(spec: Spec) -> tuple[PreTrainedConfig, dict[str, Tensor] | None]:
+    """Configuration of a CLIP side, and released weights of both its halves under the side's names."""
+    if isinstance(spec, str):
+        config = _released(AutoConfig, spec)
+        side = _side(CLIP_SIDES, config.model_type)
+        loaded = _released(type(side(config).model), spec)
+    elif "open_clip" in spec:
+        config = OpenClipConfig(model_cfg=open_clip.get_model_config(spec["open_clip"]))
+        try:
+            loaded = open_clip.create_model(spec["open_clip"], spec["pretrained"], force_custom_text=True)
+        except (OSError, RuntimeError) as error:
+            what = f"{spec['open_clip']} with the weights {spec['pretrained']!r}"
+            raise InputError(f"open_clip cannot fetch {what}; fetch it once where there is a network.") from error
+    else:
+        spec = {name: value for name, value in spec.items() if name != "weights"}
+        if "architecture" in spec:
+            return DualEncoderConfig(**spec, text_config=text_config()), None
+        return AutoConfig.for_model(**spec), None
+    return config, {f"model.{name}": tensor for name, tensor in loaded.state_dict().items()}
+
+
+def _released(auto: Any, name: str) -> Any:
+    try:
+        return auto.from_pretrained(name)
+    except OSError as error:
+        raise InputError(
+            f"{name} is neither a folder nor to be had from the Hub; fetch it where there is a network with "
+            f"`hf download {name}`."
+        ) from error
+
+
+def _side(sides: dict[str, Any], model_type: str) -> Any:
+    if model_type not in sides:
+        raise InputError(f"There is no side for a model of type {model_type!r}; there are {', '.join(sides)}.")
+    return sides[model_type]
+
+
+def _load(module: nn.Module, path: str, prefix: str, partly: bool = False) -> None:
+    """Weights of `module` out of what a recipe published; `partly`: an image trunk alone will do, as `mae` gives."""
+    if not Path(path).is_file():
+        raise InputError(f"The recipe starts from {path}, which is not there; train that recipe first.")
+    state = {name.removeprefix(prefix): t for name, t in load_file(path).items() if name.startswith(prefix)}
+    own = module.state_dict()
+    wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
+    wrong += [name for name in own if name not in state and not partly]
+    if wrong or not state:
+        differs = f"{wrong[0]} and {len(wrong) - 1} more differ" if wrong else f"there is no {prefix}*"
+        raise InputError(f"{path} holds the weights of another model: {differs}.")
+    module.load_state_dict(state, strict=False)

@@ -1,0 +1,527 @@
+"""Publishing and downloading, against a Hub on this machine that speaks the real one's HTTP API (tests/fake_hub.py)."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common import picture, tiny_model, tiny_processor
+from fake_hub import TOKEN, FakeHub
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+import ovsam_cli
+from ovsam.checkpoints import push as pushing
+from ovsam.checkpoints.cards import check_card
+from ovsam.checkpoints.weight_files import check_weights
+from ovsam.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CARD = "---\nlicense: apache-2.0\nlibrary_name: ovsam\ntags: [tiny]\n---\n# Tiny\n"
+
+# A process of its own for all that talks to the Hub: HF_ENDPOINT is read once, when huggingface_hub is imported. It
+# runs one line of Python after another and answers with what that prints, or with its InputError.
+CLIENT = """
+import contextlib, io, sys, time
+sys.path[:0] = sys.argv[1:]
+from ovsam.errors import InputError
+names = {}
+exec('import huggingface_hub, ovsam, ovsam_cli, torch; from common import picture; from pathlib import Path; '
+     'from transformers import AutoModel, AutoProcessor; from ovsam.checkpoints.push import Built, upload; '
+     'from ovsam.checkpoints.weight_files import fetch; torch.set_grad_enabled(False)', names)
+time.sleep = lambda seconds: None  # between one try and the next
+answers = sys.stdout
+for line in sys.stdin:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            exec(line, names)
+        except InputError as error:
+            print("InputError:", error)
+        except Exception as error:
+            print("crashed:", repr(error))
+    print(repr(said.getvalue()), file=answers, flush=True)
+"""
+
+
+class Client:
+    def __init__(self, hub: FakeHub, home: Path):
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_TOKEN": TOKEN,
+        }
+        for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+            environment.pop(name, None)
+        command = [sys.executable, "-c", CLIENT, str(ROOT), str(ROOT / "tests")]
+        self.process = subprocess.Popen(
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def run(self, line: str) -> str:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return eval(self.process.stdout.readline() or "'the process died'")
+
+
+@pytest.fixture(scope="module")
+def hub():
+    hub = FakeHub()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def client(hub, home):
+    client = Client(hub, home)
+    yield client
+    client.process.stdin.close()
+    client.process.wait(20)
+    client.process.stdout.close()
+
+
+@pytest.fixture(autouse=True)
+def reset(hub):
+    hub.cut_uploads = hub.cut_downloads = 0
+    hub.served.clear()
+    hub.requests.clear()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A whole tiny model in two shards, with what else a run leaves in its folder."""
+    folder = tmp_path_factory.mktemp("source")
+    tiny_model().save_pretrained(folder, max_shard_size="1MB")
+    tiny_processor().save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    (folder / "optimizer.pt").write_bytes(b"state")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """An adapter."""
+    folder = tmp_path_factory.mktemp("head")
+    tiny_model().concepts.save_pretrained(folder)
+    (folder / "README.md").write_text(CARD.replace("tags", "base_model: tester/whole\ntags"))
+    return folder
+
+
+def copied(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target))
+
+
+def wrong_header(path: Path, header: dict | None = None, length: int | None = None) -> None:
+    """Rewrite a safetensors file's header: the tensors it promises, or its own length."""
+    content = path.read_bytes()
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    text = content[8:end] if header is None else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + content[end:])
+
+
+def test_push_and_load(hub, client, source):
+    """From a folder to the Hub by the command line, and from the Hub to equal outputs by ovsam.load's way and by
+    transformers'."""
+    said = client.run(f"ovsam_cli.main(['push', {str(source)!r}, 'tester/whole'])")
+    assert said.splitlines()[-1] == f"{hub.url}/tester/whole", said
+    assert "not sent: optimizer.pt" in said
+    files = hub.files("tester/whole")
+    sent = {".gitattributes", "README.md", "config.json", "modeling_ovsam.py", "processor_config.json"}
+    sent |= {"tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"}
+    assert set(files) == sent | {path.name for path in source.glob("*.safetensors")}
+    assert all(files[path.name].content == path.read_bytes() for path in source.glob("*.safetensors"))
+    assert json.loads(files["config.json"].content)["clip_config"]["dtype"] == "float32"
+    assert not hub.repos["tester/whole"].private
+
+    said = client.run(
+        "folder = fetch('tester/whole'); "
+        "models = [AutoModel.from_pretrained(name).eval() for name in (folder, 'tester/whole')]; "
+        "inputs = AutoProcessor.from_pretrained(folder)(images=picture(3), text=['cat', 'dog'], "
+        "input_boxes=[[[5, 9, 70, 80]]]); "
+        "answers = [m(**inputs) for m in models]; "
+        f"torch.save([(a.pred_masks, a.logits) for a in answers], {str(source.parent / 'answers.pt')!r})"
+    )
+    assert said == "", said
+    inputs = tiny_processor()(images=picture(3), text=["cat", "dog"], input_boxes=[[[5, 9, 70, 80]]])
+    with torch.no_grad():
+        expected = tiny_model()(**inputs)
+    for masks, logits in torch.load(source.parent / "answers.pt"):
+        torch.testing.assert_close(masks, expected.pred_masks, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_as_pull_request_branch_and_private(hub, client, head):
+    """An adapter's folder, built once and sent in every way there is."""
+    built = head.parent / "built-head"
+    client.run(
+        f"from ovsam.checkpoints.push import build; built = build(Path({str(head)!r}), 'tester/head', Path({str(head.parent)!r}))"
+    )
+    Path(head.parent / "built").rename(built)
+    client.run(f"built = Built(Path({str(built)!r}))")
+
+    address = client.run("print(upload(built, 'tester/head', private=True))")
+    assert address.strip() == f"{hub.url}/tester/head" and hub.repos["tester/head"].private
+    assert set(hub.files("tester/head")) == {
+        ".gitattributes", "README.md", "config.json", "model.safetensors", "modeling_ovsam.py"
+    }  # fmt: skip
+    same = client.run(
+        "head = ovsam.ConceptHead.from_pretrained('tester/head'); "
+        f"other = ovsam.ConceptHead.from_pretrained({str(head)!r}); "
+        "print(all(torch.equal(a, b) for a, b in zip(head.state_dict().values(), other.state_dict().values())))"
+    )
+    assert same.strip() == "True", same
+
+    (built / "README.md").write_text(CARD + "A word more.\n")
+    hub.requests.clear()
+    before = hub.repos["tester/head"].refs["main"]
+    address = client.run("print(upload(built, 'tester/head', create_pr=True))")
+    assert address.strip() == f"{hub.url}/tester/head/discussions/1"
+    assert hub.repos["tester/head"].refs["main"] == before
+    assert b"A word more" in hub.files("tester/head", "refs/pr/1")["README.md"].content
+    assert not [each for each in hub.requests if each.startswith("PUT")]  # weights that it has are not sent again
+
+    address = client.run("print(upload(built, 'tester/head', revision='v2'))")
+    assert address.strip() == f"{hub.url}/tester/head/tree/v2"
+    assert hub.repos["tester/head"].refs["main"] == before
+    assert b"A word more" in hub.files("tester/head", "v2")["README.md"].content
+
+
+def test_weights_of_an_earlier_push_go(hub, client, head, tmp_path):
+    """transformers would prefer an old model.safetensors to new shards."""
+    hub.put(
+        "tester/old", {"model.safetensors": b"old", "model-00001-of-00002.safetensors": b"old", "notes.txt": b"hers"}
+    )
+    client.run(f"built = Built(Path({str(copied(head, tmp_path / 'built'))!r})); upload(built, 'tester/old')")
+    files = hub.files("tester/old")
+    assert "model-00001-of-00002.safetensors" not in files and files["notes.txt"].content == b"hers"
+    assert files["model.safetensors"].content == (head / "model.safetensors").read_bytes()
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, client, head):
+    hub.put("tester/public", {"README.md": b"here"})
+    said = client.run(f"upload(Built(Path({str(head)!r})), 'tester/public', private=True)")
+    assert said.startswith("InputError: tester/public exists and is public") and said.count("\n") == 1
+    assert set(hub.files("tester/public")) == {"README.md"}
+
+
+def test_broken_upload(hub, client, head):
+    """Nothing is committed, the error is one sentence, and the same call then succeeds."""
+    hub.cut_uploads = 1000
+    hub.objects.clear()  # what it has it does not ask for
+    call = f"print(upload(Built(Path({str(head)!r})), 'tester/broken'))"
+    said = client.run(call)
+    assert re.fullmatch(r"InputError: tester/broken was not published \(.+\); run the same command again, .+\.\n", said)
+    assert set(hub.files("tester/broken")) == {".gitattributes"}
+    hub.cut_uploads = 1  # a single break is not even noticed
+    assert client.run(call).strip() == f"{hub.url}/tester/broken"
+    assert hub.files("tester/broken")["model.safetensors"].content == (head / "model.safetensors").read_bytes()
+
+
+def test_wrong_token_and_unreachable_hub(hub, client, head):
+    call = f"upload(Built(Path({str(head)!r})), 'tester/refused')"
+    said = client.run(
+        f"huggingface_hub.hf_api.get_token = huggingface_hub.utils._headers.get_token = lambda: 'hf_bad'; {call}"
+    )
+    client.run(f"huggingface_hub.hf_api.get_token = huggingface_hub.utils._headers.get_token = lambda: {TOKEN!r}")
+    assert (
+        said.startswith("InputError: tester/refused was not published (the Hub answers 401") and said.count("\n") == 1
+    )
+    assert "tester/refused" not in hub.repos
+
+
+def publish(hub, repo: str, folder: Path) -> None:
+    hub.put(repo, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+
+
+def blobs(home: Path, repo: str) -> list[Path]:
+    return [
+        path for path in home.glob(f"hub/models--{repo.replace('/', '--')}/blobs/*") if path.suffix != ".incomplete"
+    ]
+
+
+def test_broken_download(hub, client, head, home):
+    """Half a file is never taken for a whole one; a second try completes it."""
+    publish(hub, "tester/half", head)
+    weights = hub.files("tester/half")["model.safetensors"]
+    hub.cut_downloads = 1000
+    said = client.run("print(fetch('tester/half'))")
+    assert re.fullmatch(
+        r"InputError: 'tester/half' could not be downloaded \(.+\); what arrived is kept, .+\.\n", said
+    ), said
+    assert weights.oid not in [path.name for path in blobs(home, "tester/half")]
+    hub.cut_downloads = 2  # it goes on where it broke off
+    folder = Path(client.run("print(fetch('tester/half'))").strip())
+    assert (folder / "model.safetensors").read_bytes() == weights.content
+
+
+def test_wrong_hash(hub, client, head, home):
+    """huggingface_hub compares a download over HTTP with its size alone: other bytes of that size are found here."""
+    publish(hub, "tester/swapped", head)
+    weights = hub.files("tester/swapped")["model.safetensors"]
+    other = bytearray(weights.content)
+    other[-1] ^= 1
+    hub.tamper("tester/swapped", "model.safetensors", bytes(other))
+    said = client.run("print(fetch('tester/swapped'))")
+    assert said.startswith("InputError: model.safetensors of tester/swapped did not arrive as the Hub has it"), said
+    assert weights.oid not in [path.name for path in blobs(home, "tester/swapped")]
+    hub.served.clear()
+    folder = Path(client.run("print(fetch('tester/swapped'))").strip())
+    assert (folder / "model.safetensors").read_bytes() == weights.content
+    # A Hub that stores other bytes than it was sent: found after the upload.
+    hub.objects[weights.oid] = bytes(other)
+    said = client.run(f"upload(Built(Path({str(head)!r})), 'tester/stored')")
+    assert said == "InputError: The Hub has another model.safetensors than was sent to tester/stored: push again.\n"
+
+
+LIES = {
+    "more bytes than there are": {"header": {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}},
+    "fewer bytes than there are": {"header": {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}},
+    "a header of 2^60 bytes": {"length": 1 << 60},
+    "a header that ends in the weights": {"length": 1 << 14},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_header_that_lies(lie, head, tmp_path):
+    folder = copied(head, tmp_path / "head")
+    wrong_header(folder / "model.safetensors", **LIES[lie])
+    with pytest.raises(InputError, match=r"model.safetensors is no whole safetensors file \(.+\): .+\."):
+        check_weights(folder)
+
+
+def test_downloaded_header_that_lies(hub, client, source, tmp_path):
+    """ovsam.load refuses it in a sentence, before any memory is taken for what it promises."""
+    folder = copied(source, tmp_path / "liar")
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    wrong_header(shard, header={"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}})
+    publish(hub, "tester/liar", folder)
+    said = client.run("ovsam.load('tester/liar')")
+    assert re.fullmatch(rf"InputError: .+{shard.name} is no whole safetensors file \(.+\): .+\.\n", said), said
+
+
+def test_what_is_refused_before_anything_is_sent(source, head, tmp_path, monkeypatch, capsys):
+    """One sentence each, exit code 2, and nothing of the Hub is touched."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(pushing, "get_token", lambda: None)
+    monkeypatch.setattr(pushing, "upload", lambda *a: pytest.fail("something was sent"))
+
+    def refused(*arguments) -> str:
+        assert ovsam_cli.main(["push", *map(str, arguments)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("ovsam: error: ") and err.count("\n") == 1, err
+        return err
+
+    assert "config.json" in refused(tmp_path, "tester/x")
+    assert "ORG/NAME" in refused(head, "just-a-name")
+    assert "ORG/NAME" in refused(head, "tester/two words")
+    assert "--create-pr" in refused(head, "tester/x", "--revision", "v2", "--create-pr")
+    assert "hf auth login" in refused(head, "tester/x")
+
+    other = tmp_path / "clip"
+    tiny_model().config.clip_config.save_pretrained(other)
+    assert "neither an OVSam model nor" in refused(other, "tester/x")
+
+    shards = sorted(source.glob("*.safetensors"))
+    lacking = copied(source, tmp_path / "lacking")
+    (lacking / shards[0].name).unlink()
+    assert f"lacks {shards[0].name}" in refused(lacking, "tester/x")
+
+    swapped = copied(source, tmp_path / "swapped")
+    shutil.copy(shards[0], swapped / shards[1].name)
+    assert "does not hold the tensors" in refused(swapped, "tester/x")
+
+    weights = {name: tensor.clone() for name, tensor in load_file(head / "model.safetensors").items()}
+    nan = copied(head, tmp_path / "nan")
+    name = next(iter(weights))
+    save_file(weights | {name: torch.full_like(weights[name], float("nan"))}, nan / "model.safetensors")
+    assert f"NaN or infinite, such as {name}" in refused(nan, "tester/x")
+
+    liar = copied(head, tmp_path / "liar")
+    wrong_header(liar / "model.safetensors", length=1 << 60)
+    assert "no whole safetensors file" in refused(liar, "tester/x")
+
+    monkeypatch.setattr(pushing, "MAX_FILE", 10_000)
+    assert "over the 10,000" in refused(head, "tester/x")
+    monkeypatch.undo()
+
+    fewer = copied(head, tmp_path / "fewer")
+    save_file({k: v for k, v in weights.items() if k != name}, fewer / "model.safetensors")
+    assert f"lacks 1 of its model's weights, such as {name}" in refused(fewer, "tester/x", "--dry-run")
+
+    unprocessed = copied(source, tmp_path / "unprocessed")
+    (unprocessed / "processor_config.json").unlink()
+    assert "processor.save_pretrained()" in refused(unprocessed, "tester/x", "--dry-run")
+
+
+def test_another_output_is_not_sent(head, tmp_path, monkeypatch):
+    """The folder is compared with its source by what it answers, and nothing comes after a difference."""
+    model, _ = pushing.open_source(head)
+    pushing.save_file(pushing.answers(model), tmp_path / "reference")
+    pushing.compare(model, None, str(tmp_path / "reference"), "here")
+    model.scale_shift.bias.data[1] += 0.01
+    with pytest.raises(SystemExit, match="^loaded here, its answer.logit_shift is another than the source's$"):
+        pushing.compare(model, None, str(tmp_path / "reference"), "here")
+    with pytest.raises(SystemExit, match="float16"):
+        pushing.compare(model.half(), None, str(tmp_path / "reference"), "here")
+
+    monkeypatch.setattr(pushing, "LOAD_BACK", "raise SystemExit('loaded there, it says other things')")
+    with pytest.raises(InputError, match="and was not sent: loaded there, it says other things.$"):
+        pushing.build(head, "tester/x", tmp_path)
+
+
+def test_dry_run_says_what_would_be_sent(head, tmp_path, monkeypatch, capsys):
+    """The same checks, and nothing of the Hub."""
+    monkeypatch.setattr(pushing, "load_back", lambda *a, **k: None)
+    monkeypatch.setattr(pushing, "get_token", lambda: pytest.fail("the token was asked for"))
+    plain = copied(head, tmp_path / "plain")
+    (plain / "README.md").unlink()
+    arguments = ["push", str(plain), "tester/x", "--dry-run", "--private", "--create-pr"]
+    assert ovsam_cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("a pull request to tester/x (private):\n") and "nothing was sent" in said
+    size = (head / "model.safetensors").stat().st_size
+    assert re.search(rf"model\.safetensors +{size:,} bytes", said) and "modeling_ovsam.py" in said
+    assert "names no licence" in said
+
+
+@pytest.mark.parametrize(
+    ("card", "problem"),
+    [
+        ("# No front matter\n", "it is empty"),
+        ("---\nlicense: [\n---\n", "not valid"),
+        ("---\nlicense: other\n---\n", "license_name"),
+        ("---\nlicense: mit\nbase_model: two words/x\n---\n", "base_model"),
+        ("---\nlicense: mit\nlanguage: English\n---\n", "ISO 639"),
+        ("---\nlicense: mit\ntags: {a: b}\n---\n", "tags"),
+        ("---\nlicense: mit\nmodel-index:\n- name: x\n  results:\n  - task: {type: y}\n---\n", "model_index"),
+        (CARD + "![failures](failures.jpg)\n", "failures.jpg"),
+        (CARD + "[out](../README.md)\n", "README.md"),
+    ],
+)
+def test_card_that_the_hub_would_not_take(card, problem, tmp_path):
+    with pytest.raises(InputError, match=problem) as caught:
+        check_card(card, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def script(path: str):
+    """A module that is run and never imported, imported."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PUBLISHED = ["hub/ovsam-tiny", "adapters/clip2sam-tiny", "adapters/concepts-tiny"]
+
+
+def test_mirrors_are_what_they_are_made_of():
+    """As `python hub/build.py --check` says."""
+    builder = script("hub/build.py")
+    assert builder.differences() == []
+
+
+def test_what_is_sent_of_a_mirror_is_the_mirror(tmp_path, monkeypatch):
+    """To the byte, so that --check speaks of what is on the Hub too."""
+    monkeypatch.setattr(pushing, "answers", lambda *a: {})
+    monkeypatch.setattr(pushing, "load_back", lambda *a, **k: None)
+    mirror = ROOT / "hub" / "ovsam-tiny"
+    built = pushing.build(mirror, "tester/ovsam-tiny", tmp_path)
+    assert set(built.files()) == {path.name for path in mirror.iterdir()} and not built.left_out
+    assert all((built.folder / name).read_bytes() == (mirror / name).read_bytes() for name in built.files())
+
+
+def test_drift_is_found(tmp_path):
+    """Each kind by a sentence of its own."""
+    builder = script("hub/build.py")
+    mirror = copied(ROOT / "hub" / "ovsam-tiny", tmp_path / "mirror")
+    adapters = {name: copied(folder, tmp_path / name) for name, folder in builder.ADAPTERS.items()}
+    assert builder.differences(mirror, adapters) == []
+
+    (mirror / "README.md").write_text((mirror / "README.md").read_text() + "!")
+    (mirror / "failures.jpg").write_bytes(b"another")
+    (mirror / "modeling_ovsam.py").write_text("import os")
+    for path, old, new in (
+        (mirror / "config.json", '"max_locations": 300', '"max_locations": 299'),
+        (mirror / "config.json", '"dtype": "float32"', '"dtype": "float16"'),
+        (mirror / "config.json", '"modeling_ovsam.OVSamModel"', '"modeling_ovsam.Other"'),
+        (mirror / "processor_config.json", '"max_text_length": 64', '"max_text_length": 63'),
+        (mirror / "model.safetensors.index.json", '"concepts.detail', '"concepts.lost'),
+        (adapters["concepts"] / "config.json", '"width": 128', '"width": 127'),
+        (adapters["concepts"] / "README.md", "license: apache-2.0", "license: mit"),
+        (adapters["concepts"] / "README.md", "## Limits", "## No limits"),
+    ):
+        text = path.read_text()
+        assert old in text, old
+        path.write_text(text.replace(old, new))
+    weights = {name: tensor.clone() for name, tensor in load_file(adapters["clip2sam"] / "model.safetensors").items()}
+    weights["log_scale"] += 1
+    save_file(weights, adapters["clip2sam"] / "model.safetensors")
+
+    found = builder.differences(mirror, adapters)
+    for sentence in (
+        "README.md is not model_card.md",
+        "failures.jpg is not",
+        "modeling_ovsam.py is not the shim",
+        "config.json has another max_locations",
+        'lacks "dtype": "float32"',
+        "another auto_map",
+        "processor_config.json is not the processor",
+        "index.json does not list the tensors",
+        "config.json has another width",
+        "another license than model_card.md",
+        "does not end as model_card.md says",
+        "model.safetensors has other weights",
+    ):
+        assert sum(sentence in each for each in found) == 1, (sentence, found)
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_published_cards(published):
+    """The Hub would take them, and their model-index holds the measured figures."""
+    folder = ROOT / published
+    text = (folder / "README.md").read_text()
+    check_card(text, folder)
+    data = ModelCard(text).data
+    for key in ("license", "library_name", "pipeline_tag", "tags", "base_model", "datasets", "metrics", "language"):
+        assert getattr(data, key), key
+    results = json.loads((ROOT / "adapters" / "clip2sam-tiny" / "results.json").read_text())
+    assert data.eval_results and data.model_name == folder.name
+    assert all(result.metric_value == results[result.metric_name] for result in data.eval_results)
+    assert {result.metric_type for result in data.eval_results} == set(data.metrics)
+    name, metrics = script("benchmarks/figures.py").CARDS.get(f"{published}/README.md", ("ovsam-tiny", None))
+    assert name == data.model_name
+    assert metrics is None or list(metrics) == [result.metric_name for result in data.eval_results]
+
+
+@pytest.mark.parametrize(
+    "card", ["model_card.md", "adapters/clip2sam-tiny/README.md", "adapters/concepts-tiny/README.md"]
+)
+def test_code_of_the_cards_runs(card, tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT / "tests" / "data" / "emojiscenes-val" / "images" / "028.jpg", tmp_path / "scene.jpg")
+    (tmp_path / "adapters").symlink_to(ROOT / "adapters")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / card).read_text(), re.S)
+    names = {}
+    exec(code, names)
+    if card == "model_card.md":
+        assert "dog face" in capsys.readouterr().out
+    else:
+        assert not names["adapter" if "clip2sam" in card else "head"].training

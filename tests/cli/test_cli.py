@@ -1,0 +1,246 @@
+"""The command line, with a stand-in for the model: what it asks, what it writes, and what it refuses before loading."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+import ovsam
+import ovsam_cli
+from ovsam.errors import InputError
+from ovsam.results.results import Results
+
+
+class FakeSegmenter:
+    """Finds the upper half of any picture, and remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def _find(self, image, label, source):
+        mask = np.zeros((1, image.height, image.width), bool)
+        mask[:, : image.height // 2] = True
+        return Results.from_arrays(mask, [label], [0], [0.75], [0.5], [label], source, model="fake")
+
+    def where(self, image, words, negative=(), threshold=None, **how):
+        self.how = how
+        self.asked.append(("where", words.prompts, list(negative), threshold))
+        return self._find(image, words.labels[0], "text")
+
+    def what(self, image, points=None, labels=None, boxes=None, vocabulary=None):
+        self.asked.append(("what", points, labels, boxes, vocabulary and vocabulary.prompts))
+        return self._find(image, "thing", "point")
+
+    def everything(self, image, vocabulary=None, threshold=None, **how):
+        self.how = how
+        self.asked.append(("everything", vocabulary and len(vocabulary.prompts), threshold))
+        return self._find(image, "thing", "auto")[:0]
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The segmenters that were loaded, with the arguments of each."""
+    loads = []
+
+    def load(model="auto", device=None):
+        loads.append((FakeSegmenter(), model, device))
+        return loads[-1][0]
+
+    monkeypatch.setattr(ovsam, "load", load, raising=False)
+    return loads
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with pictures a.png and b.jpg of 64x48 and three broken ones, as the current directory."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 48), (10, 90, 50)).save("a.png")
+    Image.new("RGB", (64, 48), (90, 10, 50)).save("b.jpg")
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:-20])
+    Image.new("RGB", (1, 1)).save("dot.png")
+    (tmp_path / "words.txt").write_text("dog\ncat\n")
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def run(command):
+    try:
+        return ovsam_cli.main(command.split() if isinstance(command, str) else command)
+    except SystemExit as stop:  # argparse's own way out
+        return stop.code
+
+
+def test_words(folder, loaded, capsys):
+    assert run(["segment", "a.png", "--text", "dog", "red ball", "--not", "cat", "--threshold", "0.3"]) == 0
+    ((segmenter, model, device),) = loaded
+    assert (model, device) == ("auto", None) and segmenter.asked == [("where", ["dog", "red ball"], ["cat"], 0.3)]
+    assert capsys.readouterr().out.splitlines() == [
+        "a.png: 1 found (fake)",
+        "label  score  mask score        box  area",
+        "dog     0.75        0.50  0,0,64,24  1536",
+    ]
+
+
+def test_overlay_and_json(folder, loaded, capsys):
+    assert run("segment a.png --text dog cat -o out.png --json found.json --model here --device cpu") == 0
+    assert loaded[0][1:] == ("here", "cpu")
+    assert capsys.readouterr().out.splitlines()[-2:] == ["overlay: out.png", "json: found.json"]
+    with Image.open("out.png") as overlay:
+        assert overlay.size == (5 * 64, 5 * 48)  # enlarged, so that names can be read
+        assert overlay.getpixel((300, 230)) == (10, 90, 50) != overlay.getpixel((300, 60))
+    coco = COCO("found.json")
+    assert [category["name"] for category in coco.cats.values()] == ["dog", "cat"]
+    assert coco.imgs[1]["file_name"] == "a.png" and coco.dataset["info"]["model"] == "fake"
+    assert coco.annToMask(coco.anns[1]).sum() == coco.anns[1]["area"] == 64 * 24
+
+
+def test_clicks_boxes_everything(folder, loaded, capsys):
+    assert run("segment a.png --point 5,6 --point 9.5,7,0 --vocabulary words.txt") == 0
+    assert run("segment a.png b.jpg --box 1,2,30,40 --box 0,0,64,48") == 0
+    assert run("segment a.png --point 5,6,0 --box 1,2,30,40") == 0
+    assert run("segment a.png --everything --vocabulary coco --threshold 0.5") == 0
+    asked = [question for segmenter, *_ in loaded for question in segmenter.asked]
+    assert asked == [
+        ("what", [[5, 6], [9.5, 7]], [1, 0], None, ["dog", "cat"]),
+        ("what", None, None, [[1, 2, 30, 40], [0, 0, 64, 48]], None),
+        ("what", None, None, [[1, 2, 30, 40], [0, 0, 64, 48]], None),
+        ("what", [[5, 6]], [0], [[1, 2, 30, 40]], None),
+        ("everything", 80, 0.5),
+    ]
+    assert len(loaded) == 4  # once a command, not once a picture
+    assert "a.png: 0 found (fake)" in capsys.readouterr().out
+
+
+def test_a_bad_picture_does_not_stop_the_others(folder, loaded, capsys):
+    (folder / "out" / "sub").mkdir()
+    Image.new("RGB", (64, 48)).save("out/sub/a.jpg")
+    pictures = ["a.png", "text.png", "out/sub/a.jpg", "missing.png", "b.jpg"]
+    assert run(["segment", *pictures, "--text", "dog", "-o", "out", "--json", "all.json"]) == 2
+    out, err = capsys.readouterr()
+    assert [line.split()[2] for line in err.splitlines()] == ["text.png", "missing.png"]
+    assert out.count("1 found") == 3 and len(loaded[0][0].asked) == 3
+    written = sorted(path.name for path in (folder / "out").glob("*.png"))
+    assert written == ["a-ovsam-2.png", "a-ovsam.png", "b-ovsam.png"]
+    images = json.loads((folder / "all.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["a.png", "out/sub/a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("segment missing.png --text dog", "missing.png does not exist"),
+        ("segment out --text dog", "out is a folder"),
+        ("segment text.png --text dog", "text.png is not a picture"),
+        ("segment empty.png --text dog", "empty.png is empty"),
+        ("segment cut.jpg --text dog", "cut.jpg cannot be read"),
+        ("segment dot.png --text dog", "dot.png is 1x1 pixels"),
+        ("segment a.png --point 64,5", "point 64,5 is outside a.png, which is 64x48 pixels"),
+        ("segment a.png --point -1,5", "point -1,5 is outside"),
+        ("segment a.png --point nan,5", "point nan,5 is outside"),
+        ("segment a.png --point 5", "'5' is not X,Y"),
+        ("segment a.png --point 5,5,2", "'5,5,2' is not X,Y"),
+        ("segment a.png --point 5,5,0", "at least one must be on it"),
+        ("segment a.png --point", "expected one argument"),
+        ("segment a.png --box 30,5,10,20", "box 30,5,10,20 is reversed"),
+        ("segment a.png --box 3,5,3,20", "box 3,5,3,20 is reversed or empty"),
+        ("segment a.png --box nan,5,3,20", "is reversed or empty"),
+        ("segment a.png --box 3,5,65,20", "box 3,5,65,20 is not inside a.png"),
+        ("segment a.png --box 3,5,20", "'3,5,20' is not X1,Y1,X2,Y2"),
+        (["segment", "a.png", "--text", "dog", " "], "empty"),
+        (["segment", "a.png", "--text", "dog", "--not", ""], "empty"),
+        (["segment", "a.png", "--text", "dog " * 500], "has 500 words"),
+        ("segment a.png --text dog --not dog", "'dog' is after --text and after --not"),
+        ("segment a.png --everything --not dog", "--not goes with --text"),
+        ("segment a.png --everything --vocabulary nonsense", "nonsense"),
+        ("segment a.png --text dog --vocabulary coco", "--text already gives the words"),
+        ("segment a.png", "Nothing was asked"),
+        ("segment a.png --vocabulary coco", "Nothing was asked"),
+        ("segment a.png --point 5,5 --everything", "ask one at a time"),
+        ("segment a.png --text dog --box 1,1,9,9", "ask one at a time"),
+        ("segment a.png --point 5,5 --box 1,1,9,9 --box 2,2,9,9", "at most one --box"),
+        ("segment a.png --point 5,5 --threshold 0.5", "--threshold goes with"),
+        ("segment a.png --text dog --threshold 1.5", "'1.5' is not a number from 0 to 1"),
+        ("segment a.png --text dog -o nowhere/out.png", "folder nowhere does not exist"),
+        ("segment a.png --text dog -o nowhere", "neither a picture file"),
+        ("segment a.png --text dog -o a.png", "is the picture itself"),
+        ("segment a.png b.jpg --text dog -o nowhere", "not a folder that exists"),
+        ("segment a.png --text dog --json nowhere/out.json", "folder nowhere does not exist"),
+        ("segment a.png --text dog --json out", "--json out is a folder"),
+        ("segment --text dog", "IMAGE"),
+        ("segment a.png --texts dog", "--texts"),
+        ("dance", "'dance'"),
+        ("", "COMMAND"),
+        ("train recipe.toml --steps 0", "'0' is not a whole number above 0"),
+    ],
+)
+def test_mistakes_are_one_line_before_a_model_is_loaded(folder, loaded, capsys, command, message):
+    before = sorted(folder.rglob("*"))
+    assert run(command) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("ovsam: error: ") and message in err and err.count("\n") == 1
+    assert not loaded and not out and sorted(folder.rglob("*")) == before
+
+
+def test_what_the_model_refuses_is_one_line_too(folder, monkeypatch, capsys):
+    def load(model, device):
+        raise InputError(f"There is no model {model!r}.")
+
+    monkeypatch.setattr(ovsam, "load", load, raising=False)
+    assert run("segment a.png --text dog --model nonsense") == 2
+    assert capsys.readouterr().err == "ovsam: error: There is no model 'nonsense'.\n"
+
+
+def test_eval_and_train_hand_over(monkeypatch, capsys):
+    calls = []
+    for module, function in (("ovsam.evaluation.evaluate", "run_eval"), ("ovsam.training.engine", "train_recipe")):
+        stand_in = type(sys)(module)
+        setattr(stand_in, function, lambda *arguments, **named: calls.append((arguments, named)))
+        monkeypatch.setitem(sys.modules, module, stand_in)
+    assert run("eval --data here --json figures.json --limit 5") == 0
+    more = "--data coco.json --images pictures --set optim.workers=2"
+    assert run(f"train adapters/x/recipe.toml --resume --steps 7 --output there --device cpu {more}") == 0
+    assert calls == [
+        ((), {"model": "ovsam-tiny", "data": "here", "json_path": "figures.json", "limit": 5}),
+        (
+            ("adapters/x/recipe.toml",),
+            {
+                "output": "there",
+                "resume": True,
+                "steps": 7,
+                "device": "cpu",
+                "data": "coco.json",
+                "images": "pictures",
+                "settings": ["optim.workers=2"],
+            },
+        ),
+    ]
+
+
+def test_compare_fails_unless_the_tuned_model_is_better(monkeypatch):
+    calls = []
+    stand_in = type(sys)("ovsam.evaluation.evaluate")
+    stand_in.run_compare = lambda *models, **named: calls.append((models, named)) or len(calls) == 1
+    monkeypatch.setitem(sys.modules, "ovsam.evaluation.evaluate", stand_in)
+    assert run("compare ovsam-tiny runs/mine --data coco.json --limit 3") == 0
+    assert run("compare ovsam-tiny runs/mine --data coco.json") == 1
+    named = {"data": "coco.json", "images": None, "json_path": None, "limit": 3, "device": None}
+    assert calls[0] == (("ovsam-tiny", "runs/mine"), named)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["segment", "--help"], ["--version"], ["segment"]])
+def test_help_does_not_wait_for_torch(arguments):
+    """Importing torch and transformers takes seconds, help must take none."""
+    program = (
+        "import sys, ovsam_cli\n"
+        "try: ovsam_cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'ovsam'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,366 @@
+"""The demo: what a session holds, the limits, the downloads, and the server as gradio_client sees it."""
+
+import json
+import re
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from demo_page import DEMO, app, engine, page, scene, wait_until  # noqa: F401
+from gradio_client import Client, handle_file
+from PIL import Image
+from pycocotools.coco import COCO
+
+import ovsam
+import ovsam_cli
+from ovsam.errors import InputError
+from ovsam.results.results import Results
+
+EXAMPLE = DEMO / "examples" / "hamburgers.jpg"
+SIZE = (40, 60)  # height, width
+Session, Sessions, Sliders = scene.Session, scene.Sessions, scene.Sliders
+
+
+def found(source="text", objectness=None):
+    """Two overlapping bands (IoU 0.5), scores 0.8 and 0.2, and a small square, 0.5."""
+    masks = np.zeros((3, *SIZE), bool)
+    masks[0, :20], masks[1, 5:20], masks[2, 30:35, 30:35] = True, True, True
+    masks[1, 20:25] = True
+    names = [[("cat", 0.8), ("dog", 0.1)], [("cat", 0.2)], [("dog", 0.5)]]
+    scores = {"scores": [0.8, 0.2, 0.5], "mask_scores": [0.9, 0.8, 0.3], "objectness": objectness}
+    return Results.from_arrays(
+        masks, ["cat", "cat", "dog"], [0, 0, 1], prompts=["cat", "cat", "dog"], source=source, topk=names, **scores
+    )
+
+
+@pytest.fixture
+def session(tmp_path):
+    Image.new("RGB", SIZE[::-1], (10, 90, 50)).save(tmp_path / "small.png")
+    session = Session(tmp_path / "session")
+    session.receive(tmp_path / "small.png")
+    session.change(session.scene.find(found(), "words"))
+    return session
+
+
+def labels(session, **sliders):
+    return [one.label for one in session.shown(Sliders(**sliders))]
+
+
+def test_sliders_do_what_filter_does(session):
+    answer = session.scene.found
+    assert labels(session) == ["cat", "cat", "dog"]
+    assert labels(session, score=0.3) == answer.filter(score=0.3).labels == ["cat", "dog"]
+    assert labels(session, mask_score=0.5) == answer.filter(mask_score=0.5).labels == ["cat", "cat"]
+    assert labels(session, min_area=30) == answer.filter(min_area=30).labels == ["cat", "cat"]
+    assert labels(session, overlap=0.4) == answer.filter(nms="fast", nms_threshold=0.4).labels == ["cat", "dog"]
+
+
+def test_what_no_word_asked_for_is_ranked_as_a_thing(session):
+    session.change(session.scene.find(found("auto", objectness=[0.1, 0.9, 0.6]), "everything"))
+    assert [one.score for one in session.shown(Sliders(score=0.5))] == [0.2, 0.5]
+
+
+def test_a_persons_corrections_are_undone_one_by_one(session):
+    def rename(scene):
+        return scene.edit("found 3", label="fox")
+
+    for change in (rename, lambda s: s.edit("found 1", hidden=True), lambda s: s.edit("found 2", deleted=True)):
+        session.change(change(session.scene))
+    assert labels(session) == ["fox"] and session.shown(Sliders(score=0.9))[0].score == 1  # a person is sure
+    canvas, listing = session.view(Sliders())
+    assert [row["label"] for row in listing["rows"]] == ["cat", "fox"]  # the hidden one can be shown again
+    assert listing["counts"] == [["fox", 1, canvas["shapes"][1]["colour"]]] and listing["left"].startswith("1 more")
+    seen = []
+    while session.history:
+        session.undo()
+        seen.append(labels(session))
+    assert seen == [["cat", "fox"], ["cat", "cat", "fox"], ["cat", "cat", "dog"], []]
+
+
+def test_a_new_answer_forgets_edits_of_the_old_one_but_keeps_what_was_drawn(session):
+    key, drawn = session.scene.point(3, 4, 1)
+    session.change(session.scene.keep(key, replace(drawn, instance=found()[2])))
+    session.change(session.scene.edit(key, label="mine").edit("found 1", deleted=True))
+    assert labels(session) == ["mine", "cat", "dog"]
+    session.change(session.scene.find(found(), "words"))
+    assert labels(session) == ["mine", "cat", "cat", "dog"]
+
+
+def test_clicks_go_on_with_the_active_object_and_a_box_begins_another(session):
+    with pytest.raises(InputError, match="Click on the object first"):
+        session.scene.point(1, 2, 0)
+    key, drawn = session.scene.box((1, 2, 30, 20))
+    session.change(session.scene.keep(key, replace(drawn, instance=found()[0])))
+    again, refined = session.scene.point(5, 6, 0)
+    assert again == key
+    assert refined.arguments() == {"points": [[5, 6]], "labels": [0], "boxes": [[1, 2, 30, 20]]}
+    assert session.scene.box((0, 0, 9, 9))[0] != key
+
+
+def test_an_answer_about_a_picture_that_is_gone_is_dropped(session, tmp_path):
+    old = session.picture
+    session.receive(tmp_path / "small.png")
+    session.answer(old, "m", lambda scene: scene.find(found(), "words"))
+    assert session.scene.found is None and not old.path.exists()
+
+
+def test_outlines_fill_to_the_very_mask(session):
+    mask = np.zeros(SIZE, bool)
+    mask[3:20, 5:40] = True
+    mask[8:12, 10:20] = False  # a hole
+    mask[25:30, 2:4] = mask[20, 40] = True  # another part, and one that touches by a corner
+    one = Results.from_arrays([mask], ["a"], [0], [1], [1], ["a"], "text")[0]
+    drawn = np.zeros(SIZE, bool)
+    for ring in re.findall(r"M(\d+) (\d+)([^z]*)z", scene.to_path(one)):
+        x, y = start = int(ring[0]), int(ring[1])
+        for way, length in [*re.findall(r"([hv])(-?\d+)", ring[2]), ("close", 0)]:
+            before = y
+            x += int(length) * (way == "h")
+            y = start[1] if way == "close" else y + int(length) * (way == "v")
+            drawn[min(y, before) : max(y, before), x:] ^= True  # even-odd
+    assert (drawn == mask).all()
+
+
+def test_features_are_few_a_session_and_bounded_in_all():
+    kept, made = engine.Features(a_session=2, size=1000), []
+
+    def get(session, picture, count=50):
+        return kept.get(session, "m", picture, lambda: made.append(picture) or {"map": torch.zeros(count)})
+
+    for picture in "abab":
+        get("one", picture)
+    assert made == ["a", "b"] and kept.bytes == 400
+    get("one", "c")
+    assert len(kept) == 2
+    for visitor in range(20):
+        get(f"v{visitor}", "x")
+        assert kept.bytes <= 1000
+    get("v19", "x")
+    assert len(made) == 23
+    get("one", "c")  # went, and is made again
+    assert len(made) == 24
+    get("huge", "y", 10_000)
+    assert kept.bytes == 0
+    get("one", "c")
+    kept.forget("one")
+    assert len(kept) == 0
+
+
+def test_limits_of_uploads_are_one_sentence_without_the_path(tmp_path, monkeypatch):
+    def sentence(name):
+        with pytest.raises(InputError) as error:
+            engine.Upload(tmp_path / name, name, "")
+        assert str(tmp_path) not in str(error.value)
+        return str(error.value)
+
+    Image.new("1", (6000, 5000)).save(tmp_path / "wide.png")
+    assert sentence("wide.png").startswith("wide.png has 6000x5000 pixels; 25 million are the most here.")
+    (tmp_path / "text.png").write_text("no picture")
+    assert "text.png is not a picture that can be read" in sentence("text.png")
+    monkeypatch.setattr(engine, "MAX_MEGABYTES", 0.01)
+    (tmp_path / "heavy.png").write_bytes(b"0" * 20_000)
+    assert "heavy.png has more than" in sentence("heavy.png")
+
+
+def test_sessions_are_bounded_and_take_their_files_with_them(tmp_path, session):
+    sessions = Sessions(lambda: tmp_path / "all", most=3)
+    for number in range(5):
+        sessions.get(f"s{number}", new=True).receive(tmp_path / "small.png")
+    assert len(sessions) == 3 and len(list((tmp_path / "all").iterdir())) == 3
+    with pytest.raises(InputError, match="rested for too long"):
+        sessions.get("s0")
+    for number in range(5):
+        sessions.close(f"s{number}")
+    assert not list((tmp_path / "all").iterdir())
+
+
+@pytest.mark.parametrize("kind", app.FORMATS)
+def test_every_download_holds_the_corrected_names(session, tmp_path, kind):
+    session.change(session.scene.edit("found 3", label="red/fox").edit("found 2", deleted=True))
+    path = app.FORMATS[kind](session.shown(Sliders()), session.picture.path, tmp_path)
+    if kind == "COCO json":
+        coco = COCO(path)
+        assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["cat", "red/fox"]
+        assert [int(coco.annToMask(a).sum()) for a in coco.loadAnns(coco.getAnnIds())] == [1200, 25]
+    elif kind == "LabelMe":
+        record = json.loads(path.read_text())
+        assert [s["label"] for s in record["shapes"]] == ["cat", "red/fox"] and record["imagePath"] == "small.png"
+    elif kind == "PNG id map":
+        with Image.open(path) as image:
+            assert np.bincount(np.asarray(image).ravel()).tolist() == [1175, 1200, 25]
+    else:
+        with zipfile.ZipFile(path) as archive:
+            names = {name for name in archive.namelist() if not name.endswith("/")}
+            if kind == "YOLO-seg":
+                assert names == {"data.yaml", "images/small.png", "labels/small.txt", "scores/small.txt"}
+                assert '1: "red/fox"' in archive.read("data.yaml").decode()
+            else:
+                assert names == {"001-cat.png", "002-red-fox.png"}
+                with archive.open("002-red-fox.png") as file, Image.open(file) as cut:
+                    assert cut.size == (5, 5) and cut.mode == "RGBA"
+
+
+def test_the_endpoints_are_the_three_questions_typed_and_told(page):  # noqa: F811
+    api = app.demo.get_api_info()
+    types = {
+        name: {p["parameter_name"]: p["python_type"]["type"] for p in endpoint["parameters"]}
+        for name, endpoint in api["named_endpoints"].items()
+    }
+    names = "list[str] | Literal['own', 'coco', 'lvis', 'imagenet21k']"
+    sliders = {"score": "None | float", "mask_score": "float", "overlap": "float", "min_area": "int", "model": "str"}
+    boxes, words = "None | list[list[float]]", "None | list[str]"
+    assert types == {
+        "/what": {"picture": "filepath", "points": boxes, "boxes": boxes, "vocabulary": names, "model": "str"},
+        "/where": {"picture": "filepath", "words": words, "negative": words, "exemplars": boxes, **sliders},
+        "/everything": {"picture": "filepath", "vocabulary": names, **sliders},
+    }
+    assert not api["unnamed_endpoints"]
+    assert all(endpoint["description"] for endpoint in api["named_endpoints"].values())
+
+
+@pytest.fixture(scope="module")
+def client(page):  # noqa: F811
+    client = Client(page.url, verbose=False)
+    yield client
+    client.close()
+
+
+def assert_same(coco, results):
+    assert [a["label"] for a in coco["annotations"]] == results.labels and len(results) > 0
+    assert [a["segmentation"] for a in coco["annotations"]] == [one.segmentation for one in results]
+    np.testing.assert_allclose([a["score"] for a in coco["annotations"]], results.scores, atol=1e-5)
+    assert coco["info"]["model"] == "ovsam-tiny" and coco["images"][0]["file_name"] == EXAMPLE.name
+
+
+def test_a_client_gets_what_the_library_and_the_page_give(page, client):  # noqa: F811
+    segmenter, picture = engine.models.get("ovsam-tiny"), handle_file(str(EXAMPLE))
+    encoded = segmenter.encode(EXAMPLE)
+    box = [230.0, 190.0, 410.0, 410.0]
+    page.asked.clear()
+
+    words = client.predict(picture, words=["hamburger", "bicycle"], api_name="/where")
+    assert_same(words, segmenter.where(encoded, ["hamburger", "bicycle"]))
+    named = client.predict(picture, points=[[300, 300], [20, 20, 0]], vocabulary=["hamburger", "dog"], api_name="/what")
+    assert_same(
+        named, segmenter.what(encoded, points=[[300, 300], [20, 20]], labels=[1, 0], vocabulary=["hamburger", "dog"])
+    )
+    assert_same(client.predict(picture, boxes=[box], api_name="/what"), segmenter.what(encoded, boxes=[box]))
+    assert_same(
+        client.predict(picture, vocabulary="coco", api_name="/everything"), segmenter.everything(encoded, "coco")
+    )
+    alike = client.predict(picture, exemplars=[box], score=0.2, api_name="/where")
+    assert_same(alike, segmenter.where(encoded, exemplars=[box], threshold=0.2))
+    assert page.asked == ["encode", "where", "what", "what", "everything", "where"]
+
+    request = app.gr.Request(session_hash="a page")
+    app.show_picture(app.sessions.get("a page", new=True), EXAMPLE)
+    *_, slider, _ = app.find_words(request, "hamburger, bicycle", "", "ovsam-tiny", *vars(Sliders(0.9)).values())
+    shown = app.sessions.get("a page").shown(Sliders(slider.value))
+    assert json.loads(json.dumps(shown.to_coco())) == words
+    app.forget(request)
+
+
+@pytest.mark.parametrize(
+    "endpoint, asked, sentence",
+    [
+        ("/what", {"points": [[600, 5]]}, "The point 600,5 is outside the picture, which is 512x512 pixels."),
+        ("/what", {"points": [[5]]}, "A point is"),
+        ("/what", {"boxes": [[5, 6]]}, "A box is"),
+        ("/what", {}, "Pass points, boxes or masks"),
+        ("/where", {}, "Pass words, or exemplars"),
+        ("/everything", {"vocabulary": "/etc/passwd"}, "A vocabulary is a list of words or one of own, coco"),
+        ("/where", {"words": ["cat"], "model": "/no/model"}, "no"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(client, endpoint, asked, sentence):
+    with pytest.raises(Exception, match=re.escape(sentence)) as error:
+        client.predict(handle_file(str(EXAMPLE)), **asked, api_name=endpoint)
+    assert "Traceback" not in str(error.value)
+
+
+def test_only_uploads_are_opened(client, page):  # noqa: F811
+    page.asked.clear()
+    with pytest.raises(Exception, match="must be uploaded"):
+        client.predict({"path": "/etc/passwd"}, words=["cat"], api_name="/where")
+    assert not page.asked
+
+
+def test_on_a_space_models_come_from_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "ON_SPACE", True)
+    with pytest.raises(InputError, match="preset or a Hub id"):
+        engine.models.get(str(tmp_path))
+    assert engine.models.get("ovsam-tiny").name == "ovsam-tiny"
+
+
+def test_twenty_visitors_at_once_get_their_own_pictures(page, tmp_path, monkeypatch):  # noqa: F811
+    """Each has a part of another size of the example by the same file name, and some ask again."""
+    monkeypatch.setattr(engine.features, "size", 100_000_000)  # three pictures: most are encoded again
+    whole, together = Image.open(EXAMPLE).convert("RGB"), threading.Barrier(20)
+    segmenter, biggest = engine.models.get("ovsam-tiny"), 0
+
+    def visit(number):
+        nonlocal biggest
+        path = tmp_path / str(number) / "picture.png"
+        path.parent.mkdir()
+        part = whole.crop((0, 0, 300 + 10 * number, 512))
+        part.save(path)
+        client = Client(page.url, verbose=False)
+        together.wait()
+        for _ in range(2 if number % 7 == 0 else 1):
+            coco = client.predict(handle_file(str(path)), points=[[100, 300]], vocabulary=["cat"], api_name="/what")
+            biggest = max(biggest, engine.features.bytes)
+            with Image.open(path) as own:
+                assert (coco["images"][0]["width"], coco["images"][0]["height"]) == own.size
+        client.close()
+        return number, part, coco
+
+    with ThreadPoolExecutor(20) as pool:
+        visits = list(pool.map(visit, range(20)))
+    for _, part, coco in visits[::7]:
+        expected = segmenter.what(part, points=[[100, 300]], vocabulary=["cat"])
+        assert [a["segmentation"] for a in coco["annotations"]] == [one.segmentation for one in expected]
+    assert biggest <= 100_000_000
+    wait_until(lambda: len(engine.features) <= 1)  # the module's own client may have one
+
+
+def test_the_command_serves_this_machine_only_unless_told(monkeypatch):
+    served = []
+    monkeypatch.setattr(app, "main", lambda *arguments: served.append(arguments))
+    assert ovsam_cli.main(["demo"]) == 0
+    assert ovsam_cli.main(["demo", "--model", "m", "--host", "0.0.0.0", "--port", "80", "--share"]) == 0
+    assert served == [("auto", "127.0.0.1", 7860, False), ("m", "0.0.0.0", 80, True)]
+
+
+def test_a_port_that_is_taken_is_one_sentence(page, capsys):  # noqa: F811
+    port = page.url.rstrip("/").rsplit(":", 1)[1]
+    assert ovsam_cli.main(["demo", "--model", "ovsam-tiny", "--port", port]) == 2
+    assert capsys.readouterr().err.endswith(f"cannot be served at 127.0.0.1:{port}; try another --port.\n")
+
+
+def test_the_space_is_the_demo_with_our_wheel(tmp_path):
+    import runpy
+
+    wheel = tmp_path / f"ovsam-{ovsam.__version__}-py3-none-any.whl"
+    wheel.write_bytes(b"wheel")
+    build = runpy.run_path(str(DEMO.parent / "hub" / "build_space.py"))["build_space"]
+    build("me/ovsam", wheel, tmp_path / "space")
+    written = {str(path.relative_to(tmp_path / "space")) for path in (tmp_path / "space").rglob("*") if path.is_file()}
+    shown = {str(path.relative_to(DEMO)) for path in DEMO.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert written == shown | {wheel.name}
+    requirement = (tmp_path / "space" / "requirements.txt").read_text()
+    assert requirement.startswith("ovsam[demo] @ https://") and requirement.endswith(
+        f"/spaces/me/ovsam/resolve/main/{wheel.name}\n"
+    )
+    assert (tmp_path / "space" / "README.md").read_text().startswith("---\ntitle: ovsam\n")
+    with pytest.raises(SystemExit, match="not empty"):
+        build("me/ovsam", wheel, tmp_path / "space")
+
+
+def test_the_examples_exist():
+    assert all((DEMO / "examples" / file).is_file() for file, *_ in app.EXAMPLES)
+    assert Path(EXAMPLE).is_file()

@@ -1,0 +1,131 @@
+"""Pictures of every kind open as upright RGB, or are refused with one clear sentence."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageOps
+
+from ovsam.errors import InputError
+from ovsam.processing.images import MIN_SIDE, open_image
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+@pytest.fixture
+def picture():
+    """Left half red, right half blue, 24x16."""
+    array = np.zeros((16, 24, 3), np.uint8)
+    array[:, :12, 0] = array[:, 12:, 2] = 255
+    return Image.fromarray(array)
+
+
+def png_header(width, height):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "CMYK", "RGBA", "YCbCr", "RGBX"])
+def test_modes_keep_their_colours(picture, mode):
+    opened = open_image(picture.convert(mode))
+    assert opened.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(opened, int), np.asarray(picture, int), atol=2)
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, ending):
+    ramp = np.arange(32, dtype=np.uint16).repeat(16).reshape(32, 16) * 2000
+    Image.fromarray(ramp).save(tmp_path / f"ramp.{ending}")
+    opened = np.asarray(open_image(tmp_path / f"ramp.{ending}"))
+    np.testing.assert_array_equal(opened[..., 1], np.round(ramp / 257))
+
+
+def test_grey_and_one_bit():
+    assert open_image(Image.new("L", (9, 9), 77)).getpixel((4, 4)) == (77, 77, 77)
+    assert open_image(Image.new("1", (9, 9), 1)).getpixel((4, 4)) == WHITE
+
+
+def test_transparency_is_laid_on_white(picture, tmp_path):
+    picture.putalpha(Image.fromarray(np.uint8(np.arange(24) < 12).repeat(16).reshape(24, 16).T * 255))
+    opened = open_image(picture)
+    assert opened.getpixel((3, 3)) == RED and opened.getpixel((20, 3)) == WHITE
+
+    palette = Image.new("P", (9, 9), 0)
+    palette.putpalette([10, 20, 30] * 256)
+    palette.save(tmp_path / "clear.gif", transparency=0)
+    assert open_image(tmp_path / "clear.gif").getpixel((4, 4)) == WHITE
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(picture, tmp_path, orientation):
+    picture.paste((0, 255, 0), (0, 0, 4, 4))  # so that no turn and no mirroring gives the same picture
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture.save(tmp_path / "turned.png", exif=exif)
+    opened = open_image(tmp_path / "turned.png")
+    with Image.open(tmp_path / "turned.png") as turned:
+        expected = np.asarray(ImageOps.exif_transpose(turned))
+    np.testing.assert_array_equal(np.asarray(opened), expected)
+    np.testing.assert_array_equal(np.asarray(open_image(opened)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_does_not_hide_the_picture(picture, tmp_path):
+    picture.save(tmp_path / "odd.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
+    assert open_image(str(tmp_path / "odd.jpg")).size == picture.size
+
+
+def test_arrays():
+    array = np.random.default_rng(0).integers(0, 256, (10, 12, 3), np.uint8)
+    np.testing.assert_array_equal(np.asarray(open_image(array)), array)
+    np.testing.assert_array_equal(np.asarray(open_image(array[..., 0]))[..., 2], array[..., 0])
+    np.testing.assert_array_equal(np.asarray(open_image(array[:, ::-1])), array[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((9, 9, 3)), np.zeros((9, 9, 2), np.uint8), np.zeros((1, 9, 9, 3), np.uint8), np.zeros(9, np.uint8)],
+)
+def test_wrong_arrays(array):
+    with pytest.raises(InputError, match=r"The array is \[.*; a picture is \[H, W\]"):
+        open_image(array)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.png", None, "does not exist"),
+        ("text.png", b"not a picture", "not a picture that can be read"),
+        ("empty.jpg", b"", r"is empty \(0 bytes\)"),
+        ("bomb.png", png_header(20_000, 20_000), "too large.*400000000 pixels.*limit"),
+        ("cut.png", png_header(64, 64), "cannot be read .*truncated"),
+        ("nul\0.png", None, "does not exist"),
+        ("long" * 999, None, "does not exist"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        open_image(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_folder_and_truncated_jpeg(picture, tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        open_image(tmp_path)
+    picture.resize((240, 160)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-200])
+    with pytest.raises(InputError, match="cannot be read .*truncated"):
+        open_image(tmp_path / "cut.jpg")
+
+
+def test_too_small_and_no_rgb():
+    with pytest.raises(InputError, match=f"1x1 pixels; each side must have at least {MIN_SIDE}"):
+        open_image(Image.new("RGB", (1, 1)))
+    with pytest.raises(InputError, match="save it as 8-bit RGB"):
+        open_image(Image.new("F", (9, 9)))

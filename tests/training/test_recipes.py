@@ -1,0 +1,196 @@
+"""Every recipe of adapters/ is read, and run for a step over tiny random towers of the same family and miniature data.
+
+Weights differ from the recipes' and words are embedded at random; all else, down to the trainer, is what a person with
+a GPU and the Hub would run.
+"""
+
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import SIZE, C, D, randomise, tiny_config
+from safetensors.torch import load_file
+from transformers import Owlv2Config, SamConfig, SiglipConfig
+
+from ovsam.errors import InputError
+from ovsam.modeling.clip import CLIP_SIDES, OpenClipConfig
+from ovsam.modeling.sam import SAM_SIDES
+from ovsam.training import engine as training_run
+from ovsam.training import recipe as recipes
+from ovsam.training.stages import STAGES, towers
+from ovsam.training.stages.text_embeddings import WordTable
+
+ROOT = Path(__file__).resolve().parents[2]
+READERS = Path(__file__).parents[1] / "data" / "readers"
+RECIPES = sorted(path for path in (ROOT / "adapters").glob("*/recipe.toml"))
+READ = {path.parent.name: tomllib.loads(path.read_text(encoding="utf-8")) for path in RECIPES}
+DRY_RUN = [name for name, recipe in READ.items() if recipe["stage"] not in ("calibrate", "finetune")]
+# What is smaller in a dry run; the rest of [stage_args] is the recipe's.
+SMALLER = {"width": 16, "prompts": 2, "layers": 1, "heads": 4, "mask_locations": 8, "architecture": "test_vit"}
+SMALLER |= {"image_size": SIZE}
+MINIATURES = {
+    "coco": {"annotations": READERS / "coco/annotations/instances_val2017.json", "images": READERS / "coco/val2017"},
+    "lvis": {"annotations": READERS / "lvis/lvis_v1_val.json", "images": READERS / "coco"},
+    "sa1b": {"folder": READERS / "sa1b"},
+    "folders": {"folder": READERS / "imagenet" / "train"},
+}
+_PATCHES = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+
+
+def tiny_sam(spec):
+    """A side of the family that a recipe names, at tiny size."""
+    if isinstance(spec, dict) or "sam2.1" in spec:
+        kind = "edgetam" if isinstance(spec, dict) else "sam2"
+        return randomise(SAM_SIDES[kind](tiny_config(sam=kind, adapters=False).sam_config))
+    vision = {"hidden_size": C, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 32, "output_channels": C}
+    vision |= {"image_size": SIZE, "patch_size": 16, "num_pos_feats": C // 2, "global_attn_indexes": [1]}
+    prompts = {"hidden_size": C, "image_size": SIZE, "patch_size": 16, "image_embedding_size": SIZE // 16}
+    decoder = {"hidden_size": C, "mlp_dim": 48, "num_attention_heads": 4, "iou_head_hidden_dim": 16}
+    config = SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    return randomise(SAM_SIDES["sam"](config))
+
+
+def tiny_clip(spec):
+    name = spec if isinstance(spec, str) else spec.get("open_clip", "dual_encoder")
+    if "model_cfg" in spec:
+        vision = spec["model_cfg"]["vision_cfg"] | {"timm_model_name": "vit_tiny_patch16_224", "image_size": SIZE // 2}
+        model_cfg = spec["model_cfg"] | {"embed_dim": D, "vision_cfg": vision}
+        return randomise(CLIP_SIDES["ovsam_open_clip"](OpenClipConfig(model_cfg=model_cfg), part="vision"))
+    picture = {"image_size": SIZE, "patch_size": 16}
+    if "owlv2" in name:
+        text = _PATCHES | {"vocab_size": 64, "max_position_embeddings": 12}
+        config = Owlv2Config(text_config=text, vision_config=_PATCHES | picture, projection_dim=D)
+    elif "siglip" in name:
+        config = SiglipConfig(text_config=_PATCHES | {"projection_size": D}, vision_config=_PATCHES | picture)
+    else:
+        kind = {"convnext_large_d_320": "convnext", "RN50x16-quickgelu": "resnet"}.get(name, name)
+        config = tiny_config(clip=kind, adapters=False).clip_config
+    return randomise(CLIP_SIDES[config.model_type](config, part="vision"))
+
+
+def random_words(*_):
+    def embed(words):
+        generator = torch.Generator().manual_seed(0)
+        return F.normalize(torch.randn(len(words), D, generator=generator), dim=-1)
+
+    return embed
+
+
+def miniature(name, folder, **settings):
+    """A recipe at tiny size, as a file."""
+    recipe = tomllib.loads((ROOT / "adapters" / name / "recipe.toml").read_text(encoding="utf-8"))
+    recipe.pop("weights", None)
+    arguments = recipe["stage_args"]
+    arguments |= {key: value for key, value in SMALLER.items() if key in arguments}
+    if "clip_size" in recipe.get("model", {}):
+        recipe["model"]["clip_size"] = SIZE // 2
+    kind = settings.get("data") or recipe["data"].get("format")
+    if kind is None:
+        recipe["data"] |= {"canvas": SIZE, "min_objects": 2, "max_objects": 3, "min_size": 30.0, "max_size": 60.0}
+    else:
+        own = {key: str(path) for key, path in MINIATURES[kind].items()}
+        recipe["data"] = recipe["data"] | own | {"format": kind, "size": SIZE, "max_objects": 4}
+        recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in MINIATURES["coco"] or k in own}
+    recipe["optim"] |= {"batch_size": 2, "accumulate": 1, "steps": 1, "warmup_steps": 0, "workers": 0}
+    path = folder / name / "recipe.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text(to_toml(recipe), encoding="utf-8")
+    return path
+
+
+def to_toml(recipe):
+    lines, tables = [], []
+    for key, value in recipe.items():
+        tables += [key] if isinstance(value, dict) else []
+        lines += [] if isinstance(value, dict) else [f"{key} = {written(value)}"]
+    for table in tables:
+        lines += [f"[{table}]", *(f"{key} = {written(value)}" for key, value in recipe[table].items())]
+    return "\n".join(lines) + "\n"
+
+
+def written(value):
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {written(item)}" for key, item in value.items()) + " }"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+@pytest.fixture
+def tiny_towers(monkeypatch):
+    monkeypatch.setattr(towers, "sam_side", tiny_sam)
+    monkeypatch.setattr(towers, "clip_side", tiny_clip)
+    monkeypatch.setattr(training_run, "text_embedder", random_words)
+
+
+@pytest.mark.parametrize("name", DRY_RUN)
+def test_a_recipe_runs_over_tiny_towers(name, tmp_path, tiny_towers, capfd):
+    folder = training_run.train_recipe(miniature(name, tmp_path), output=tmp_path / "out", device="cpu")
+    state = load_file(folder / "model.safetensors")
+    assert state and all(tensor.isfinite().all() for tensor in state.values())
+    stage = READ[name]["stage"]
+    published = {"adapters": {"concepts", "clip2sam"}, "mae": {"clip"}}.get(stage, {stage})
+    published = published | ({"clip"} if READ[name]["stage_args"].get("train_clip") else set())
+    assert {key.split(".")[0] for key in state} == published
+    assert f"stage {stage}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["clip2sam-convnext", "concepts-siglip2"])
+def test_the_same_recipe_reads_lvis(name, tmp_path, tiny_towers):
+    folder = training_run.train_recipe(miniature(name, tmp_path, data="lvis"), output=tmp_path / "out", device="cpu")
+    assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_recipe_is_a_known_stage_with_known_arguments(name):
+    recipe = READ[name]
+    if recipe["stage"] == "calibrate":
+        return
+    accepted = recipes.stage_parameters(STAGES[recipe["stage"]])
+    assert recipe["stage_args"].keys() <= accepted.keys()
+    if "towers" in accepted:
+        assert recipe["model"].keys() <= {"sam", "clip", "composition", "clip_size", "templates"}
+    # A passage of the whole data takes a whole number of steps that is worth a warm-up.
+    assert recipe["optim"]["warmup_steps"] < recipe["optim"]["steps"]
+
+
+@pytest.mark.parametrize("name", [n for n, r in READ.items() if isinstance(r.get("model", {}).get("sam"), str)])
+def test_a_recipe_for_released_towers_says_what_it_costs(name):
+    text = (ROOT / "adapters" / name / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if "GB" in line and "estimate" in line.lower())
+    gigabytes = float(line.split(" GB")[0].split()[-1])
+    assert math.isfinite(gigabytes) and gigabytes <= 24
+
+
+@pytest.mark.parametrize("name", ["clip-tiny", "sam-tiny-512", "concepts-tiny", "clip2sam-tiny"])
+def test_the_published_weights_are_those_of_their_recipe(name):
+    """What hub/ovsam-tiny carries fits the towers and the adapters that the recipes describe, number for number."""
+    recipe = READ[name]
+    tables = {side: dict(table) for side, table in recipe["model"].items()}
+    for table in tables.values():
+        table.pop("weights", None), table.pop("trunk_weights", None)
+    zeros = torch.zeros(0, 384), torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
+    words = {"words": WordTable(zeros[0], zeros[0], *zeros[1:])} if recipe["stage"] != "sam" else {}
+    stage = STAGES[recipe["stage"]](towers=towers.build_towers(tables), **words, **recipe["stage_args"])
+    own = stage.published_state()
+    published = load_file(ROOT / "hub" / "ovsam-tiny" / "vision_model.safetensors")
+    released = {key: tensor for key, tensor in published.items() if key in own}
+    parts = {key.split(".")[0] for key in own}
+    assert released.keys() == {key for key in published if key.split(".")[0] in parts} == own.keys()
+    stage.load_published({key: tensor.clone().float() for key, tensor in released.items()})
+    for key, tensor in stage.published_state().items():
+        assert torch.equal(tensor, released[key].clone().float()), key
+
+
+def test_one_recipe_serves_all_sizes_of_sam(tmp_path):
+    path = miniature("clip2sam-convnext", tmp_path)
+    settings = ["model.sam=facebook/sam2.1-hiera-large", "optim.batch_size=1", "stage_args.train_decoder=true"]
+    recipe = recipes.read_recipe(path, settings=[*settings, 'data.flavour="x"'])
+    assert recipe["model"]["sam"] == "facebook/sam2.1-hiera-large"
+    assert recipe["optim"]["batch_size"] == 1 and recipe["stage_args"]["train_decoder"] is True
+    assert recipe["data"]["flavour"] == "x"
+    with pytest.raises(InputError, match="KEY=VALUE"):
+        recipes.read_recipe(path, settings=["model.sam"])
+    with pytest.raises(InputError, match="not a table"):
+        recipes.read_recipe(path, settings=["seed.sam=1"])
