@@ -33,7 +33,7 @@ from torchvision.transforms.functional import resized_crop
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "research"))
 from paper.stages import SCALE, LearnedPrompt, RoiStage, TokenStage, class_embeds, load_sam2clip  # noqa: E402
 
 from ovsam.data import SceneDataset  # noqa: E402
@@ -50,7 +50,7 @@ from ovsam.training.recipe import read_recipe  # noqa: E402
 from ovsam.training.stages.text_embeddings import embed_texts, word_table  # noqa: E402
 from ovsam.training.stages.towers import build_towers  # noqa: E402
 
-RECIPES = ROOT / "benchmarks" / "paper"
+RECIPES = ROOT / "research" / "paper"
 WORDS, NOVEL = 65, 17  # as COCO in the paper
 TEST_SEED = 800_001  # no recipe's
 SCENE = SceneConfig(min_objects=6, max_objects=10, max_size=150.0)

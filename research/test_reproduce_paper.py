@@ -29,7 +29,7 @@ SMALL = SceneConfig(canvas=96, min_objects=2, max_objects=3, min_size=24.0, max_
 
 @pytest.fixture(scope="module")
 def paper():
-    spec = importlib.util.spec_from_file_location("reproduce_paper", ROOT / "benchmarks" / "reproduce_paper.py")
+    spec = importlib.util.spec_from_file_location("reproduce_paper", ROOT / "research" / "reproduce_paper.py")
     module = importlib.util.module_from_spec(spec)
     path = list(sys.path)
     spec.loader.exec_module(module)

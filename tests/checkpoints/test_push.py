@@ -171,7 +171,8 @@ def test_adapter_as_pull_request_branch_and_private(hub, client, head):
     """An adapter's folder, built once and sent in every way there is."""
     built = head.parent / "built-head"
     client.run(
-        f"from ovsam.checkpoints.push import build; built = build(Path({str(head)!r}), 'tester/head', Path({str(head.parent)!r}))"
+        "from ovsam.checkpoints.push import build; "
+        f"built = build(Path({str(head)!r}), 'tester/head', Path({str(head.parent)!r}))"
     )
     Path(head.parent / "built").rename(built)
     client.run(f"built = Built(Path({str(built)!r}))")
