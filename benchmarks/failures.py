@@ -37,7 +37,7 @@ def main() -> None:
                 wrong.append((instance.score, f"{label}:\n{instance.label} {instance.score:.2f}", box, instance.mask))
             rough.append((1 - iou, f"{label}:\nIoU {iou:.2f}", box, instance.mask))
         for kept, candidates in ((misnamed, wrong), (misshapen, rough)):
-            kept += [(*max(candidates, key=lambda each: each[0]), picture[0])] if candidates else []
+            kept += [(*max(candidates, key=lambda each: each[0]), picture.image)] if candidates else []
 
     sheet = Image.new("RGB", (COLUMNS * SIDE, 2 * (SIDE + 28)), "white")
     for row, kept in enumerate((misnamed, misshapen)):

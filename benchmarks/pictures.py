@@ -20,13 +20,13 @@ def main() -> None:
     panels = []
     name, words = WHERE
     picture = segmenter.encode(SCENES / name)
-    panels.append(segmenter.where(picture, words).overlay(picture[0]))
+    panels.append(segmenter.where(picture, words).overlay(picture.image))
     name, points = WHAT
     picture = segmenter.encode(SCENES / name)
     clicked = [segmenter.what(picture, points=[point], vocabulary=names)[0] for point in points]
-    panels.append(ovsam.Results(clicked, picture[0].size[::-1]).overlay(picture[0]))
+    panels.append(ovsam.Results(clicked, picture.image.size[::-1]).overlay(picture.image))
     picture = segmenter.encode(SCENES / EVERYTHING)
-    panels.append(segmenter.everything(picture, vocabulary=names).overlay(picture[0]))
+    panels.append(segmenter.everything(picture, vocabulary=names).overlay(picture.image))
 
     sheet = Image.new("RGB", (3 * 512 + 2 * 8, 512), "white")
     for i, panel in enumerate(panels):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import ovsam
 from ovsam.checkpoints.embedded import EMBEDDED, VARIANT
@@ -92,7 +92,7 @@ class Features:
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = features = make()
-                tensors = [leaf for leaf in tree_leaves(features) if isinstance(leaf, torch.Tensor)]
+                tensors = [leaf for leaf in tree_leaves(features.features) if isinstance(leaf, torch.Tensor)]
                 self._sizes[key] = sum(tensor.nbytes for tensor in tensors)
             self._kept.move_to_end(key)
             features = self._kept[key]
@@ -130,7 +130,7 @@ def ask(model: str, session: str, picture: "Upload", question: str | None, **arg
     encoded = features.get(session, model, picture.sha256, lambda: encode(model, picture))
     if question is None:
         return None
-    found = answer(model, question, picture.open(), encoded, arguments)
+    found = answer(model, question, encoded, arguments)
     found.file_name = picture.name
     return found
 
@@ -148,7 +148,7 @@ def floor(model: str, score: float) -> float:
     return min(max(FLOOR, models.get(model).model.config.proposal_threshold), score)
 
 
-def encode(model: str, picture: "Upload") -> Any:
+def encode(model: str, picture: "Upload") -> ovsam.EncodedImage:
     start = time.perf_counter()
     encoded = encode_on_device(model, picture.open())
     seconds[model] = time.perf_counter() - start
@@ -156,18 +156,14 @@ def encode(model: str, picture: "Upload") -> Any:
 
 
 @on_gpu
-def encode_on_device(model: str, picture: Image.Image) -> Any:
-    return to_device(models.get(model).encode(picture)[1], "cpu")
+def encode_on_device(model: str, picture: Image.Image) -> ovsam.EncodedImage:
+    return models.get(model).encode(picture).to("cpu")
 
 
 @on_gpu
-def answer(model: str, question: str, picture: Image.Image, encoded: Any, arguments: dict) -> ovsam.Results:
+def answer(model: str, question: str, encoded: ovsam.EncodedImage, arguments: dict) -> ovsam.Results:
     segmenter = models.get(model)
-    return getattr(segmenter, question)((picture, to_device(encoded, segmenter.model.device)), **arguments)
-
-
-def to_device(encoded: Any, device: Any) -> Any:
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, encoded)
+    return getattr(segmenter, question)(encoded.to(segmenter.model.device), **arguments)
 
 
 class Upload:

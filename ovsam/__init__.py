@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, Auto
 from ovsam.checkpoints.compose import from_parts
 from ovsam.errors import InputError
 from ovsam.inference.pipeline import TASK, OpenVocabularySegmentationPipeline, register_pipeline
-from ovsam.inference.segmenter import Segmenter, load
+from ovsam.inference.segmenter import EncodedImage, Segmenter, load
 from ovsam.modeling.adapters import (
     Clip2SamAdapter,
     Clip2SamConfig,
@@ -52,6 +52,7 @@ __all__ = [
     "ConceptHead",
     "ConceptHeadConfig",
     "ConceptOutput",
+    "EncodedImage",
     "InputError",
     "Instance",
     "OVSamConfig",

@@ -190,7 +190,7 @@ def measure(segmenter: Segmenter, coco: COCO, folder: Path, limit: int | None = 
         if not objects:
             continue
         picture = segmenter.encode(folder / info["file_name"])
-        if picture[0].size != (info["width"], info["height"]):
+        if picture.image.size != (info["width"], info["height"]):
             raise InputError(f"{folder / info['file_name']} has not the size that its annotations are for.")
         rows += prompt_figures(segmenter, picture, objects, truth, all_words, coco, column)
 
@@ -254,7 +254,7 @@ def prompt_figures(
 ) -> list[dict]:
     """One row per object: IoU of its box's and of its clicks' masks, the rank of its name, and the baseline's. `column`
     is the place of each category among all words."""
-    image, features = picture
+    features = picture.features
     boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in objects)]
     points = [[list(a.get("point") or deepest_point(mask))] for a, mask in zip(objects, truth, strict=True)]
     labels = [[1] for _ in objects]
@@ -297,7 +297,7 @@ def prompt_figures(
 
 def _prompt(segmenter: Segmenter, picture, words: Tensor | None, **prompts):
     """The model's output for prompts in the picture's pixels."""
-    image, features = picture
+    image, features = picture.image, picture.features
     inputs = segmenter.processor(original_sizes=[(image.height, image.width)], **prompts)
     given = {name: inputs[name].to(segmenter.model.device) for name in PROMPTS if name in inputs}
     return segmenter.model(features=features, text_embeds=words, **given)
@@ -305,7 +305,7 @@ def _prompt(segmenter: Segmenter, picture, words: Tensor | None, **prompts):
 
 def _masks(segmenter: Segmenter, picture, outputs) -> np.ndarray:
     """[n, H, W] bool"""
-    size = [(picture[0].height, picture[0].width)]
+    size = [(picture.image.height, picture.image.width)]
     return segmenter.processor.post_process_instance_segmentation(outputs, target_sizes=size)[0]["masks"].cpu().numpy()
 
 
@@ -371,7 +371,7 @@ def ap_floor(segmenter: Segmenter) -> float:
 
 def ask(segmenter: Segmenter, picture, embeds: Tensor, words: list[str], threshold: float) -> dict:
     """The instances of some words, as the processor gives them."""
-    image, features = picture
+    image, features = picture.image, picture.features
     proposals = min(threshold, segmenter.model.config.proposal_threshold)
     outputs = segmenter.model(features=features, text_embeds=embeds, proposal_threshold=proposals)
     return segmenter.processor.post_process_instance_segmentation(

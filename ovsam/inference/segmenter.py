@@ -1,13 +1,18 @@
 """`ovsam.load(...)` -> Segmenter: the three questions about one picture, answered with Results."""
 
 import hashlib
+import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import AutoConfig, AutoProcessor
 
 from ovsam.checkpoints.compose import compose
@@ -27,6 +32,8 @@ from ovsam.processing.vocabulary import Vocabulary
 from ovsam.results.results import Results
 
 Words = Vocabulary | str | os.PathLike | Sequence[str] | Mapping[str, str]
+
+BATCH = 4  # images of a list that are encoded in one pass
 
 
 def load(model: str | os.PathLike = "auto", device: str | None = None) -> "Segmenter":
@@ -80,6 +87,21 @@ def _fetch(name: str) -> Path:
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """An upright RGB image and the model's features of it; `Segmenter` takes it in place of the image."""
+
+    image: Image.Image
+    features: OVSamFeatures
+
+    def to(self, device: str | torch.device) -> "EncodedImage":
+        """A copy whose features are on another device."""
+        return EncodedImage(self.image, _map_tensors(lambda tensor: tensor.to(device), self.features))
+
+
+OneImage = Picture | bytes | Tensor | EncodedImage
+
+
+@dataclass(frozen=True)
 class _Asked:
     """A question, once its words are embedded. negatives: their vocabulary and embeddings."""
 
@@ -94,10 +116,13 @@ class _Asked:
 
 
 class Segmenter:
-    """A model and its processor, for people who have a picture and a question.
+    """A model and its processor: detection by text queries, segmentation of prompts, and of everything in an image.
 
-    A picture is a path, a PIL image or an array [H, W, 3]; or the pair that `encode` returned, which is not encoded
-    again. Words are a list, a mapping of prompts to labels, a file, the name of a built-in vocabulary, or a Vocabulary.
+    An image is a path, the bytes of a file, a PIL image, an array [H, W, 3] or a tensor [3, H, W] (uint8, or float in
+    [0, 1]), or an `EncodedImage`, which is not encoded again. `encode`, `where`, `everything`, `what` and `edges` take
+    one image and return one result, or a list of images and return a list; lists are encoded in batches.
+
+    Words are a list, a mapping of phrases to labels, a file, the name of a built-in vocabulary, or a Vocabulary.
     """
 
     def __init__(self, model: OVSamModel, processor: OVSamProcessor, name: str = ""):
@@ -105,13 +130,38 @@ class Segmenter:
         self._text_hash = ""
         self._proposers: dict[str, Proposer] = {}
 
+    def encode(self, image: OneImage | Sequence[OneImage]) -> EncodedImage | list[EncodedImage]:
+        """The features of an image, to ask about it several times: pass the result in place of the image."""
+        if isinstance(image, list | tuple):
+            return [one for batch in self._batches(image) for one in batch]
+        return image if isinstance(image, EncodedImage) else self._encode([_open(image)])[0]
+
     @torch.no_grad()
-    def encode(self, image: Picture) -> tuple[Picture, OVSamFeatures]:
-        """Features of a picture, to ask about it several times: pass what this returns in place of the picture."""
-        image = open_image(image)
-        inputs = self._to_device(self.processor(images=image))
+    def _encode(self, images: list[Image.Image]) -> list[EncodedImage]:
+        inputs = self._to_device(self.processor(images=images))
         pixels = (inputs.get(name) for name in ("pixel_values", "clip_pixel_values", "clip_window"))
-        return image, self.model.encode(*pixels)
+        features = self.model.encode(*pixels)
+        if len(images) == 1:
+            return [EncodedImage(images[0], features)]
+        return [
+            EncodedImage(image, _map_tensors(lambda tensor, i=i: tensor[i : i + 1], features))
+            for i, image in enumerate(images)
+        ]
+
+    def _batches(self, images: Sequence[OneImage]) -> Iterator[list[EncodedImage]]:
+        """The encoded images of a list, BATCH at a time, in their order."""
+        for start in range(0, len(images), BATCH):
+            batch = [
+                image if isinstance(image, EncodedImage) else _open(image) for image in images[start : start + BATCH]
+            ]
+            fresh = [image for image in batch if not isinstance(image, EncodedImage)]
+            encoded = iter(self._encode(fresh) if fresh else ())
+            yield [image if isinstance(image, EncodedImage) else next(encoded) for image in batch]
+
+    def _each(self, images: Sequence[OneImage], ask: Callable[[int, EncodedImage], Any]) -> list:
+        """Ask about each image of a list: ask(its place in the list, the encoded image)."""
+        encoded = (image for batch in self._batches(images) for image in batch)
+        return [ask(place, image) for place, image in enumerate(encoded)]
 
     @torch.no_grad()
     def embed(self, words: Words) -> tuple[Vocabulary, Tensor]:
@@ -128,7 +178,7 @@ class Segmenter:
 
     def where(
         self,
-        image: Picture | tuple[Picture, OVSamFeatures],
+        image: OneImage | Sequence[OneImage],
         words: Words | None = None,
         negative: Sequence[str] = (),
         threshold: float | None = None,
@@ -137,13 +187,13 @@ class Segmenter:
         refine: bool = True,
         tile: int | None = None,
         **post,
-    ) -> Results:
+    ) -> Results | list[Results]:
         """Every instance of the words; what looks more like a negative word is left out, and `results.dropped` tells.
 
         Args:
-            exemplars: boxes [x1, y1, x2, y2] around things of which all alike are wanted, alone or besides the words:
-                on this picture, or as (picture, box) on another. They go by the label "exemplar", or by their own:
-                {label: boxes}, which may be one of the words.
+            exemplars: boxes [x1, y1, x2, y2] around example objects, alone or besides the words; similar objects are
+                returned too. A box is on this image, or (image, box) on another one; for a list of images only the
+                latter. Their label is "exemplar", or their own: {label: boxes}, which may be one of the words.
             proposer: who says where to look: "concepts" (the model's own ConceptHead, the default where it has one),
                 "clip-dense", "grid", "detector:ID", "sam3:ID", or a function (ovsam.inference.proposers).
             refine: False keeps the ConceptHead's prototype masks, which takes half the time.
@@ -156,7 +206,8 @@ class Segmenter:
             raise InputError("Pass words, or exemplars: what to look for.")
         vocabulary, embeds = self.embed(words) if words is not None else (None, None)
         if exemplars:
-            image = image if tile else self._encoded(image)
+            if not isinstance(image, list | tuple):
+                image = image if tile else self.encode(image)
             vocabulary, embeds = self._with_exemplars(vocabulary, embeds, exemplars, image)
         negatives = self.embed(list(negative)) if negative else None
         question = _Asked("text", vocabulary, embeds, negatives, threshold, proposer, refine, post)
@@ -164,23 +215,26 @@ class Segmenter:
 
     def everything(
         self,
-        image: Picture | tuple[Picture, OVSamFeatures],
+        image: OneImage | Sequence[OneImage],
         vocabulary: Words | None = None,
         threshold: float | None = None,
         proposer: str | Proposer | None = None,
         refine: bool = True,
         tile: int | None = None,
         **post,
-    ) -> Results:
+    ) -> Results | list[Results]:
         """All there is, named from the vocabulary or else from the checkpoint's own; the rest as in `where`."""
         question = _Asked("auto", *self._names(vocabulary), None, threshold, proposer, refine, post)
         return self._propose(image, question, tile)
 
     @torch.no_grad()
-    def edges(self, image: Picture | tuple[Picture, OVSamFeatures]) -> Tensor:
+    def edges(self, image: OneImage | Sequence[OneImage]) -> Tensor | list[Tensor]:
         """The edges of the things in a picture, [H, W] in [0, 1], out of the masks of everything. They
         are thin on the mask decoder's grid, a quarter of the model input, and enlarged from there."""
-        picture, features = self._encoded(image)
+        if isinstance(image, list | tuple):
+            return self._each(image, lambda _, one: self.edges(one))
+        encoded = self.encode(image)
+        picture, features = encoded.image, encoded.features
         outputs = self.model(features=features, everything=True)
         grid = edge_map(outputs.pred_masks[0, :, 0].float().sigmoid())  # [h, w]
         across, down = self.processor.picture_share(picture.height, picture.width)
@@ -190,22 +244,34 @@ class Segmenter:
 
     def what(
         self,
-        image: Picture | tuple[Picture, OVSamFeatures],
+        image: OneImage | Sequence[OneImage],
         points: Sequence[Sequence[float]] | None = None,
         labels: Sequence[int] | None = None,
         boxes: Sequence[Sequence[float]] | None = None,
         masks: Tensor | None = None,
         vocabulary: Words | None = None,
-    ) -> Results:
+    ) -> Results | list[Results]:
         """The mask of what was clicked, boxed or roughly painted, named from the vocabulary or, without one, the
         checkpoint's own.
 
         Args:
             points: [[x, y], ...], clicks on one object; with `labels`, 1 on it and 0 beside it.
             boxes: [[x1, y1, x2, y2], ...], an object each; together with points, one box for their object.
-            masks: [n, H, W] bool over the picture, an object each: rough masks to be made exact, such as an earlier
+            masks: [n, H, W] bool over the image, an object each: rough masks to be made exact, such as an earlier
                 result's; together with points, one.
+
+        With a list of images, points, labels, boxes and masks are lists with one entry an image.
         """
+        if isinstance(image, list | tuple):
+            prompts = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
+            prompts = {name: given for name, given in prompts.items() if given is not None}
+            for name, given in prompts.items():
+                if len(given) != len(image):
+                    raise InputError(f"There are {len(image)} images and {len(given)} {name}; give one entry an image.")
+            words = self._vocabulary(vocabulary)
+            return self._each(
+                image, lambda i, one: self.what(one, **{k: v[i] for k, v in prompts.items()}, vocabulary=words)
+            )
         points, boxes = _floats(points), _floats(boxes)
         if not points and not boxes and masks is None:
             raise InputError("Pass points, boxes or masks: what to name.")
@@ -216,21 +282,22 @@ class Segmenter:
                 raise InputError(f"Points are on one object, so that they go with one {name}, not with {len(several)}.")
         if boxes and masks is not None and len(boxes) != len(masks):
             raise InputError(f"There are {len(boxes)} boxes for {len(masks)} masks; each object takes one of each.")
-        image = self._encoded(image)
-        picture = image[0]
+        encoded = self.encode(image)
         words, embeds = self._names(vocabulary)
-        outputs = self._prompt(image, points, labels, boxes, masks, words, embeds)
+        outputs = self._prompt(encoded, points, labels, boxes, masks, words, embeds)
         source: str = "mask"
         prompts: list = ["mask"] * len(outputs.pred_masks[0])
         if points:
             source, prompts = "point", [points]
         elif boxes:
             source, prompts = "box", boxes
-        return self._results(outputs, picture, _Asked(source, words), prompts=prompts)
+        return self._results(outputs, encoded.image, _Asked(source, words), prompts=prompts)
 
     @torch.no_grad()
-    def _prompt(self, image, points=None, labels=None, boxes=None, masks=None, words=None, embeds=None) -> OVSamOutput:
-        picture, features = image
+    def _prompt(
+        self, encoded: EncodedImage, points=None, labels=None, boxes=None, masks=None, words=None, embeds=None
+    ) -> OVSamOutput:
+        picture, features = encoded.image, encoded.features
         _check_inside(picture.size, points, boxes)
         inputs = self.processor(
             original_sizes=[(picture.height, picture.width)],
@@ -246,12 +313,17 @@ class Segmenter:
         return self.model(features=features, text_embeds=embeds, text_labels=_labels(words), **self._to_device(prompts))
 
     @torch.no_grad()
-    def _propose(self, image, asked: "_Asked", tile: int | None) -> Results:
+    def _propose(self, image, asked: "_Asked", tile: int | None) -> Results | list[Results]:
+        if isinstance(image, list | tuple):
+            if tile:
+                return [self._propose(one, asked, tile) for one in image]
+            return self._each(image, lambda _, one: self._propose(one, asked, None))
         if tile:
-            if isinstance(image, tuple):
-                raise InputError("tile looks at parts of the picture, each encoded anew: pass the picture itself.")
-            return segment_tiled(lambda part: self._propose(part, asked, None), open_image(image), tile, tile // 4)
-        picture, features = self._encoded(image)
+            if isinstance(image, EncodedImage):
+                raise InputError("Tiles of an image are encoded one by one: with tile, pass the image itself.")
+            return segment_tiled(lambda part: self._propose(part, asked, None), _open(image), tile, tile // 4)
+        encoded = self.encode(image)
+        picture, features = encoded.image, encoded.features
         config, everything = self.model.config, asked.source == "auto"
         threshold = asked.threshold
         if threshold is None:
@@ -305,7 +377,9 @@ class Segmenter:
         for label, boxes in by_label.items():
             for number, given in enumerate(boxes, 1):
                 on, box = given if len(given) == 2 else (image, given)
-                found = self._prompt(self._encoded(on), boxes=_floats([box]))
+                if isinstance(on, list | tuple):
+                    raise InputError("With a list of images, an exemplar is (image, box), not a box alone.")
+                found = self._prompt(self.encode(on), boxes=_floats([box]))
                 rows.append(found.class_embeds[0].float() * self.model.config.exemplar_scale)
                 labels[f"{label} as in exemplar {number}"] = label
         return Vocabulary(labels), torch.cat(rows)
@@ -343,11 +417,11 @@ class Segmenter:
 
     def _names(self, vocabulary: Words | None) -> tuple[Vocabulary | None, Tensor | None]:
         """The words to name with; neither the user nor the checkpoint may have any, and then all is an "object"."""
-        words = vocabulary if vocabulary is not None else self.model.config.vocabulary
+        words = self._vocabulary(vocabulary)
         return self.embed(words) if words is not None else (None, None)
 
-    def _encoded(self, image) -> tuple[Picture, OVSamFeatures]:
-        return image if isinstance(image, tuple) else self.encode(image)
+    def _vocabulary(self, vocabulary: Words | None) -> Words | None:
+        return vocabulary if vocabulary is not None else self.model.config.vocabulary
 
     def _encode_words(self, phrases: list[str]) -> Tensor:
         tokens = self._to_device(self.processor.tokenize(phrases))
@@ -362,6 +436,50 @@ class Segmenter:
             probe = self._encode_words(["dog", "a red ball", "zzyzx"]).float().cpu()
             self._text_hash = hashlib.sha256((probe * 1e4).round().numpy().tobytes()).hexdigest()[:16]
         return self._text_hash
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], features: OVSamFeatures) -> OVSamFeatures:
+    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, features)
+
+
+def _open(image: OneImage) -> Image.Image:
+    """An image of any accepted kind as upright RGB; raises InputError for anything else."""
+    if isinstance(image, bytes | bytearray):
+        try:
+            image = Image.open(io.BytesIO(image))
+            image.load()
+        except Exception as error:  # each decoder has errors of its own
+            raise InputError(f"The {type(image).__name__} are not an image that can be read ({error}).") from error
+    elif isinstance(image, Tensor):
+        image = _from_tensor(image)
+    elif not isinstance(image, str | os.PathLike | Image.Image | np.ndarray):
+        raise InputError(
+            f"An image is a path, bytes, a PIL image, an array, a tensor or an EncodedImage, or a list of these; "
+            f"got {type(image).__name__}."
+        )
+    return open_image(image)
+
+
+def _from_tensor(tensor: Tensor) -> np.ndarray:
+    """A tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1] -> [H, W, 3] or [H, W] of uint8."""
+    if (
+        tensor.ndim != 3
+        or tensor.shape[0] not in (1, 3)
+        or not (tensor.dtype == torch.uint8 or tensor.is_floating_point())
+    ):
+        raise InputError(
+            f"The tensor is {list(tensor.shape)} of {tensor.dtype}; an image is [3, H, W] of uint8 or of floats in [0, 1]."
+        )
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+        if not (tensor.min() >= 0 and tensor.max() <= 1):
+            raise InputError(
+                f"The tensor has values from {tensor.min():g} to {tensor.max():g}; floats of an image are in [0, 1], "
+                "not yet normalised."
+            )
+        tensor = (tensor * 255).round().to(torch.uint8)
+    array = tensor.detach().cpu().permute(1, 2, 0).numpy()
+    return array[..., 0] if array.shape[2] == 1 else array
 
 
 def _floats(rows) -> list[list[float]]:

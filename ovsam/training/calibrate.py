@@ -25,7 +25,7 @@ from ovsam.data import SceneDataset, SegmentationData
 from ovsam.data.scenes.freeze import related
 from ovsam.errors import InputError
 from ovsam.evaluation.evaluate import AP_FLOOR, are_right, ask, calibration_error
-from ovsam.inference.segmenter import Segmenter, load
+from ovsam.inference.segmenter import EncodedImage, Segmenter, load
 from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter
 from ovsam.modeling.adapters.concepts import ConceptHead
 from ovsam.modeling.scoring import calibrated
@@ -45,7 +45,7 @@ class Held:
     """One held-out picture: `encoded` as Segmenter gives it, masks, boxes and word ids of its objects, words to ask
     for."""
 
-    encoded: tuple
+    encoded: EncodedImage
     masks: Tensor  # [n, S, S] bool
     boxes: Tensor  # [n, 4]
     word_ids: Tensor  # [n], -1 without a name
@@ -120,10 +120,10 @@ def calibrate(
             own = held.word_ids[named][:, None].to(words.device) == words
             boxes = held.boxes[named][None].to(embeds.device)
             if isinstance(model.clip2sam, Clip2SamAdapter) and len(own):
-                seen = model(features=held.encoded[1], input_boxes=boxes).class_embeds[0]
+                seen = model(features=held.encoded.features, input_boxes=boxes).class_embeds[0]
                 naming.add(seen, model.clip2sam.log_scale.exp(), model.clip2sam.logit_shift, embeds[words], own)
             if isinstance(model.concepts, ConceptHead) and len(own):
-                out = held.encoded[1].concepts
+                out = held.encoded.features.concepts
                 fit = box_iou(boxes[0], out.boxes[0].float()) * out.objectness[0].sigmoid()
                 best = fit.argmax(1)  # the location of each object
                 where = (out.embeds[0, best], out.logit_scale[0, best], out.logit_shift[0, best])
@@ -246,11 +246,11 @@ def _calibrations_and_thresholds(
         returned += zip(scores, right, strict=True)
         if own.any():
             boxes = held.boxes[own][None].to(embeds.device)
-            prompted = segmenter.model(features=held.encoded[1], text_embeds=embeds, input_boxes=boxes).scores[0]
+            prompted = segmenter.model(features=held.encoded.features, text_embeds=embeds, input_boxes=boxes).scores[0]
             surest, name = prompted.max(-1)
             named += zip(surest.tolist(), (name.cpu() == held.word_ids[own]).tolist(), strict=True)
 
-        features = held.encoded[1]
+        features = held.encoded.features
         refine = features.concepts.prototypes is None  # only boxes count here, which refinement leaves alone
         outputs = segmenter.model(features=features, everything=True, refine=refine, proposal_threshold=AP_FLOOR)
         taken = box_iou(outputs.pred_boxes[0].cpu().float(), held.boxes) > 0.5  # [I, objects], best proposal first

@@ -259,7 +259,7 @@ def test_photo_finds_what_owlv2_finds(photo, parts, monkeypatch):
     )[0]
     model, processor = segmenter.model, segmenter.processor
     embeds = segmenter.embed(["cat", "red ball"])[1]
-    features = image[1]
+    features = image.features
     logits = model._concept_naming(features.concepts, torch.arange(features.concepts.boxes.shape[1])[None]).logits(
         embeds
     )

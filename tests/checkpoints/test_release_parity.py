@@ -448,7 +448,7 @@ def test_masks_of_a_picture_of_another_size(model, processor, features, numbers)
 
 def test_segmenter_tells_which_words_were_trained_on(model, processor, picture, features):
     segmenter, words, box = ovsam.Segmenter(model, processor), ["person", "bus"], [22.0, 30.0, 80.0, 95.0]
-    found = segmenter.what((picture, features), boxes=[box], vocabulary=words)
+    found = segmenter.what(ovsam.EncodedImage(picture, features), boxes=[box], vocabulary=words)
     with torch.no_grad():
         given = {"features": features, "text_embeds": segmenter.embed(words)[1], "input_boxes": torch.tensor([[box]])}
         told, untold = model(**given, text_labels=words), model(**given)

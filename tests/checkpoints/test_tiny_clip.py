@@ -201,7 +201,7 @@ def test_it_loads_whole_and_has_one_backbone(tree):
 def test_what_is_ovsam_tinys_answers_as_in_ovsam_tiny(segmenter):
     """The CLIP side and the ConceptHead see the same; the SAM features differ."""
     tiny = ovsam.load("ovsam-tiny", device="cpu")
-    seen = [each.encode(VAL / "images" / "002.jpg")[1] for each in (segmenter, tiny)]
+    seen = [each.encode(VAL / "images" / "002.jpg").features for each in (segmenter, tiny)]
     for name in ("objectness", "boxes", "embeds"):
         torch.testing.assert_close(*(getattr(features.concepts, name) for features in seen))
     torch.testing.assert_close(*(each.embed(["car", "puppy"])[1] for each in (segmenter, tiny)))

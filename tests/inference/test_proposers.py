@@ -185,7 +185,8 @@ def test_a_detector_that_is_asked_for_all_words_at_once(segmenter, make):
 
 def test_grounding_dino_is_asked_word_by_word(segmenter):
     detector, seen = grounding_dino(), []
-    image, features = segmenter.encode(PICTURE)
+    encoded = segmenter.encode(PICTURE)
+    image, features = encoded.image, encoded.features
     question = ovsam.inference.proposers.Question(
         image, WORDS, None, False, segmenter.model, segmenter.processor, features
     )
@@ -265,7 +266,8 @@ def test_connected_cells():
 
 
 def test_clip_dense_points_lie_where_the_word_is_strongest(segmenter):
-    image, features = segmenter.encode(PICTURE)
+    encoded = segmenter.encode(PICTURE)
+    image, features = encoded.image, encoded.features
     _, embeds = segmenter.embed(WORDS)
     question = ovsam.inference.proposers.Question(
         image, WORDS, embeds, False, segmenter.model, segmenter.processor, features
@@ -288,7 +290,8 @@ def test_stability_is_the_iou_of_two_cuts():
 
 
 def test_the_grid_finds_confident_and_distinct_masks(segmenter):
-    image, features = segmenter.encode(PICTURE)
+    encoded = segmenter.encode(PICTURE)
+    image, features = encoded.image, encoded.features
     question = ovsam.inference.proposers.Question(image, [], None, True, segmenter.model, segmenter.processor, features)
     loose = {"pred_iou_threshold": -1e9, "stability_threshold": 0.0}
     everything = get_proposer("grid")(question, points_per_side=4, nms_threshold=1.0, **loose)

@@ -1,5 +1,7 @@
 """The three questions as a person asks them, of the embedded checkpoint, about a held-out scene."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -119,7 +121,7 @@ def test_a_thing_across_the_seams_of_tiles_is_found_once(segmenter, scene):
     there = np.zeros((640, 1024), dtype=bool)
     there[y : y + 512, x : x + 512] = expected.mask
     assert sum(overlap(one.mask, there) > 0.5 for one in found) == 1
-    with pytest.raises(InputError, match="pass the picture itself"):
+    with pytest.raises(InputError, match="pass the image itself"):
         segmenter.where(scene, ["car"], tile=512)
 
 
@@ -129,3 +131,63 @@ def test_filtering_again_runs_no_model(segmenter, scene, monkeypatch):
     fewer = found.filter(score=0.45, min_area=1000)
     assert 0 < len(fewer) < len(found)
     assert all(one.score >= 0.45 and one.area >= 1000 for one in fewer)
+
+
+def same(one, other):
+    assert one.labels == other.labels and len(one) > 0
+    assert [each.segmentation for each in one] == [each.segmentation for each in other]
+
+
+def test_encode_returns_the_image_and_its_features(segmenter, scene):
+    assert isinstance(scene, ovsam.EncodedImage) and scene.image.size == (512, 512)
+    assert segmenter.encode(scene) is scene
+    same(segmenter.where(scene, ["car"]), segmenter.where(SCENE, ["car"]))
+
+
+def test_images_of_every_kind(segmenter, scene):
+    expected = segmenter.where(scene, ["car"])
+    array = np.asarray(scene.image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    for image in (scene.image, array, tensor, tensor / 255, Path(SCENE), Path(SCENE).read_bytes()):
+        same(segmenter.where(image, ["car"]), expected)
+
+
+def test_a_list_of_images_gives_a_list_of_results(segmenter, scene, monkeypatch):
+    other, words = SCENE.replace("028", "029"), ["car", "dog face", "pizza"]
+    singles = [segmenter.everything(image, words) for image in (scene, other, SCENE)]
+    calls, own = [], segmenter.model.encode
+    monkeypatch.setattr(segmenter.model, "encode", lambda *pixels: (calls.append(len(pixels)), own(*pixels))[1])
+    encoded = segmenter.encode([scene, other, SCENE])
+    assert len(calls) == 1 and encoded[0] is scene and encoded[1].features.sam.embedding.shape[0] == 1
+    for found, single in zip(segmenter.everything(encoded, words), singles, strict=True):
+        assert found.labels == single.labels and np.mean(found.masks == single.masks) > 0.999
+    assert len(calls) == 1
+    boxes = [[[145, 37, 215, 89]], [[20, 20, 120, 120], [60, 60, 200, 200]]]
+    named = segmenter.what([scene, other], boxes=boxes, vocabulary=words)
+    assert [len(each) for each in named] == [1, 2]
+    same(named[0], segmenter.what(scene, boxes=boxes[0], vocabulary=words))
+    same(segmenter.where([scene], exemplars=[(scene, boxes[0][0])])[0], segmenter.where(scene, exemplars=boxes[0]))
+    assert segmenter.where([], ["car"]) == [] and len(segmenter.edges([scene, other])) == 2
+    with pytest.raises(InputError, match="2 images and 1 boxes"):
+        segmenter.what([scene, other], boxes=boxes[:1])
+    with pytest.raises(InputError, match="an exemplar is \\(image, box\\)"):
+        segmenter.where([scene, other], exemplars=boxes[0])
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (3, "got int"),
+        (None, "got NoneType"),
+        ({"image": SCENE}, "got dict"),
+        ([SCENE, 3.5], "got float"),
+        (b"no image", "bytes are not an image"),
+        (torch.zeros(512, 512, 3), "an image is \\[3, H, W\\]"),
+        (torch.zeros(3, 64, 64, dtype=torch.int64), "of torch.int64"),
+        (torch.full((3, 64, 64), 255.0), "floats of an image are in \\[0, 1\\]"),
+    ],
+)
+def test_what_is_no_image_is_one_sentence(segmenter, image, message):
+    with pytest.raises(InputError, match=message) as error:
+        segmenter.where(image, ["car"])
+    assert "\n" not in str(error.value)

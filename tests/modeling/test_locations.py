@@ -57,7 +57,7 @@ def test_prototypes_make_masks_of_boxes_better(segmenter):
     for image in data["images"][:4]:
         objects = [a for a in data["annotations"] if a["image_id"] == image["id"]]
         truth = np.stack([rle.decode(a["segmentation"]).astype(bool) for a in objects])
-        features = segmenter.encode(VAL / image["file_name"])[1]
+        features = segmenter.encode(VAL / image["file_name"]).features
         boxes = torch.tensor([[[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in objects)]])
         for value in overlap:
             model.config.prototype_weight = value
@@ -72,7 +72,7 @@ def test_prototypes_make_masks_of_boxes_better(segmenter):
 
 def test_a_mask_that_is_given_says_more_than_a_prototype(segmenter):
     model = segmenter.model
-    features = segmenter.encode(VAL / "images/028.jpg")[1]
+    features = segmenter.encode(VAL / "images/028.jpg").features
     click = {"features": features, "input_points": torch.tensor([[[[85.0, 212.0]]]])}
     first = model(**click).pred_masks[:, :, 0]
     decoded = model.sam.decode(features.sam, input_points=click["input_points"], input_masks=first)
@@ -82,7 +82,7 @@ def test_a_mask_that_is_given_says_more_than_a_prototype(segmenter):
 
 def test_three_masks_of_an_ambiguous_click_stay_the_decoders(segmenter):
     model = segmenter.model
-    features = segmenter.encode(VAL / "images/028.jpg")[1]
+    features = segmenter.encode(VAL / "images/028.jpg").features
     click = {"features": features, "input_points": torch.tensor([[[[85.0, 212.0]]]]), "multimask_output": True}
     plain = model(**click).pred_masks
     decoded = model.sam.decode(features.sam, input_points=click["input_points"])

@@ -105,7 +105,7 @@ def test_every_pair(parts, sam, clip, composition, tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again = aligned(ovsam.load(tmp_path, "cpu"))
-    image = again.encode(image[0])
+    image = again.encode(image.image)
     for question, results in ask(again).items():
         assert arrays(results) == arrays(answers[question]), question
 

@@ -181,7 +181,7 @@ def test_calibrated_numbers_do_in_the_head_what_was_fitted(base, data):
         patch.setattr(calibrate, "_fit", lambda pairs, title: fitted[title])
         calibrate.calibrate(other, source, seed=0, pictures=2, absent=0.5)
     image = Image.open(data[0].parent / "0.png")
-    before, after = segmenter.encode(image)[1].concepts, other.encode(image)[1].concepts
+    before, after = segmenter.encode(image).features.concepts, other.encode(image).features.concepts
     torch.testing.assert_close(after.logit_scale, 0.7 * before.logit_scale)
     torch.testing.assert_close(after.logit_shift, before.logit_shift - 0.05)
     torch.testing.assert_close(other.model.clip2sam.log_scale.exp(), 1.3 * segmenter.model.clip2sam.log_scale.exp())
@@ -207,7 +207,7 @@ def test_calibrated_scores_keep_logits_and_order(base, data):
     other.model.config.score_calibration, other.model.config.name_calibration = [3.0, 1.0], [2.0, -1.0]
     image = Image.open(data[0].parent / "0.png")
     _, embeds = segmenter.embed(list(COLOURS))
-    features = segmenter.encode(image)[1]
+    features = segmenter.encode(image).features
     box = torch.tensor([[[2.0, 2.0, 40.0, 40.0]]])
     for question, pair in (
         ({"proposal_threshold": 0.0}, (3.0, 1.0)),
