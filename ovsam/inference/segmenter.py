@@ -462,15 +462,17 @@ def _open(image: OneImage) -> Image.Image:
 
 def _from_tensor(tensor: Tensor) -> np.ndarray:
     """A tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1] -> [H, W, 3] or [H, W] of uint8."""
+    real = tensor.is_floating_point()
     if (
         tensor.ndim != 3
         or tensor.shape[0] not in (1, 3)
-        or not (tensor.dtype == torch.uint8 or tensor.is_floating_point())
+        or not tensor.numel()
+        or not (real or tensor.dtype == torch.uint8)
     ):
         raise InputError(
-            f"The tensor is {list(tensor.shape)} of {tensor.dtype}; an image is [3, H, W] of uint8 or of floats in [0, 1]."
+            f"The tensor is {list(tensor.shape)} of {tensor.dtype}; an image is [3, H, W] of uint8 or of floats."
         )
-    if tensor.is_floating_point():
+    if real:
         tensor = tensor.float()
         if not (tensor.min() >= 0 and tensor.max() <= 1):
             raise InputError(

@@ -130,7 +130,9 @@ def test_features_are_few_a_session_and_bounded_in_all():
     kept, made = engine.Features(a_session=2, size=1000), []
 
     def get(session, picture, count=50):
-        return kept.get(session, "m", picture, lambda: made.append(picture) or {"map": torch.zeros(count)})
+        return kept.get(
+            session, "m", picture, lambda: made.append(picture) or ovsam.EncodedImage(None, torch.zeros(count))
+        )
 
     for picture in "abab":
         get("one", picture)
