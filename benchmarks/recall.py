@@ -130,7 +130,7 @@ def tiles(segmenter: ovsam.Segmenter) -> None:
         for index in range(3):
             scene = draw_scene(SEED, index, BASE, config)
             truth = [rle.encode(scene.index_map == i + 1) for i in range(len(scene.word_ids))]
-            found = [one.segmentation for one in segmenter.everything(scene.image, tile=tile, threshold=0.3)]
+            found = [one.segmentation for one in segmenter.everything(scene.image, tile=tile, objectness=0.3)]
             overlap = rle.iou(found, truth) if found else np.zeros((1, len(truth)))
             recalled += (overlap.max(0) > 0.5).tolist()
             doubled += int(((overlap > 0.5).sum(0) > 1).sum())

@@ -107,7 +107,7 @@ def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
         Args:
             picture: The picture.
             vocabulary: The names to choose from: a list of words, "coco", "lvis", "imagenet21k", or "own", the model's.
-            score: The least score of an object being one, 0 to 1; the model's default if not given.
+            score: The minimum score, 0 to 1; any if not given.
             mask_score: The least predicted IoU of a mask.
             overlap: The largest IoU that two masks may have.
             min_area: The least area in pixels.

@@ -247,7 +247,7 @@ def image_tab(model: str) -> None:
                 {}, html_template="", js_on_load=script("listing.js"), elem_id="listing", apply_default_css=False
             )
             with gr.Accordion("Sliders"):
-                score = gr.Slider(FLOOR, 1, FLOOR, step=0.01, label="Least score")
+                score = gr.Slider(0, 1, FLOOR, step=0.01, label="Least score")
                 mask_score = gr.Slider(0, 1, 0, step=0.01, label="Least mask score")
                 overlap = gr.Slider(0, MOST_OVERLAP, MOST_OVERLAP, step=0.05, label="Most overlap of two objects (IoU)")
                 min_area = gr.Slider(0, 20_000, 0, step=10, label="Least area (pixels)")

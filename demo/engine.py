@@ -136,8 +136,8 @@ def ask(model: str, session: str, picture: "Upload", question: str | None, **arg
 
 
 def default_score(model: str, question: str) -> float:
-    config = models.get(model).model.config
-    return config.objectness_threshold if question == "everything" else config.score_threshold
+    """The minimum score of the library's answer; `everything` chooses by objectness and takes any score."""
+    return 0.0 if question == "everything" else models.get(model).model.config.score_threshold
 
 
 def floor(model: str, score: float) -> float:

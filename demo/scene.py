@@ -119,15 +119,13 @@ class Scene:
 def sift(found: Results, sliders: Sliders) -> Results:
     """Apply the sliders to an answer; no model runs."""
     nms = "fast" if sliders.overlap < MOST_OVERLAP else None
-    kept = found.filter(
-        mask_score=sliders.mask_score, min_area=int(sliders.min_area), nms=nms, nms_threshold=sliders.overlap
+    return found.filter(
+        sliders.score,
+        mask_score=sliders.mask_score,
+        min_area=int(sliders.min_area),
+        nms=nms,
+        nms_threshold=sliders.overlap,
     )
-    return Results((one for one in kept if rank(one) >= sliders.score), found.size, found.model, found.file_name)
-
-
-def rank(one: Instance) -> float:
-    """What the score's slider goes by: what no word asked for is ranked by how surely it is a thing."""
-    return one.score if one.source != "auto" or one.objectness is None else one.objectness
 
 
 class Session:
@@ -194,8 +192,8 @@ class Session:
         for key, one in scene.objects(sliders).items():
             colour = "#{:02x}{:02x}{:02x}".format(*PALETTE[self.number(one.label) % len(PALETTE)])
             edit = scene.edit_of(key)
-            score = one.score if edit.label else rank(one)
-            common = {"key": key, "label": one.label, "colour": colour, "hidden": edit.hidden, "score": round(score, 3)}
+            common = {"key": key, "label": one.label, "colour": colour, "hidden": edit.hidden}
+            common["score"] = round(one.score, 3)
             shapes.append(common | {"path": to_path(one), "box": list(one.box), "area": one.area})
             names = [[name, round(score, 3)] for name, score in one.topk]
             rows.append(common | {"names": names, "maskScore": round(one.mask_score, 3), "area": one.area})

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ OneImage = Picture | bytes | Tensor | EncodedImage
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question, once its words are embedded. negatives: their vocabulary and embeddings."""
+    """A question, once its words are embedded. negatives: their vocabulary and embeddings; threshold: minimum score, or
+    minimum objectness if the source is "auto"."""
 
     source: str
     vocabulary: Vocabulary | None = None
@@ -218,14 +219,26 @@ class Segmenter:
         image: OneImage | Sequence[OneImage],
         vocabulary: Words | None = None,
         threshold: float | None = None,
+        objectness: float | None = None,
         proposer: str | Proposer | None = None,
         refine: bool = True,
         tile: int | None = None,
         **post,
     ) -> Results | list[Results]:
-        """All there is, named from the vocabulary or else from the checkpoint's own; the rest as in `where`."""
-        question = _Asked("auto", *self._names(vocabulary), None, threshold, proposer, refine, post)
-        return self._propose(image, question, tile)
+        """Automatic mask generation with class names, from the vocabulary or else from the checkpoint's own; highest
+        score first.
+
+        Args:
+            threshold: minimum score, that of the class name, none by default; the same as `results.filter(score=...)`.
+            objectness: minimum objectness, which does not depend on the class name; the model's own by default.
+
+        The other arguments are those of `where`.
+        """
+        question = _Asked("auto", *self._names(vocabulary), None, objectness, proposer, refine, post)
+        found = self._propose(image, question, tile)
+        if isinstance(found, list):
+            return [results.filter(score=threshold or 0.0) for results in found]
+        return found.filter(score=threshold or 0.0)
 
     @torch.no_grad()
     def edges(self, image: OneImage | Sequence[OneImage]) -> Tensor | list[Tensor]:
@@ -399,7 +412,7 @@ class Segmenter:
         labels = [label if label is not None else "object" for label in found["text_labels"]]
         phrases = [phrase if phrase is not None else "object" for phrase in found["phrases"]]
         objectness = found["objectness"]
-        return Results.from_arrays(
+        results = Results.from_arrays(
             found["masks"],
             labels,
             found["labels"].tolist(),
@@ -414,6 +427,10 @@ class Segmenter:
             presence=found["presence"],
             dropped=found["dropped"],
         )
+        if asked.source == "auto":  # post-processing sorts by objectness
+            best_first = sorted(results, key=lambda one: -one.score)
+            results.instances = [replace(one, id=number) for number, one in enumerate(best_first, 1)]
+        return results
 
     def _names(self, vocabulary: Words | None) -> tuple[Vocabulary | None, Tensor | None]:
         """The words to name with; neither the user nor the checkpoint may have any, and then all is an "object"."""

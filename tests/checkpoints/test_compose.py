@@ -244,7 +244,7 @@ def test_photo_finds_what_owlv2_finds(photo, parts, monkeypatch):
     for question in (
         lambda: segmenter.where(image, ["cat", "red ball"], threshold=0.0),
         lambda: segmenter.where(image, ["dog"], threshold=0.0),
-        lambda: segmenter.everything(image, ["cat", "dog", "moon"], threshold=0.0),
+        lambda: segmenter.everything(image, ["cat", "dog", "moon"], objectness=0.0),
         lambda: segmenter.what(image, boxes=[[20, 10, 120, 70]], vocabulary=["cat", "dog"]),
     ):
         assert len(question())
@@ -421,7 +421,7 @@ def test_what_names_nothing_says_so(parts):
     segmenter = ovsam.Segmenter(*compose(parts["sam"], parts["clip"], composition="sam", vocabulary=list(WORDS)))
     image = segmenter.encode(PICTURE)
     assert segmenter.what(image, boxes=[[20, 10, 120, 70]])[0].label == "object"
-    assert {one.label for one in segmenter.everything(image, threshold=0.0)} <= {"object"}
+    assert {one.label for one in segmenter.everything(image, objectness=0.0)} <= {"object"}
     with pytest.raises(ovsam.InputError, match="names nothing .* a proposer that knows them, such as detector:"):
         segmenter.where(image, ["cat", "red ball"])
 

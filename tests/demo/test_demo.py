@@ -60,9 +60,9 @@ def test_sliders_do_what_filter_does(session):
     assert labels(session, overlap=0.4) == answer.filter(nms="fast", nms_threshold=0.4).labels == ["cat", "dog"]
 
 
-def test_what_no_word_asked_for_is_ranked_as_a_thing(session):
+def test_the_score_slider_goes_by_the_score_in_every_mode(session):
     session.change(session.scene.find(found("auto", objectness=[0.1, 0.9, 0.6]), "everything"))
-    assert [one.score for one in session.shown(Sliders(score=0.5))] == [0.2, 0.5]
+    assert [one.score for one in session.shown(Sliders(score=0.5))] == [0.8, 0.5]
 
 
 def test_a_persons_corrections_are_undone_one_by_one(session):

@@ -99,8 +99,8 @@ def test_edges_run_along_the_things(segmenter, scene):
 
 
 def test_exclusive_masks_share_no_pixel(segmenter, scene):
-    shared = segmenter.everything(scene, threshold=0.1, nms=None)
-    apart = segmenter.everything(scene, threshold=0.1, nms=None, exclusive=True)
+    shared = segmenter.everything(scene, objectness=0.1, nms=None)
+    apart = segmenter.everything(scene, objectness=0.1, nms=None, exclusive=True)
     assert shared.masks.sum(0).max() > 1 == apart.masks.sum(0).max()
     assert np.array_equal(apart.masks.any(0), shared.masks.any(0))
 
@@ -126,7 +126,7 @@ def test_a_thing_across_the_seams_of_tiles_is_found_once(segmenter, scene):
 
 
 def test_filtering_again_runs_no_model(segmenter, scene, monkeypatch):
-    found = segmenter.everything(scene, threshold=0.2)
+    found = segmenter.everything(scene, objectness=0.2)
     monkeypatch.setattr(segmenter, "model", None)
     fewer = found.filter(score=0.45, min_area=1000)
     assert 0 < len(fewer) < len(found)
@@ -191,3 +191,18 @@ def test_what_is_no_image_is_one_sentence(segmenter, image, message):
     with pytest.raises(InputError, match=message) as error:
         segmenter.where(image, ["car"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tile", [None, 384])
+def test_one_score_in_every_mode(segmenter, scene, tile):
+    """A threshold of `everything` is that of `filter`, the class name's; objectness is an option of its own."""
+    image = SCENE if tile else scene
+    found = segmenter.everything(image, tile=tile)
+    assert np.all(np.diff(found.scores) <= 0) and [one.id for one in found] == list(range(1, len(found) + 1))
+    middle = float(np.median(found.scores))
+    fewer = segmenter.everything(image, tile=tile, threshold=middle)
+    assert 0 < len(fewer) < len(found) and list(fewer) == list(found.filter(score=middle))
+    if not tile:
+        strict = segmenter.everything(image, objectness=0.6)
+        assert 0 < len(strict) < len(found) and all(one.objectness >= 0.6 for one in strict)
+        assert {one.box for one in strict} <= {one.box for one in found}

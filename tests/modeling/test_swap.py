@@ -93,7 +93,7 @@ def test_every_pair(parts, sam, clip, composition, tmp_path):
             "click": segmenter.what(image, points=[[40, 30]]),
             "box": segmenter.what(image, boxes=[[10, 5, 70, 50], [0, 0, 20, 20]]),
             "where": segmenter.where(image, ["cat", "red ball"], threshold=0.0),
-            "everything": segmenter.everything(image, threshold=0.0),
+            "everything": segmenter.everything(image, objectness=0.0),
         }
 
     answers = ask(segmenter)
