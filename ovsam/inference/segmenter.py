@@ -26,6 +26,7 @@ from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.ops.edges import edge_map
+from ovsam.ops.nms import NMS
 from ovsam.processing.images import Picture, open_image
 from ovsam.processing.processing_ovsam import OVSamProcessor
 from ovsam.processing.vocabulary import Vocabulary
@@ -187,7 +188,13 @@ class Segmenter:
         proposer: str | Proposer | None = None,
         refine: bool = True,
         tile: int | None = None,
-        **post,
+        *,
+        nms: str | None = "fast",
+        per_word: bool = False,
+        rescore: bool = False,
+        exclusive: bool = False,
+        mask_threshold: float = 0.5,
+        top_k: int = 5,
     ) -> Results | list[Results]:
         """Every instance of the words; what looks more like a negative word is left out, and `results.dropped` tells.
 
@@ -200,9 +207,15 @@ class Segmenter:
             refine: False keeps the ConceptHead's prototype masks, which takes half the time.
             tile: side in pixels of the overlapping tiles in which a large picture is looked through for small things,
                 besides the whole; takes as many times as long as there are tiles (ovsam/inference/tiling.py).
-            post: nms, per_word, rescore, exclusive, mask_threshold, top_k of
-                OVSamProcessor.post_process_instance_segmentation.
+            nms: how overlapping instances are suppressed, a key of ovsam.ops.nms.NMS, or None.
+            per_word: suppress only among instances of one class name.
+            rescore: multiply scores by the predicted IoU of the mask.
+            exclusive: give each pixel to one instance, that of the highest score.
+            mask_threshold: minimum probability of a pixel, between 0 and 1.
+            top_k: class names listed per instance.
         """
+        post = {"nms": nms, "per_word": per_word, "rescore": rescore, "exclusive": exclusive}
+        post = _check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k}, threshold, None, tile)
         if words is None and not exemplars:
             raise InputError("Pass words, or exemplars: what to look for.")
         vocabulary, embeds = self.embed(words) if words is not None else (None, None)
@@ -223,7 +236,13 @@ class Segmenter:
         proposer: str | Proposer | None = None,
         refine: bool = True,
         tile: int | None = None,
-        **post,
+        *,
+        nms: str | None = "fast",
+        per_word: bool = False,
+        rescore: bool = False,
+        exclusive: bool = False,
+        mask_threshold: float = 0.5,
+        top_k: int = 5,
     ) -> Results | list[Results]:
         """Automatic mask generation with class names, from the vocabulary or else from the checkpoint's own; highest
         score first.
@@ -234,6 +253,8 @@ class Segmenter:
 
         The other arguments are those of `where`.
         """
+        post = {"nms": nms, "per_word": per_word, "rescore": rescore, "exclusive": exclusive}
+        post = _check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k}, threshold, objectness, tile)
         question = _Asked("auto", *self._names(vocabulary), None, objectness, proposer, refine, post)
         found = self._propose(image, question, tile)
         if isinstance(found, list):
@@ -263,6 +284,10 @@ class Segmenter:
         boxes: Sequence[Sequence[float]] | None = None,
         masks: Tensor | None = None,
         vocabulary: Words | None = None,
+        *,
+        exclusive: bool = False,
+        mask_threshold: float = 0.5,
+        top_k: int = 5,
     ) -> Results | list[Results]:
         """The mask of what was clicked, boxed or roughly painted, named from the vocabulary or, without one, the
         checkpoint's own.
@@ -273,8 +298,10 @@ class Segmenter:
             masks: [n, H, W] bool over the image, an object each: rough masks to be made exact, such as an earlier
                 result's; together with points, one.
 
-        With a list of images, points, labels, boxes and masks are lists with one entry an image.
+        exclusive, mask_threshold and top_k are those of `where`. Results are in the order of the prompts. With a list
+        of images, points, labels, boxes and masks are lists with one entry an image.
         """
+        post = _check_options({"exclusive": exclusive, "mask_threshold": mask_threshold, "top_k": top_k})
         if isinstance(image, list | tuple):
             prompts = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
             prompts = {name: given for name, given in prompts.items() if given is not None}
@@ -283,7 +310,7 @@ class Segmenter:
                     raise InputError(f"There are {len(image)} images and {len(given)} {name}; give one entry an image.")
             words = self._vocabulary(vocabulary)
             return self._each(
-                image, lambda i, one: self.what(one, **{k: v[i] for k, v in prompts.items()}, vocabulary=words)
+                image, lambda i, one: self.what(one, **{k: v[i] for k, v in prompts.items()}, vocabulary=words, **post)
             )
         points, boxes = _floats(points), _floats(boxes)
         if not points and not boxes and masks is None:
@@ -304,7 +331,7 @@ class Segmenter:
             source, prompts = "point", [points]
         elif boxes:
             source, prompts = "box", boxes
-        return self._results(outputs, encoded.image, _Asked(source, words), prompts=prompts)
+        return self._results(outputs, encoded.image, _Asked(source, words, post=post), prompts=prompts)
 
     @torch.no_grad()
     def _prompt(
@@ -453,6 +480,24 @@ class Segmenter:
             probe = self._encode_words(["dog", "a red ball", "zzyzx"]).float().cpu()
             self._text_hash = hashlib.sha256((probe * 1e4).round().numpy().tobytes()).hexdigest()[:16]
         return self._text_hash
+
+
+def _check_options(
+    post: dict[str, Any], threshold: float | None = None, objectness: float | None = None, tile: int | None = None
+) -> dict[str, Any]:
+    """Options of post-processing, returned once they and the others are checked; raises InputError."""
+    if post.get("nms") is not None and post["nms"] not in NMS:
+        raise InputError(f"There is no NMS {post['nms']!r}; nms is {', '.join(NMS)} or None.")
+    for name, value in (("threshold", threshold), ("objectness", objectness)):
+        if value is not None and not 0 <= value <= 1:
+            raise InputError(f"The {name} is {value:g}; it must be between 0 and 1.")
+    if not 0 < post["mask_threshold"] < 1:
+        raise InputError(f"The mask_threshold is {post['mask_threshold']:g}; it must be between 0 and 1.")
+    if post["top_k"] < 0:
+        raise InputError(f"The top_k is {post['top_k']}; it must be 0 or more.")
+    if tile is not None and tile < 0:
+        raise InputError(f"The tile is {tile} pixels; it must be positive.")
+    return post
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], features: OVSamFeatures) -> OVSamFeatures:

@@ -1,5 +1,6 @@
 """The three questions as a person asks them, of the embedded checkpoint, about a held-out scene."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,21 @@ def test_one_score_in_every_mode(segmenter, scene, tile):
         strict = segmenter.everything(image, objectness=0.6)
         assert 0 < len(strict) < len(found) and all(one.objectness >= 0.6 for one in strict)
         assert {one.box for one in strict} <= {one.box for one in found}
+
+
+@pytest.mark.parametrize("question", ["where", "everything", "what"])
+def test_options_are_checked_before_the_model_runs(segmenter, monkeypatch, question):
+    monkeypatch.setattr(segmenter, "model", None)
+    prompt = {"where": {"words": ["car"]}, "everything": {}, "what": {"points": [[180, 60]]}}[question]
+    ask = partial(getattr(segmenter, question), SCENE, **prompt)
+    with pytest.raises(TypeError, match="mask_treshold"):
+        ask(mask_treshold=0.5)
+    with pytest.raises(InputError, match="mask_threshold is 1.5; it must be between 0 and 1"):
+        ask(mask_threshold=1.5)
+    with pytest.raises(InputError, match="top_k is -1"):
+        ask(top_k=-1)
+    if question != "what":
+        with pytest.raises(InputError, match="no NMS 'fats'; nms is "):
+            ask(nms="fats")
+        with pytest.raises(InputError, match="threshold is 40; it must be between 0 and 1"):
+            ask(threshold=40)
