@@ -16,7 +16,6 @@ import ovsam
 from ovsam.checkpoints.embedded import EMBEDDED, VARIANT
 from ovsam.checkpoints.presets import PRESETS
 from ovsam.processing.images import open_image
-from ovsam.processing.vocabulary import Vocabulary
 
 try:  # on a ZeroGPU Space a GPU is lent for the length of one such call
     from spaces import GPU as on_gpu
@@ -33,7 +32,6 @@ MAX_PIXELS = 25_000_000
 PICTURES_A_SESSION = 3
 FEATURE_BYTES = int(float(os.environ.get("OVSAM_DEMO_GB", 2)) * 1e9)  # features of all sessions together
 MODELS = 2  # in memory at a time
-VOCABULARIES = 8  # embedded ones in memory, a model
 
 
 class Models:
@@ -51,28 +49,11 @@ class Models:
             raise ovsam.InputError("On a Space a model is a preset or a Hub id such as ORG/NAME, not a folder.")
         with self._lock:
             if name not in self._kept:
-                segmenter = ovsam.load(name)
-                segmenter.embed = remember(segmenter.embed)
-                self._kept[name] = segmenter
+                self._kept[name] = ovsam.load(name)
                 while len(self._kept) > MODELS:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(name)
             return self._kept[name]
-
-
-def remember(embed: Callable) -> Callable:
-    """Keep the last embedded vocabularies, or every click would embed the 80 words of COCO again."""
-    kept: OrderedDict[Any, Any] = OrderedDict()
-
-    def wrapper(words):
-        vocabulary = words if isinstance(words, Vocabulary) else Vocabulary(words)
-        key = tuple(vocabulary.as_mapping().items())
-        kept[key] = kept.pop(key) if key in kept else embed(vocabulary)
-        while len(kept) > VOCABULARIES:
-            kept.popitem(last=False)
-        return kept[key]
-
-    return wrapper
 
 
 class Features:
@@ -163,7 +144,7 @@ def encode_on_device(model: str, picture: Image.Image) -> ovsam.EncodedImage:
 @on_gpu
 def answer(model: str, question: str, encoded: ovsam.EncodedImage, arguments: dict) -> ovsam.Results:
     segmenter = models.get(model)
-    return getattr(segmenter, question)(encoded.to(segmenter.model.device), **arguments)
+    return getattr(segmenter, question)(encoded.to(segmenter.device), **arguments)
 
 
 class Upload:
@@ -198,7 +179,7 @@ def check_pixels(path: Path, name: str) -> None:
 
 def speed(model: str) -> str:
     """What a picture costs here, in one sentence; measured, never guessed."""
-    device = models.get(model).model.device
+    device = models.get(model).device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
     note = " It knows pictograms, not photographs." if model in (EMBEDDED, VARIANT) else ""
     if model not in seconds:

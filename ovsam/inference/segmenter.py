@@ -3,6 +3,8 @@
 import hashlib
 import io
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,10 +36,13 @@ from ovsam.results.results import Results
 
 Words = Vocabulary | str | os.PathLike | Sequence[str] | Mapping[str, str]
 
+VOCABULARIES = 8  # whose embeddings a Segmenter keeps in memory
 BATCH = 4  # images of a list that are encoded in one pass
 
 
-def load(model: str | os.PathLike = "auto", device: str | None = None) -> "Segmenter":
+def load(
+    model: str | os.PathLike = "auto", device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> "Segmenter":
     """A Segmenter for a preset, a folder or a Hub id.
 
     Args:
@@ -46,24 +51,21 @@ def load(model: str | os.PathLike = "auto", device: str | None = None) -> "Segme
             its variant of one backbone, in a checkout; "auto": what the environment variable OVSAM_MODEL names, else
             `photo` where it is in the cache or the Hub answers, else `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME"
             or "ORG/NAME@REVISION".
-        device: "cpu", "cuda", ...; a GPU if there is one.
+        device: "cpu", "cuda", ...; by default a GPU if there is one.
+        dtype: torch.bfloat16 or "bfloat16", "float16", "float32"; by default that of the checkpoint.
 
     Raises:
-        InputError: no such model, none in reach, or no such device.
+        InputError: unknown model, none available, or unknown device or dtype.
     """
     name = str(model)
     if name == "auto":
         name = os.environ.get("OVSAM_MODEL") or choose_auto()
-    try:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device {device!r} cannot be used here; `cpu` always works.") from error
+    target, dtype = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu")), _check_dtype(dtype)
     if name in PRESETS and PRESETS[name].parts:
         announce_download(name)
         parts = PRESETS[name].parts
         whole, processor = compose(sam=parts["sam"], clip=parts["clip"])
-        return Segmenter(whole.to(target), processor, name)
+        return Segmenter(whole.to(target, dtype), processor, name)
     folder = find_checkpoint(name) if name in PRESETS else _fetch(name)
     check_weights(folder)
     try:
@@ -77,7 +79,23 @@ def load(model: str | os.PathLike = "auto", device: str | None = None) -> "Segme
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, KeyError) as error:
         raise InputError(f"{name!r} cannot be loaded: {error}") from error
-    return Segmenter(whole.to(target).eval(), processor, name)
+    return Segmenter(whole.to(target, dtype).eval(), processor, name)
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device {str(device)!r} cannot be used here; `cpu` always works.") from error
+    return target
+
+
+def _check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(f"The dtype is {dtype!r}; it must be float32, float16 or bfloat16.")
+    return found
 
 
 def _fetch(name: str) -> Path:
@@ -131,6 +149,33 @@ class Segmenter:
         self.model, self.processor, self.name = model, processor, name
         self._text_hash = ""
         self._proposers: dict[str, Proposer] = {}
+        self._embeds: OrderedDict[tuple, Tensor] = OrderedDict()  # the vocabularies used last
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
+        words = f"{len(config.vocabulary):,} words" if config.vocabulary else "no vocabulary"
+        return (
+            f"Segmenter({self.name or type(self.model).__name__!r}: composition {config.composition}, "
+            f"{parameters / 1e6:.1f} M parameters, {words}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Segmenter":
+        """Move and cast the model in place; returns this Segmenter. Raises InputError: unknown device or dtype."""
+        target, dtype = _check_device(self.device if device is None else device), _check_dtype(dtype)
+        self.model.to(target, dtype)
+        self._proposers.clear()  # they are loaded on the device of the model
+        self._embeds.clear()
+        self._text_hash = ""
+        return self
 
     def encode(self, image: OneImage | Sequence[OneImage]) -> EncodedImage | list[EncodedImage]:
         """The features of an image, to ask about it several times: pass the result in place of the image."""
@@ -167,8 +212,16 @@ class Segmenter:
 
     @torch.no_grad()
     def embed(self, words: Words) -> tuple[Vocabulary, Tensor]:
-        """The vocabulary and its text embeddings [K, D]; long ones are cached on disk."""
+        """The vocabulary and its text embeddings [K, D]; the last ones are kept in memory, long ones on disk."""
         vocabulary = words if isinstance(words, Vocabulary) else Vocabulary(words)
+        # Weights that were changed in place have another version.
+        weights = sum(0 if one.is_inference() else one._version for one in self.model.clip.parameters())
+        templates = tuple(vocabulary.templates or self.model.config.templates)
+        key = (tuple(vocabulary.prompts), templates, id(self.model.clip), weights, self.device, self.dtype)
+        with self._lock:
+            if key in self._embeds:
+                self._embeds.move_to_end(key)
+                return vocabulary, self._embeds[key]
         worth_keeping = len(vocabulary.prompts) > 256
         embeds = vocabulary.embed(
             self._encode_words,
@@ -176,7 +229,12 @@ class Segmenter:
             text_hash=self._hash_of_text_tower() if worth_keeping else "",
             cache_dir=CACHE if worth_keeping else None,
         )
-        return vocabulary, embeds.to(self.model.device)
+        embeds = embeds.to(self.device)
+        with self._lock:
+            self._embeds[key] = embeds
+            while len(self._embeds) > VOCABULARIES:
+                self._embeds.popitem(last=False)
+        return vocabulary, embeds
 
     def where(
         self,

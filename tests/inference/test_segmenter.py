@@ -225,3 +225,34 @@ def test_options_are_checked_before_the_model_runs(segmenter, monkeypatch, quest
             ask(nms="fats")
         with pytest.raises(InputError, match="threshold is 40; it must be between 0 and 1"):
             ask(threshold=40)
+
+
+def test_embeddings_of_the_last_vocabularies_stay_in_memory(segmenter, monkeypatch):
+    encoded, own = [], segmenter._encode_words
+    monkeypatch.setattr(segmenter, "_encode_words", lambda phrases: (encoded.append(phrases), own(phrases))[1])
+    segmenter._embeds.clear()
+    _, embeds = segmenter.embed(["car", "dog"])
+    assert segmenter.embed(["car", "dog"])[1] is embeds and len(encoded) == 1
+    vocabulary, again = segmenter.embed({"car": "vehicle", "dog": "animal"})
+    assert vocabulary.labels == ["vehicle", "animal"] and again is embeds and len(encoded) == 1
+    for number in range(8):
+        segmenter.embed([f"word {number}"])
+    segmenter.embed(["car", "dog"])
+    assert len(encoded) == 10 and len(segmenter._embeds) == 8
+    with torch.no_grad():
+        next(segmenter.model.clip.parameters()).mul_(1)
+    segmenter.embed(["car", "dog"])
+    assert len(encoded) == 11
+
+
+def test_device_and_dtype(scene):
+    half = ovsam.load("ovsam-tiny", device="cpu", dtype="bfloat16")
+    assert half.dtype == torch.bfloat16 and half.device == torch.device("cpu")
+    assert repr(half).startswith("Segmenter('ovsam-tiny': composition ") and "bfloat16 on cpu" in repr(half)
+    expected = half.to(dtype=torch.float32).where(scene, ["car"])
+    assert half.dtype == torch.float32 and half.to("cpu") is half
+    assert overlap(half.to(dtype="bfloat16").where(SCENE, ["car"])[0].mask, expected[0].mask) > 0.9
+    with pytest.raises(InputError, match="dtype is 'int8'; it must be float32"):
+        ovsam.load("ovsam-tiny", dtype="int8")
+    with pytest.raises(InputError, match="device 'warp' cannot be used here"):
+        half.to("warp")
