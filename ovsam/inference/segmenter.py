@@ -1,4 +1,4 @@
-"""`ovsam.load(...)` -> Segmenter: the three questions about one picture, answered with Results."""
+"""`ovsam.load(...)` -> Segmenter: text queries, prompts or everything in an image -> Results."""
 
 import hashlib
 import io
@@ -47,10 +47,10 @@ def load(
 
     Args:
         model: "photo" or "photo-large", composed of released models that are downloaded once;
-            "ovsam-tiny", the checkpoint inside the package, which knows pictograms, not photographs; "ovsam-tiny-clip",
-            its variant of one backbone, in a checkout; "auto": what the environment variable OVSAM_MODEL names, else
-            `photo` where it is in the cache or the Hub answers, else `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME"
-            or "ORG/NAME@REVISION".
+            "ovsam-tiny", the checkpoint inside the package, trained on pictograms, not on photographs;
+            "ovsam-tiny-clip", its variant of one backbone, in a checkout; "auto": the value of the environment variable
+            OVSAM_MODEL, else `photo` where it is in the cache or the Hub answers, else `ovsam-tiny`; a folder; or a
+            Hub id, "ORG/NAME" or "ORG/NAME@REVISION".
         device: "cpu", "cuda", ...; by default a GPU if there is one.
         dtype: torch.bfloat16 or "bfloat16", "float16", "float32"; by default that of the checkpoint.
 
@@ -254,17 +254,19 @@ class Segmenter:
         mask_threshold: float = 0.5,
         top_k: int = 5,
     ) -> Results | list[Results]:
-        """Every instance of the words; what looks more like a negative word is left out, and `results.dropped` tells.
+        """Open-vocabulary detection: every instance of the words, highest score first.
+
+        Instances that score higher for a negative word are left out and listed in `results.dropped`.
 
         Args:
             exemplars: boxes [x1, y1, x2, y2] around example objects, alone or besides the words; similar objects are
                 returned too. A box is on this image, or (image, box) on another one; for a list of images only the
                 latter. Their label is "exemplar", or their own: {label: boxes}, which may be one of the words.
-            proposer: who says where to look: "concepts" (the model's own ConceptHead, the default where it has one),
+            proposer: source of candidate objects: "concepts" (the model's own ConceptHead, the default if it has one),
                 "clip-dense", "grid", "detector:ID", "sam3:ID", or a function (ovsam.inference.proposers).
             refine: False keeps the ConceptHead's prototype masks, which takes half the time.
-            tile: side in pixels of the overlapping tiles in which a large picture is looked through for small things,
-                besides the whole; takes as many times as long as there are tiles (ovsam/inference/tiling.py).
+            tile: side in pixels of overlapping tiles that are searched for small objects, besides the whole image; the
+                time grows with the number of tiles (ovsam/inference/tiling.py).
             nms: how overlapping instances are suppressed, a key of ovsam.ops.nms.NMS, or None.
             per_word: suppress only among instances of one class name.
             rescore: multiply scores by the predicted IoU of the mask.
@@ -321,7 +323,7 @@ class Segmenter:
 
     @torch.no_grad()
     def edges(self, image: OneImage | Sequence[OneImage]) -> Tensor | list[Tensor]:
-        """The edges of the things in a picture, [H, W] in [0, 1], out of the masks of everything. They
+        """The edges of the objects in an image, [H, W] in [0, 1], from the masks of everything. They
         are thin on the mask decoder's grid, a quarter of the model input, and enlarged from there."""
         if isinstance(image, list | tuple):
             return self._each(image, lambda _, one: self.edges(one))
@@ -347,8 +349,8 @@ class Segmenter:
         mask_threshold: float = 0.5,
         top_k: int = 5,
     ) -> Results | list[Results]:
-        """The mask of what was clicked, boxed or roughly painted, named from the vocabulary or, without one, the
-        checkpoint's own.
+        """Segmentation and classification of prompts: one mask per object, with class names from the vocabulary or else
+        from the checkpoint's own.
 
         Args:
             points: [[x, y], ...], clicks on one object; with `labels`, 1 on it and 0 beside it.
@@ -406,7 +408,7 @@ class Segmenter:
         prompts = {k: inputs[k] for k in ("input_points", "input_labels", "input_boxes") if k in inputs}
         if masks is not None:
             prompts["input_masks"] = self.processor.mask_prompts(torch.as_tensor(masks), self.model.sam.image_size)
-            if not points:  # a mask prompt corrects a box or clicks; alone it says little to SAM
+            if not points:  # SAM needs a box or clicks beside a mask prompt
                 prompts.setdefault("input_boxes", mask_boxes(prompts["input_masks"]))
         return self.model(features=features, text_embeds=embeds, text_labels=_labels(words), **self._to_device(prompts))
 
@@ -454,7 +456,7 @@ class Segmenter:
         return self._results(outputs, picture, asked, threshold)
 
     def _proposer(self, proposer: str | Proposer | None, features: OVSamFeatures) -> Proposer | None:
-        """The function that proposes; None where the model does it itself, by its ConceptHead."""
+        """The proposer; None if the ConceptHead of the model is used."""
         if proposer is None:
             if features.concepts is not None:
                 return None
@@ -468,7 +470,7 @@ class Segmenter:
         return self._proposers[proposer]
 
     def _with_exemplars(self, vocabulary, embeds, exemplars, image) -> tuple[Vocabulary, Tensor]:
-        """Words and their embeddings, and those of exemplars, which are words that only have an embedding."""
+        """Words and their embeddings, followed by those of the exemplars."""
         by_label = exemplars if isinstance(exemplars, Mapping) else {"exemplar": exemplars}
         labels = {} if vocabulary is None else vocabulary.as_mapping()
         rows = [] if embeds is None else [embeds]
@@ -518,7 +520,7 @@ class Segmenter:
         return results
 
     def _names(self, vocabulary: Words | None) -> tuple[Vocabulary | None, Tensor | None]:
-        """The words to name with; neither the user nor the checkpoint may have any, and then all is an "object"."""
+        """The class names and their embeddings; None where neither the user nor the checkpoint has any."""
         words = self._vocabulary(vocabulary)
         return self.embed(words) if words is not None else (None, None)
 
@@ -533,7 +535,7 @@ class Segmenter:
         return {k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
     def _hash_of_text_tower(self) -> str:
-        """Tells text towers apart by what they do: the hash of their embeddings of a few fixed words."""
+        """Fingerprint of the text tower: the hash of its embeddings of a few fixed words."""
         if not self._text_hash:
             probe = self._encode_words(["dog", "a red ball", "zzyzx"]).float().cpu()
             self._text_hash = hashlib.sha256((probe * 1e4).round().numpy().tobytes()).hexdigest()[:16]
@@ -605,7 +607,7 @@ def _from_tensor(tensor: Tensor) -> np.ndarray:
 
 
 def _floats(rows) -> list[list[float]]:
-    """Points or boxes as lists of plain numbers, whatever they were: lists, arrays, tensors."""
+    """Points or boxes (lists, arrays or tensors) as lists of plain numbers."""
     return [] if rows is None else [[float(number) for number in row] for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""Large pictures in overlapping tiles: where they lie, and how what was found in them becomes one set of instances.
+"""Segmentation of large images in overlapping tiles: positions of the tiles, and merging of per-tile instances.
 
 All masks are run lengths, so that memory is that of a tile and of outlines, not of full-size masks.
 """
@@ -17,14 +17,14 @@ from ovsam.ops.nms import fast_nms, within
 from ovsam.results.instance import Instance
 from ovsam.results.results import Results
 
-SAME = 0.5  # least IoU, within what two tiles share, of two views of one thing
-INSIDE = 0.8  # least share of a thing's pixels in another of the same word for it to be a part of that one
-DUPLICATE = 0.6  # least IoU of two whole things for the lower score to go
+SAME = 0.5  # minimum IoU, within the overlap of two tiles, of two masks of one object
+INSIDE = 0.8  # minimum share of a mask inside another one of the same class for it to be a part of it
+DUPLICATE = 0.6  # minimum IoU of two whole objects at which the lower score is dropped
 EDGE = 2  # px; a mask that comes this close to the edge of its tile is cut by it
 
 
 class Window(NamedTuple):
-    """A part of a picture in pixels; the far edges are exclusive."""
+    """A part of an image in pixels; the far edges are exclusive."""
 
     x1: int
     y1: int
@@ -33,16 +33,16 @@ class Window(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """An instance whose mask is in the coordinates of the whole picture, and the window in which it was found."""
+    """An instance whose mask is in the coordinates of the whole image, and the window in which it was found."""
 
     instance: Instance
     window: Window
 
 
 def tiles(size: tuple[int, int], tile: int, overlap: int) -> list[Window]:
-    """Windows of at most `tile` pixels a side that cover a picture of `size` (height, width), row by row.
+    """Windows of at most `tile` pixels a side that cover an image of `size` (height, width), row by row.
 
-    Neighbours share `overlap` pixels or more: the windows are spread evenly. What is no larger than the overlap is
+    Neighbours share `overlap` pixels or more: the windows are spread evenly. Objects no larger than the overlap lie
     whole in one of them.
 
     Raises:
@@ -65,16 +65,16 @@ def segment_tiled(
     whole: bool = True,
     per_word: bool = False,
 ) -> Results:
-    """Ask about each tile of a picture, and once about the whole, made as small as a tile, for what is larger than one.
+    """Segment each tile of an image, and the whole image reduced to the size of a tile for objects larger than one.
 
     Args:
-        ask: a picture -> what is in it.
-        tile, overlap: in pixels. Things up to the size of the overlap are never cut.
-        whole: also ask about the whole picture.
-        per_word: instances of different words are never the same thing; as in post-processing.
+        ask: an image -> its instances.
+        tile, overlap: in pixels. Objects up to the size of the overlap are never cut.
+        whole: also segment the whole image.
+        per_word: instances of different class names are never merged; as in post-processing.
 
     Returns:
-        one set of instances in the picture's coordinates, best first.
+        one set of instances in the coordinates of the image, highest score first.
     """
     size = image.height, image.width
     windows = tiles(size, tile, overlap)
@@ -89,26 +89,26 @@ def segment_tiled(
     if whole:
         scale = tile / max(size)
         small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-        # What fits into the overlap was seen whole, and larger, in a tile.
+        # Objects that fit into the overlap are whole, and larger, in a tile.
         overview = [_grow(one, size) for one in ask(small) if max(one.bbox[2:]) > overlap * scale]
     return Results(merge(pieces, overview, per_word), size, results.model, results.file_name)
 
 
 def place(instances: Sequence[Instance], window: Window, size: tuple[int, int]) -> list[Piece]:
-    """Instances of a window, in its coordinates, as pieces of the picture of `size` (height, width)."""
+    """Instances of a window, in its coordinates, as pieces of the image of `size` (height, width)."""
     return [Piece(_move(instance, window.x1, window.y1, size), window) for instance in instances if instance.area]
 
 
 def merge(pieces: Sequence[Piece], overview: Sequence[Instance] = (), per_word: bool = False) -> list[Instance]:
-    """Make one set of instances of what was found in overlapping windows and in the whole picture.
+    """Merge the instances of overlapping windows and of the whole image.
 
-    Two pieces of different windows are one thing if their masks agree in what the windows share: by IoU, or, for the
-    same word, because one lies inside the other. Things that chains of pieces connect are joined; name and scores are
+    Two pieces of different windows are one object if their masks agree in what the windows share: by IoU, or, for the
+    same word, because one lies inside the other. Objects connected by chains of pieces are joined; name and scores are
     those of the best piece that no seam cuts, or else of the best. An instance of the overview is added where the
     pieces do not show it already, and replaces pieces of it that a seam cuts. Last, duplicates go (Fast NMS).
 
     Returns:
-        the instances, best first, numbered from 1.
+        the instances, highest score first, numbered from 1.
     """
     found, cut = _join(pieces, per_word)
     found = _add_overview(found, cut, list(overview), per_word)
@@ -128,7 +128,7 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _join(pieces: Sequence[Piece], per_word: bool) -> tuple[list[Instance], np.ndarray]:
-    """Pieces -> whole things, and which of these [n] a seam still cuts."""
+    """Pieces -> whole objects, and whether a seam still cuts each [n]."""
     if not pieces:
         return [], np.zeros(0, dtype=bool)
     instances = [piece.instance for piece in pieces]
@@ -139,7 +139,7 @@ def _join(pieces: Sequence[Piece], per_word: bool) -> tuple[list[Instance], np.n
     areas = np.array([max(1, instance.area) for instance in instances])
 
     frames = [_rectangle(window, (height, width)) for window in windows]
-    seen = (rle.covered(masks, frames) * areas[:, None])[:, home]  # [n, n]; what of the row the column's window shows
+    seen = (rle.covered(masks, frames) * areas[:, None])[:, home]  # [n, n]; area of the row inside the column's window
     shared = rle.covered(masks, masks) * areas[:, None]
     same = shared >= SAME * (seen + seen.T - shared)
     words = _word_ids(instances)
@@ -163,18 +163,19 @@ def _join(pieces: Sequence[Piece], per_word: bool) -> tuple[list[Instance], np.n
 
 
 def _add_overview(found: list[Instance], cut: np.ndarray, overview: list[Instance], per_word: bool) -> list[Instance]:
-    """Add what the overview shows and the tiles do not; pieces of it that a seam cuts go."""
+    """Add the instances that only the overview has, and remove pieces of them that a seam cuts."""
     if not overview:
         return found
     small, large = [one.segmentation for one in found], [one.segmentation for one in overview]
     words = _word_ids([*found, *overview])
     alike = words[: len(found), None] == words[len(found) :]  # [n, m]
-    told = rle.covered(large, small).T * (alike if per_word else 1)  # [n, m]; what of the large one is in the small one
-    # Already known: from one thing, or from several that are whole (a crowd, of which the overview made one).
-    known = np.maximum(told.max(0, initial=0), told[~cut].sum(0)) >= INSIDE
-    parts = (rle.covered(small, large) >= INSIDE) & alike & cut[:, None] & ~known
+    # [n, m]; fraction of the large mask covered by the small one
+    covered = rle.covered(large, small).T * (alike if per_word else 1)
+    # Covered by one object, or by several whole ones (a crowd that the overview merges).
+    found_before = np.maximum(covered.max(0, initial=0), covered[~cut].sum(0)) >= INSIDE
+    parts = (rle.covered(small, large) >= INSIDE) & alike & cut[:, None] & ~found_before
     kept = [instance for instance, part in zip(found, parts.any(1), strict=True) if not part]
-    return kept + [instance for instance, there in zip(overview, known, strict=True) if not there]
+    return kept + [instance for instance, there in zip(overview, found_before, strict=True) if not there]
 
 
 def _connected(joined: np.ndarray) -> np.ndarray:
@@ -189,7 +190,7 @@ def _connected(joined: np.ndarray) -> np.ndarray:
 
 
 def _cut(boxes: np.ndarray, edges: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Does its window's left, upper, right or lower edge cut a thing? Of the picture's own edges none does.
+    """Whether the left, upper, right or lower edge of its window cuts each object; edges of the image do not.
 
     boxes, edges [n, 4] -> [n, 4] bool
     """
@@ -199,7 +200,7 @@ def _cut(boxes: np.ndarray, edges: np.ndarray, size: tuple[int, int]) -> np.ndar
 
 
 def _is_open(boxes: np.ndarray, edges: np.ndarray, limits: np.ndarray) -> bool:
-    """Is one of the pieces of a thing cut where no other piece's window shows how it goes on? All [m, 4]."""
+    """Whether a piece of an object is cut where no other window covers the pixels beyond. All [m, 4]."""
     for piece, side in np.argwhere(limits):
         across, along = side % 2, 1 - side % 2
         beyond = edges[piece, side] - (side < 2)  # the first line of pixels behind the edge
@@ -223,7 +224,7 @@ def _rectangle(window: Window, size: tuple[int, int]) -> rle.RLE:
 
 
 def _grow(instance: Instance, size: tuple[int, int]) -> Instance:
-    """An instance of a small picture in the large one of `size` (height, width)."""
+    """An instance of the reduced image in the full one of `size` (height, width)."""
     x1, y1, x2, y2 = (int(value) for value in instance.box)
     scale = np.array(size) / instance.segmentation["size"]
     (top, left), (bottom, right) = np.round([y1, x1] * scale).astype(int), np.round([y2, x2] * scale).astype(int)
@@ -233,7 +234,7 @@ def _grow(instance: Instance, size: tuple[int, int]) -> Instance:
 
 
 def _move(instance: Instance, x: int, y: int, size: tuple[int, int]) -> Instance:
-    """An instance of a part of a picture, whose upper left pixel is x, y, in the picture of `size`."""
+    """An instance of a part of an image, whose upper left pixel is x, y, in the image of `size`."""
     x1, y1, x2, y2 = (int(value) for value in instance.box)
     return _with_mask(instance, rle.encode(instance.mask[y1:y2, x1:x2], x + x1, y + y1, size))
 

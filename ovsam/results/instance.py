@@ -10,14 +10,14 @@ from ovsam.ops import rle
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One thing in a picture.
+    """One object in an image.
 
-    `id` counts from 1 within its picture; `label_id` is the label's place in the vocabulary. `score` is how surely the
-    label is right and `mask_score` the predicted IoU of the mask, both in [0, 1]. `prompt` is what asked for it: a
-    phrase, or the clicks or the box in pixels; `source` is "text", "point", "box", "mask" or "auto". `bbox` is x, y,
+    `id` counts from 1 within its image; `label_id` is the label's index in the vocabulary. `score` is the calibrated
+    probability of the label and `mask_score` the predicted IoU of the mask, both in [0, 1]. `prompt` is the text
+    query, or the clicks or the box in pixels; `source` is "text", "point", "box", "mask" or "auto". `bbox` is x, y,
     width, height, and `area` a count, in pixels. `segmentation` is the mask [H, W] as COCO's compressed RLE, its counts
-    a string. `topk` holds the best labels with their scores, best first. `objectness` is how surely it is a thing at
-    all, None where somebody pointed at it.
+    a string. `topk` holds the best labels with their scores, highest first. `objectness` is the probability of being an
+    object of any class, None for prompted instances.
     """
 
     id: int

@@ -1,4 +1,4 @@
-"""What was found in a picture: one record an instance, and its exports, which are pure functions of the records."""
+"""The instances of an image: one record each, and exports, which are pure functions of the records."""
 
 import json
 import os
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 
 class Results(Sequence[Instance]):
-    """The instances of one picture, in the order in which they were given.
+    """The instances of one image, in the order in which they were given.
 
     `results[0]` is an `Instance`, `results[:3]` are `Results`.
 
     Args:
         instances: The records.
-        size: Height and width of the picture, upright, in pixels.
+        size: Height and width of the upright image in pixels.
         model: The model that made them.
-        file_name: Where the picture came from.
-        presence: For each label asked about, the best score anything had, whether it was kept or not.
-        dropped: What looked more like a negative word: dicts of text_label, score, negative, negative_score.
+        file_name: File of the image.
+        presence: For each label of the query, the highest score of any candidate, kept or not.
+        dropped: Instances that scored higher for a negative word: dicts of text_label, score, negative, negative_score.
     """
 
     def __init__(
@@ -167,14 +167,14 @@ class Results(Sequence[Instance]):
         """Other thresholds on the same instances: no model runs, and these results stay as they are.
 
         Args:
-            score, mask_score: the least of each.
-            labels: these labels only.
+            score, mask_score: minimum of each.
+            labels: keep only these.
             min_area: in pixels.
             nms: a key of `ovsam.ops.nms.NMS`; where masks overlap by an IoU over `nms_threshold`, better ones stay, and
                 soft kinds lower the others' scores. `per_word`: only among instances of one label.
 
         Raises:
-            InputError: an NMS that there is not.
+            InputError: unknown NMS method.
         """
         labels = {labels} if isinstance(labels, str) else labels
         kept = [
@@ -198,8 +198,8 @@ class Results(Sequence[Instance]):
         return self._of(instance for instance in kept if instance.score >= score)
 
     def proposals(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where there is a thing, whatever it is: boxes [n, 4] and scores [n], best first, as detectors that ask for
-        object proposals take them (SAM, Kirillov et al. 2023, §7.3). The score is the objectness where it is known."""
+        """Class-agnostic object proposals: boxes [n, 4] and scores [n], highest first, as detectors take them
+        (SAM, Kirillov et al. 2023, §7.3). The score is the objectness if there is one."""
         scores = np.array([one.score if one.objectness is None else one.objectness for one in self], dtype=np.float32)
         order = np.argsort(-scores, kind="stable")
         return self.boxes[order], scores[order]

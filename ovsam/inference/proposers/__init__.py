@@ -1,4 +1,4 @@
-"""Proposers: where in a picture something may be. The model's own ConceptHead is one; these stand in for it.
+"""Proposers: sources of candidate objects in an image. They replace the model's own ConceptHead.
 
 A proposer is a function from a Question to Proposals; a user's own is one too: `segmenter.where(..., proposer=mine)`.
 """
@@ -12,7 +12,7 @@ from ovsam.inference.proposers.detector import Detector
 from ovsam.inference.proposers.grid import grid
 from ovsam.inference.proposers.sam3 import Sam3
 
-# What needs nothing but the model, and what is loaded from a folder or the Hub: "detector:ID".
+# Proposers that need only the model, and those loaded from a folder or the Hub: "detector:ID".
 FUNCTIONS: dict[str, Proposer] = {"clip-dense": clip_dense, "grid": grid}
 LOADERS: dict[str, Callable[[str, str], Proposer]] = {
     "detector": Detector.from_pretrained,

@@ -1,4 +1,4 @@
-"""What a proposer is asked and what it answers, and how its answers become instances."""
+"""The input and output of a proposer, and the decoding of proposals into instances."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What is looked for, in one picture.
+    """The input of a proposer, for one image.
 
-    words: K phrases, none where everything is wanted and nobody said which names there are; text_embeds [K, D] of them;
-    everything: whatever is a thing is wanted, and the words only name it; features: of the picture, by `model`; labels:
-    what each phrase stands for, itself if not given.
+    words: K phrases, empty in everything mode without a vocabulary; text_embeds [K, D] of them;
+    everything: all objects are wanted, and the words only name them; features: of the image, by `model`; labels: the
+    class name of each phrase, the phrase itself by default.
     """
 
     image: Image.Image
@@ -40,12 +40,12 @@ class Question:
 
     @property
     def extent(self) -> tuple[float, float]:
-        """Width and height, in pixels of the model input, of the part that shows the picture (the rest is padding)."""
+        """Width and height, in pixels of the model input, of the part that shows the image (the rest is padding)."""
         share = self.processor.picture_share(self.image.height, self.image.width)
         return share[0] * self.model.sam.image_size, share[1] * self.model.sam.image_size
 
     def check_named(self) -> None:
-        """Raises InputError where words are looked for and nothing in the model can tell which is which."""
+        """Raises InputError for text queries to a model without any part that classifies."""
         namers = self.model.clip2sam, self.features.clip, self.features.concepts
         if self.words and not self.everything and all(namer is None for namer in namers):
             raise InputError(
@@ -54,7 +54,7 @@ class Question:
             )
 
     def boxes_from_clip(self, boxes: Tensor) -> Tensor:
-        """boxes [n, 4] in fractions of CLIP's input -> in pixels of the picture, and not beyond it."""
+        """boxes [n, 4] in fractions of CLIP's input -> in pixels of the image, clipped to it."""
         height, width = self.features.clip_size
         boxes = boxes * torch.tensor([width, height, width, height], device=boxes.device)
         boxes = boxes_from_clip(boxes[None], self.features.clip_frame)[0]
@@ -63,7 +63,7 @@ class Question:
         return torch.minimum((boxes * per_pixel.to(boxes.device)).clamp(min=0), limit)
 
     def masks_from_model(self, masks: Tensor) -> Tensor:
-        """masks [n, h, w] over the model input -> the part of them that lies over the picture."""
+        """masks [n, h, w] over the model input -> the part of them that lies over the image."""
         width, height = (
             round(side / self.model.sam.image_size * n) for side, n in zip(self.extent, masks.shape[:0:-1], strict=True)
         )
@@ -72,11 +72,11 @@ class Question:
 
 @dataclass
 class Proposals:
-    """n places, in pixels of the picture; at least one of boxes, points and masks.
+    """n candidate objects, in pixels of the image; at least one of boxes, points and masks.
 
     boxes [n, 4] xyxy and points [n, 2] xy are prompts for the SAM side. masks [n, H, W], bool or logits, over the whole
-    picture at any resolution, are taken as they are. scores [n] in [0, 1]: how surely there is a thing, 1 if not given.
-    word_scores [n, K] in [0, 1], where the proposer itself knows the words: else the model names what was found.
+    image at any resolution, are taken as they are. scores [n] in [0, 1]: objectness, 1 if not given. word_scores [n, K]
+    in [0, 1]: class scores of the proposer, if it has any; otherwise the model classifies the objects.
     """
 
     boxes: Tensor | None = None
@@ -139,7 +139,7 @@ def decode_proposals(question: Question, proposals: Proposals, negative_embeds: 
     scores = torch.ones(len(proposals)) if proposals.scores is None else proposals.scores
     outputs.objectness = scores.to(device).float()[None]
     if outputs.iou_scores is not None and proposals.word_scores is None:
-        # Nobody but the decoder has seen these masks: what it doubts is a doubtful thing (YOLACT++'s re-scoring).
+        # Multiply objectness by the predicted IoU (YOLACT++'s re-scoring).
         outputs.objectness = outputs.objectness * outputs.iou_scores.float().amax(-1).clamp(0, 1)
     config = model.config
     weight = 0.0 if question.everything else config.objectness_weight
@@ -162,7 +162,7 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 
 def _over_input(question: Question, masks: Tensor) -> Tensor:
-    """Masks [n, h, w] over the picture -> logits [1, n, 1, h', w'] over the model input, at the same resolution."""
+    """Masks [n, h, w] over the image -> logits [1, n, 1, h', w'] over the model input, at the same resolution."""
     logits = torch.where(masks, 10.0, -10.0) if masks.dtype == torch.bool else masks.float()
     width, height = (side / question.model.sam.image_size for side in question.extent)
     h, w = masks.shape[1:]

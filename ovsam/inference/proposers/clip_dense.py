@@ -13,7 +13,7 @@ from torch import Tensor
 from ovsam.errors import InputError
 from ovsam.inference.proposers.base import Proposals, Question
 
-LEAST_SHARE = 0.5  # of the way from a word's mean in the picture to its best: cells below it belong to no place
+LEAST_SHARE = 0.5  # of the way from a word's mean in the image to its maximum: cells below are background
 MOST = 100  # places
 
 

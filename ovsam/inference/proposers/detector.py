@@ -10,14 +10,13 @@ from ovsam.checkpoints.weight_files import fetch
 from ovsam.errors import InputError
 from ovsam.inference.proposers.base import Proposals, Question
 
-# Text towers that read all words as one sentence and answer with pieces of it: such are asked word by word, so that
-# names cannot merge.
+# Detectors whose text tower reads all words as one sentence: they run word by word, so that class names do not merge.
 ONE_BY_ONE = ("grounding-dino", "mm-grounding-dino")
 
 
 @dataclass
 class Detector:
-    """A detector and its processor; least score 0.05, since the segmenter has its own threshold."""
+    """A detector and its processor; minimum score 0.05, since the segmenter has its own threshold."""
 
     model: Any
     processor: Any

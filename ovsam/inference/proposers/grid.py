@@ -24,13 +24,13 @@ def grid(
     """Three masks for each of a grid of points; the confident, stable, distinct ones are the proposals.
 
     Args:
-        pred_iou_threshold: least predicted IoU.
-        stability_threshold: least IoU between the mask cut at +offset and at -offset of its logits.
+        pred_iou_threshold: minimum predicted IoU.
+        stability_threshold: minimum IoU between the mask cut at +offset and at -offset of its logits.
         nms_threshold: of two masks that overlap more, the one with the lower predicted IoU goes.
-        most: how many are returned, best first.
+        most: maximum number returned, highest predicted IoU first.
 
     Raises:
-        InputError: words, which nothing in this model can tell apart.
+        InputError: text queries, but no part of the model classifies.
     """
     question.check_named()
     side = question.model.sam

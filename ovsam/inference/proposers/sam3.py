@@ -13,7 +13,7 @@ from ovsam.inference.proposers.base import Proposals, Question
 
 @dataclass
 class Sam3:
-    """SAM 3 and its processor. One phrase a pass, over one encoding of the picture."""
+    """SAM 3 and its processor. One phrase per pass, over one encoding of the image."""
 
     model: Any
     processor: Any
