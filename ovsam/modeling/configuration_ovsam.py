@@ -11,7 +11,7 @@ from ovsam.modeling.adapters import (
     Sam2ClipConfig,
     Sam2ClipVitConfig,
 )
-from ovsam.modeling.clip import DualEncoderConfig, OpenClipConfig
+from ovsam.modeling.clip import DualEncoderConfig, ImageNetConfig, OpenClipConfig
 from ovsam.modeling.remote_code import RemoteCodeConfig
 
 COMPOSITIONS = ("dual", "clip", "sam")
@@ -21,6 +21,7 @@ for _part in (
     Clip2SamFpnConfig,
     ConceptHeadConfig,
     DualEncoderConfig,
+    ImageNetConfig,
     OpenClipConfig,
     Sam2ClipConfig,
     Sam2ClipVitConfig,

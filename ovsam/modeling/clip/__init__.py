@@ -4,6 +4,7 @@ from torch import nn
 
 from ovsam.modeling.clip.base import ClipSide
 from ovsam.modeling.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
+from ovsam.modeling.clip.imagenet import ImageNetConfig, ImageNetSide
 from ovsam.modeling.clip.open_clip import OpenClipConfig, OpenClipSide
 from ovsam.modeling.clip.owlv2 import Owlv2Side
 from ovsam.modeling.clip.transformers_clip import TransformersClipSide, TransformersSiglip2Side, TransformersSiglipSide
@@ -11,6 +12,7 @@ from ovsam.modeling.outputs import ClipFeatures
 
 CLIP_SIDES: dict[str, type[nn.Module]] = {
     "ovsam_dual_encoder": DualEncoderSide,
+    "ovsam_imagenet": ImageNetSide,
     "ovsam_open_clip": OpenClipSide,
     "clip": TransformersClipSide,
     "siglip": TransformersSiglipSide,
@@ -24,6 +26,8 @@ __all__ = [
     "ClipSide",
     "DualEncoderConfig",
     "DualEncoderSide",
+    "ImageNetConfig",
+    "ImageNetSide",
     "OpenClipConfig",
     "OpenClipSide",
     "Owlv2Side",
