@@ -17,9 +17,11 @@ from ovsam.ops.outlines import check_outline, is_outline
 class Coco(PictureData):
     """A COCO json of instances, and the folder of its pictures.
 
-    Every category is a word, and every picture is annotated for all of them. Categories of one name are one word. A
-    crowd (iscrowd) is no object, but its word is not `known` in that picture; nor is a word of which the picture has an
-    annotation that cannot be used because it is a box without an outline.
+    Every category is a word, and every picture is annotated for all of them, unless it has `neg_category_ids` as in
+    LVIS (Gupta et al. 2019, section 3): then only the words are known of which it has an instance or that are listed
+    there, less those in its `not_exhaustive_category_ids`. One json may hold pictures of both kinds. Categories of one
+    name are one word. A crowd (iscrowd) is no object, but its word is not `known` in that picture; nor is a word of
+    which the picture has an annotation that cannot be used because it is a box without an outline.
 
     Args:
         annotations: path of the json.
@@ -152,7 +154,8 @@ class Coco(PictureData):
     # What LVIS does in another way.
 
     def _check_format(self, path: Path, content: Any) -> None:
-        check_format(path, content, "COCO", "COCO's instances")
+        partial = _format(content) == "LVIS" and all("file_name" in image for image in content["images"])
+        check_format(path, content, "LVIS" if partial else "COCO", "COCO's instances")
 
     def _name(self, path: Path, category: dict) -> str:
         name = category.get("name")
@@ -173,7 +176,16 @@ class Coco(PictureData):
         return first_file(folder / name, folder / Path(name).name, Path(name))
 
     def _known(self, image: dict, present: set[int], word_ids: dict) -> list[int] | None:
-        return None
+        if "neg_category_ids" not in image:
+            return None
+        absent, doubtful = image["neg_category_ids"], image.get("not_exhaustive_category_ids", ())
+        if unknown := [category for category in (*absent, *doubtful) if category not in word_ids]:
+            raise InputError(
+                f"The image {image['id']!r} names the category {unknown[0]!r} in neg_category_ids or "
+                "not_exhaustive_category_ids, which is not among the category ids of the file."
+            )
+        words = present | {word_ids[category] for category in absent}
+        return sorted(words - {word_ids[category] for category in doubtful})
 
 
 def _size(image: dict) -> tuple[int, int]:

@@ -59,10 +59,6 @@ class Lvis(Coco):
         *_, split, name = "", *Path(urlparse(address).path).parts
         return first_file(folder / split / name, folder / name)
 
-    def _known(self, image: dict, present: set[int], word_ids: dict) -> list[int] | None:
-        absent = {word_ids[category] for category in image["neg_category_ids"]}
-        return sorted((present | absent) - {word_ids[category] for category in image["not_exhaustive_category_ids"]})
-
 
 def _spaced(name: str) -> str:
     return name.replace("_", " ").strip()

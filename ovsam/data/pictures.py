@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm.auto import tqdm
 
 from ovsam.data.base import Sample, SegmentationData, pad_objects
+from ovsam.data.paste import cut_out, paste_objects
 from ovsam.data.scenes.words import Word
 from ovsam.errors import InputError
 from ovsam.ops.outlines import UPRIGHT, Rle, to_rle, turn
@@ -85,7 +86,9 @@ class PictureData(SegmentationData):
             as in Inception training); 1 keeps all of it. A crop without an object is drawn again.
         flip: mirror half of the samples.
         draws: samples of each picture, each cropped and mirrored in its own way: sample i shows picture i modulo
-            `pictures`. Default 1, and 100 where samples are cropped or mirrored.
+            `pictures`. Default 1, and 100 where samples are cropped, mirrored or pasted onto.
+        paste: the most objects that are cut out of another picture and pasted onto each sample, before it is cropped
+            (Ghiasi et al., CVPR 2021); how many, which and where is random. 0: none.
 
     Raises:
         InputError: a number that makes no sense.
@@ -100,14 +103,17 @@ class PictureData(SegmentationData):
         crop: float = 1.0,
         flip: bool = False,
         draws: int | None = None,
+        paste: int = 0,
     ):
-        draws = (DRAWS if flip or crop < 1 else 1) if draws is None else draws
+        draws = (DRAWS if flip or crop < 1 or paste else 1) if draws is None else draws
         for name, value in (("size", size), ("max_objects", max_objects), ("draws", draws)):
             if value < 1:
                 raise InputError(f"[data] says {name} = {value}; it must be at least 1.")
         if not 0 < crop <= 1:
             raise InputError(f"[data] says crop = {crop}; it is a share of the picture's area, over 0 and at most 1.")
-        self.words, self.size, self.max_objects = words, size, max_objects
+        if paste < 0:
+            raise InputError(f"[data] says paste = {paste}; it must be at least 0.")
+        self.words, self.size, self.max_objects, self.paste = words, size, max_objects, paste
         self.seed, self.crop, self.flip, self.draws = seed, crop, flip, draws
         self.skipped, self.notes = [], []
 
@@ -140,15 +146,17 @@ class PictureData(SegmentationData):
         for number in range(index, index + REPLACEMENTS):
             try:
                 record = self.record(number % self.pictures)
-                return self._sample(record, np.random.default_rng((self.seed, index)))
+                return self._sample(record, np.random.default_rng((self.seed, index)), index)
             except InputError as error:
                 damage = error
                 logger.warning("%s The next picture takes its place.", error)
         raise InputError(f"{REPLACEMENTS} pictures in a row cannot be read; the last: {damage}")
 
-    def _sample(self, record: Record, rng: np.random.Generator) -> Sample:
+    def _sample(self, record: Record, rng: np.random.Generator, index: int) -> Sample:
         image = open_picture(record.picture)
-        rles = upright_outlines(record, image.size)
+        rles, named = upright_outlines(record, image.size), list(record.word_ids)
+        if self.paste:
+            image, rles, named = self._paste(image, rles, named, np.random.default_rng((self.seed, index, 1)))
         mirrored = rng.random() < 0.5
         box, visible = self._choose_crop(rng, image.size, rles)
         chosen = visible
@@ -160,11 +168,26 @@ class PictureData(SegmentationData):
             squashed, masks = squashed.flip(-1), masks.flip(-1)
         known = np.full(len(self.words), record.known is None)
         known[list(record.known or ())] = True
-        left_out = {record.word_ids[i] for i in set(visible) - set(chosen)} - {-1}
+        left_out = {named[i] for i in set(visible) - set(chosen)} - {-1}
         known[[*record.unknown, *left_out]] = False
-        word_ids = torch.tensor([record.word_ids[i] for i in chosen], dtype=torch.int64)
+        word_ids = torch.tensor([named[i] for i in chosen], dtype=torch.int64)
         masks, word_ids = pad_objects(masks, word_ids, self.max_objects)
         return {"image": squashed, "masks": masks, "word_ids": word_ids, "known": torch.from_numpy(known)}
+
+    def _paste(
+        self, image: Image.Image, rles: list[Rle | None], word_ids: list[int], rng: np.random.Generator
+    ) -> tuple[Image.Image, list[Rle | None], list[int]]:
+        """The picture with up to `paste` objects of another one, its outlines and their word ids."""
+        source = self.record(int(rng.integers(self.pictures)))
+        picture = open_picture(source.picture)
+        outlines = upright_outlines(source, picture.size)
+        if any(rle is None for rle in (*rles, *outlines)):  # a whole picture is not an object to cut out
+            return image, rles, word_ids
+        count = min(len(outlines), int(rng.integers(self.paste + 1)))
+        chosen = sorted(rng.choice(len(outlines), count, replace=False).tolist()) if count else []
+        pieces = {i: piece for i in chosen if (piece := cut_out(picture, outlines[i])) is not None}
+        image, rles = paste_objects(image, rles, list(pieces.values()), rng)
+        return image, rles, word_ids + [source.word_ids[i] for i in pieces]
 
     def _choose_crop(
         self, rng: np.random.Generator, size: tuple[int, int], rles: list[Rle | None]

@@ -1,4 +1,4 @@
-"""The CLIP side made of an ImageNet classifier of timm: its features, ConSE against a slow loop, and its checkpoints."""
+"""The CLIP side made of an ImageNet classifier of timm: features, ConSE against a slow loop, checkpoints."""
 
 import pytest
 import timm

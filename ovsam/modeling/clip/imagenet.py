@@ -150,7 +150,7 @@ def imagenet_names(num_classes: int = 1000) -> list[list[str]]:
     """
     subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset is None:
-        raise InputError(f"No list of ImageNet names has {num_classes} classes; there are lists of 1,000 and of 21,841.")
+        raise InputError(f"No list of ImageNet names has {num_classes} classes; there are lists of 1,000 and 21,841.")
     return [[name.strip() for name in line.split(",")] for line in ImageNetInfo(subset).label_descriptions()]
 
 
