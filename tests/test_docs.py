@@ -41,7 +41,9 @@ def test_command_line_snippet(tmp_path, monkeypatch):
     for line in lines:
         command = shlex.split(line)
         assert command[0] == "ovsam"
-        done = subprocess.run([sys.executable, "-m", "ovsam", *command[1:]], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "ovsam_cli", *command[1:]], cwd=folder, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert " found (ovsam-tiny)" in done.stdout
     assert (folder / "found.png").exists() and (folder / "found.json").exists()

@@ -7,8 +7,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -177,7 +178,13 @@ class Segmenter:
         self._text_hash = ""
         return self
 
-    def encode(self, image: OneImage | Sequence[OneImage]) -> EncodedImage | list[EncodedImage]:
+    @overload
+    def encode(self, image: OneImage) -> EncodedImage: ...
+
+    @overload
+    def encode(self, image: list[OneImage] | tuple[OneImage, ...]) -> list[EncodedImage]: ...
+
+    def encode(self, image):
         """The features of an image, to ask about it several times: pass the result in place of the image."""
         if isinstance(image, list | tuple):
             return [one for batch in self._batches(image) for one in batch]
@@ -191,7 +198,7 @@ class Segmenter:
         if len(images) == 1:
             return [EncodedImage(images[0], features)]
         return [
-            EncodedImage(image, _map_tensors(lambda tensor, i=i: tensor[i : i + 1], features))
+            EncodedImage(image, _map_tensors(partial(torch.narrow, dim=0, start=i, length=1), features))
             for i, image in enumerate(images)
         ]
 
@@ -363,14 +370,15 @@ class Segmenter:
         """
         post = _check_options({"exclusive": exclusive, "mask_threshold": mask_threshold, "top_k": top_k})
         if isinstance(image, list | tuple):
-            prompts = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
-            prompts = {name: given for name, given in prompts.items() if given is not None}
-            for name, given in prompts.items():
+            every = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
+            per_image: dict[str, Any] = {name: given for name, given in every.items() if given is not None}
+            for name, given in per_image.items():
                 if len(given) != len(image):
                     raise InputError(f"There are {len(image)} images and {len(given)} {name}; give one entry an image.")
             words = self._vocabulary(vocabulary)
             return self._each(
-                image, lambda i, one: self.what(one, **{k: v[i] for k, v in prompts.items()}, vocabulary=words, **post)
+                image,
+                lambda i, one: self.what(one, **{k: v[i] for k, v in per_image.items()}, vocabulary=words, **post),
             )
         points, boxes = _floats(points), _floats(boxes)
         if not points and not boxes and masks is None:
@@ -568,8 +576,9 @@ def _open(image: OneImage) -> Image.Image:
     """An image of any accepted kind as upright RGB; raises InputError for anything else."""
     if isinstance(image, bytes | bytearray):
         try:
-            image = Image.open(io.BytesIO(image))
-            image.load()
+            opened = Image.open(io.BytesIO(image))
+            opened.load()
+            image = opened
         except Exception as error:  # each decoder has errors of its own
             raise InputError(f"The {type(image).__name__} are not an image that can be read ({error}).") from error
     elif isinstance(image, Tensor):

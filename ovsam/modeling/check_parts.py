@@ -1,27 +1,26 @@
-"""Do the parts of a model fit each other? Asked once, when it is built, before anything runs."""
+"""Checks the dimensions of the parts of a model when it is built."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
 
 from ovsam.errors import InputError
-
-if TYPE_CHECKING:
-    from ovsam.modeling.modeling_ovsam import OVSamModel
+from ovsam.modeling.features import sam_channels
 
 
-def check_fit(model: "OVSamModel") -> None:
-    """Compare what adapters read and give with what the two sides have.
+def check_fit(model: PreTrainedModel) -> None:
+    """Compare the dimensions of the adapters with those of the SAM side and the CLIP side of an OVSamModel.
 
     Raises:
         InputError: names the number that disagrees, and both its values.
     """
     sam, clip = model.sam, model.clip
     if model.config.composition == "sam":
-        side, channels = "SAM", _channels_of_sam(sam.pyramid_channels)
+        side, channels = "SAM", sam_channels(sam.pyramid_channels)
     else:
         side, channels = "CLIP", tuple(clip.channels)
     for adapter in (model.sam2clip, model.clip2sam, model.concepts):
-        if adapter is not None:  # at which strides maps are does not matter: adapters.common.maps_at_strides
+        if adapter is not None:  # strides may differ: maps_at_strides resamples
             name, wanted = type(adapter).__name__, adapter.config.in_channels
             _agree(f"{name}'s maps are", len(wanted), f"the {side} side's", len(channels))
             _agree(f"{name}'s in_channels are", wanted, f"the {side} side's channels", channels)
@@ -37,11 +36,6 @@ def check_fit(model: "OVSamModel") -> None:
         _agree(f"{name}'s width is", config.width, "the SAM side's", sam.width)
         _agree(f"{name}'s grid is", getattr(config, "grid", sam.grid), "the SAM side's", sam.grid)
         _agree(f"{name}'s finer maps are", model.sam2clip.finer_maps, "the SAM side's decoder reads", sam.finer_maps)
-
-
-def _channels_of_sam(pyramid: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the four maps that adapters read of a SAM (modeling_ovsam.encode_image)."""
-    return (pyramid[0],) * (3 - len(pyramid)) + pyramid + pyramid[-1:]
 
 
 def _agree(what: str, value: int | Sequence, other: str, found: int | Sequence) -> None:

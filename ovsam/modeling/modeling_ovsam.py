@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 from transformers import PreTrainedModel
@@ -21,11 +20,11 @@ from transformers import initialization as init
 
 from ovsam.errors import InputError
 from ovsam.modeling.adapters import CLIP2SAM_ADAPTERS, SAM2CLIP_ADAPTERS, ConceptHead, ConceptOutput
-from ovsam.modeling.adapters.common import maps_at_strides
 from ovsam.modeling.check_parts import check_fit
 from ovsam.modeling.clip import CLIP_SIDES
 from ovsam.modeling.configuration_ovsam import OVSamConfig
-from ovsam.modeling.geometry import boxes_from_clip, clip_frame, maps_from_clip, maps_to_clip
+from ovsam.modeling.features import encode_image
+from ovsam.modeling.geometry import boxes_from_clip, maps_from_clip, maps_to_clip
 from ovsam.modeling.locations import boxed_locations, pointed_locations
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.modeling.sam import SAM_SIDES, DecodedMasks, SamFeatures
@@ -127,33 +126,6 @@ def _clip2sam(config: OVSamConfig) -> nn.Module:
     return CLIP2SAM_ADAPTERS[config.clip2sam_config.model_type](config.clip2sam_config)
 
 
-def encode_image(
-    model, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
-) -> OVSamFeatures:
-    """The image side of the figure, for the whole model and for its vision part alone."""
-    pixel_values = pixel_values.to(model.dtype)
-    if model.config.composition == "sam":
-        sam = model.sam.encode(pixel_values)
-        # SAM's pyramid ends at stride 16, and SAM 1's is no more: the finer maps are then the same one, resampled.
-        # The adapters' fourth map is that of stride 16, halved.
-        finer = (sam.pyramid[0],) * (3 - len(sam.pyramid))
-        maps = (*finer, *sam.pyramid, F.avg_pool2d(sam.pyramid[-1], 2))
-        return OVSamFeatures(sam=sam, maps=maps_at_strides(maps, tuple(pixel_values.shape[-2:])))
-    frame, clip_size = None, tuple(pixel_values.shape[-2:])
-    if clip_pixel_values is None:
-        clip_pixel_values = pixel_values
-    elif clip_window is not None or clip_pixel_values.shape[-2:] != pixel_values.shape[-2:]:
-        clip_size = tuple(clip_pixel_values.shape[-2:])
-        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=pixel_values.device).expand(len(pixel_values), -1)
-        frame = clip_frame(whole if clip_window is None else clip_window, pixel_values.shape[-1], clip_size)
-    clip = model.clip.encode_image(clip_pixel_values.to(model.dtype))
-    maps, config = clip.maps, model.config
-    if config.sam2clip_config or config.clip2sam_config or config.concepts_config:  # somebody reads them
-        maps = maps_at_strides(maps, clip_size)
-    sam = model.sam2clip(maps) if config.composition == "clip" else model.sam.encode(pixel_values)
-    return OVSamFeatures(sam=sam, clip=clip, maps=maps, clip_frame=frame, clip_size=clip_size)
-
-
 class OVSamModel(OVSamPreTrainedModel):
     """The whole. Three questions, one call: prompts (what is this?), words (where is it?), neither (what is here?)."""
 
@@ -197,6 +169,7 @@ class OVSamModel(OVSamPreTrainedModel):
 
     def forward(
         self,
+        *,
         pixel_values: Tensor | None = None,
         clip_pixel_values: Tensor | None = None,
         clip_window: Tensor | None = None,
@@ -218,7 +191,9 @@ class OVSamModel(OVSamPreTrainedModel):
         everything: bool = False,
         refine: bool = True,
         proposal_threshold: float | None = None,
-        **kwargs,
+        original_sizes: Tensor | None = None,
+        negative_labels: list[str] | None = None,
+        prompt_counts: Tensor | None = None,
     ) -> OVSamOutput:
         """
         Args:
@@ -241,6 +216,9 @@ class OVSamModel(OVSamPreTrainedModel):
             everything: propose whatever is an object, and let the words only name it; without words that is so anyway.
             refine: False keeps input_masks, or else the ConceptHead's prototype masks, as they are.
             proposal_threshold: proposals below it are dropped before refinement (default: the config's).
+
+            original_sizes, negative_labels, prompt_counts: entries of the processor's output that only post-processing
+                reads; the model ignores them, so that `model(**inputs)` works.
 
         Raises:
             InputError: neither pixels nor features; or no prompts and no ConceptHead.

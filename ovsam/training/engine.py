@@ -1,7 +1,7 @@
 """`ovsam train RECIPE`: one toml file in, one folder of weights out; stopped at any moment, `--resume` goes on.
 
-The loop is transformers.Trainer's, so `accelerate launch -m ovsam train ...` spreads it over GPUs and machines (which
-must share the output folder), and accumulation, bfloat16 and the progress bar come with it.
+The loop is transformers.Trainer's, so `accelerate launch -m ovsam_cli train ...` spreads it over GPUs and
+machines (which must share the output folder), and accumulation, bfloat16 and the progress bar come with it.
 """
 
 import hashlib

@@ -92,7 +92,16 @@ def test_command_line_with_the_real_model(tmp_path):
     names = {c["id"]: c["name"] for c in data["categories"]}
     present = sorted({names[a["category_id"]] for a in data["annotations"] if a["image_id"] == 2})
     output, record = tmp_path / "out.png", tmp_path / "out.json"
-    command = [sys.executable, "-m", "ovsam", "segment", str(VAL / "images" / "001.jpg"), "--text", *present, *words]
+    command = [
+        sys.executable,
+        "-m",
+        "ovsam_cli",
+        "segment",
+        str(VAL / "images" / "001.jpg"),
+        "--text",
+        *present,
+        *words,
+    ]
     done = subprocess.run(
         [*command, "--model", "ovsam-tiny", "-o", str(output), "--json", str(record)], capture_output=True, text=True
     )
@@ -118,7 +127,7 @@ def test_command_line_with_the_real_model(tmp_path):
 def test_mistakes_the_model_side_finds_are_one_sentence(arguments, sentence):
     image = str(VAL / "images" / "001.jpg")
     done = subprocess.run(
-        [sys.executable, "-m", "ovsam", "segment", image, *arguments],
+        [sys.executable, "-m", "ovsam_cli", "segment", image, *arguments],
         capture_output=True,
         text=True,
         env={**__import__("os").environ, "HF_HUB_OFFLINE": "1"},

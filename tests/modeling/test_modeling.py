@@ -483,3 +483,11 @@ def test_limits_are_those_of_the_config():
     few = ask(tiny_model(max_locations=10, nms_threshold=1.0), proposal_threshold=0.0, everything=True, **inputs)
     objectness = few.features.concepts.objectness.sigmoid().topk(10).values
     assert torch.equal(few.objectness, objectness)
+
+
+def test_a_misspelt_argument_is_an_error():
+    model, pixels = tiny_model(), torch.zeros(1, 3, SIZE, SIZE)
+    with pytest.raises(TypeError, match="threshhold"):
+        model(pixel_values=pixels, threshhold=0.9)
+    with pytest.raises(TypeError, match="positional"):
+        model(pixels)

@@ -736,6 +736,18 @@ def test_adapters_are_trained_on_the_maps_the_whole_model_gives_them(composition
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sam", ["sam", "edgetam"])
+def test_towers_read_the_four_maps_of_any_sam(sam, batch):
+    """SAM 1 has one map, EdgeTAM three; adapters read four of either, as in the whole model."""
+    model = tiny_model("sam", sam=sam)
+    same = Towers(model.sam, None, "sam").eval()
+    with torch.no_grad():
+        want, got = model.encode(same.sam_pixels(batch["image"])).maps, same.maps(batch["image"])
+    assert same.channels == [m.shape[1] for m in want] and len(got) == 4
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_frozen_towers_keep_their_batch_statistics(words, batch):
     stage, _ = make("adapters", words)
     stage.train()

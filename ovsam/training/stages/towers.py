@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoTokenizer, EdgeTamConfig, PreTrainedCon
 from ovsam.errors import InputError
 from ovsam.modeling.adapters.common import AdapterModel, maps_at_strides
 from ovsam.modeling.clip import CLIP_SIDES, ClipFeatures, DualEncoderConfig, DualEncoderSide, OpenClipConfig
+from ovsam.modeling.features import sam_channels, sam_maps
 from ovsam.modeling.sam import SAM_SIDES, SamFeatures, SamSide
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.training.stages.prompts import take
@@ -78,7 +79,7 @@ class Towers(nn.Module):
     def channels(self) -> list[int]:
         """Of the four maps that adapters read."""
         if self.composition == "sam":
-            return [*self.sam.pyramid_channels, self.sam.pyramid_channels[-1]]
+            return list(sam_channels(self.sam.pyramid_channels))
         return list(self.clip.channels)
 
     @property
@@ -109,7 +110,7 @@ class Towers(nn.Module):
     def maps(self, image: Tensor, sam: SamFeatures | None = None) -> tuple[Tensor, ...]:
         """What adapters read, in their frame; `sam`: the picture's features, if they are there already."""
         if self.composition == "sam":
-            return maps_of_sam((sam or self.encode_sam(image)).pyramid)
+            return sam_maps((sam or self.encode_sam(image)).pyramid, tuple(image.shape[-2:]))
         return self.encode_clip(image).maps
 
     def teach(self, image: Tensor, boxes: Tensor) -> Tensor:
@@ -214,11 +215,6 @@ def _tokenizer(spec: Spec, length: int) -> Callable[[list[str]], dict[str, Tenso
     tokenizer = _released(AutoTokenizer, spec)
     kind = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     return lambda texts: dict(tokenizer(texts, **kind))
-
-
-def maps_of_sam(pyramid: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """SAM's pyramid ends at stride 16; the adapters' fourth map is its stride-16 map, halved, as in OVSamModel."""
-    return (*pyramid, F.avg_pool2d(pyramid[-1], 2))
 
 
 def edgetam_config(architecture: str, channels: list[int], width: int, mlp_dim: int, image_size: int) -> EdgeTamConfig:

@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 if something that was passed cannot work."""
     arguments = _build_parser().parse_args(_join_coordinates(sys.argv[1:] if argv is None else argv))
     try:
-        from ovsam import commands
         from ovsam.errors import InputError
+        from ovsam_cli import commands
 
         try:
             run = {

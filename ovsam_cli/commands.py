@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from PIL import Image
 
@@ -170,7 +170,7 @@ def push(arguments: Namespace) -> int:
 
 def demo(arguments: Namespace) -> int:
     """Serve the demo until it is interrupted."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1] / "ovsam"
     # A wheel carries the folder; a checkout has it beside the package.
     folder = next((one for one in (package / "_demo", package.parent / "demo") if (one / "app.py").is_file()), None)
     if folder is None:
@@ -194,16 +194,17 @@ def demo(arguments: Namespace) -> int:
 def _ask(segmenter: "Segmenter", image: Image.Image, words: Vocabulary | None, arguments: Namespace) -> Results:
     how = {name: getattr(arguments, name) for name in ("threshold", "proposer", "refine", "tile", "exclusive")}
     if arguments.text:
-        return segmenter.where(image, words, negative=arguments.negative, **how)
+        return cast(Results, segmenter.where(image, words, negative=arguments.negative, **how))
     if arguments.everything:
-        return segmenter.everything(image, vocabulary=words, **how)
-    return segmenter.what(
+        return cast(Results, segmenter.everything(image, vocabulary=words, **how))
+    found = segmenter.what(
         image,
         points=[[x, y] for x, y, _ in arguments.points] or None,
         labels=[label for _, _, label in arguments.points] or None,
         boxes=[list(box) for box in arguments.boxes] or None,
         vocabulary=words,
     )
+    return cast(Results, found)
 
 
 def _check_question(arguments: Namespace) -> Vocabulary | None:
