@@ -104,7 +104,14 @@ def _build_parser() -> argparse.ArgumentParser:
         "--threshold",
         metavar="SCORE",
         type=_parse_share,
-        help="with --text or --everything: the least score, 0 to 1 (default: the model's own)",
+        help="with --text or --everything: minimum score, 0 to 1 (default: the model's own with --text, none with "
+        "--everything)",
+    )
+    question.add_argument(
+        "--objectness",
+        metavar="SHARE",
+        type=_parse_share,
+        help="with --everything: minimum objectness, 0 to 1 (default: the model's own)",
     )
     search = segment.add_argument_group("how to look, with --text or --everything")
     search.add_argument(

@@ -196,7 +196,7 @@ def _ask(segmenter: "Segmenter", image: Image.Image, words: Vocabulary | None, a
     if arguments.text:
         return cast(Results, segmenter.where(image, words, negative=arguments.negative, **how))
     if arguments.everything:
-        return cast(Results, segmenter.everything(image, vocabulary=words, **how))
+        return cast(Results, segmenter.everything(image, vocabulary=words, objectness=arguments.objectness, **how))
     found = segmenter.what(
         image,
         points=[[x, y] for x, y, _ in arguments.points] or None,
@@ -226,6 +226,8 @@ def _check_question(arguments: Namespace) -> Vocabulary | None:
         raise InputError("--not goes with --text, which says what to find.")
     if arguments.threshold is not None and prompts:
         raise InputError("--threshold goes with --text or --everything; a click or a box always gives its mask.")
+    if arguments.objectness is not None and not arguments.everything:
+        raise InputError("--objectness goes with --everything; with --text, use --threshold.")
     if arguments.points and len(arguments.boxes) > 1:
         raise InputError("Clicks are on one object, so --point goes with at most one --box.")
     if arguments.points and not arguments.boxes and not any(label for _, _, label in arguments.points):

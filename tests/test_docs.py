@@ -55,3 +55,10 @@ def test_every_file_the_readme_names_exists():
     assert len(named) > 5
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+def test_links_of_the_documents_exist():
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "adapters" / "README.md"]
+    for document in documents:
+        for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"

@@ -165,6 +165,7 @@ def test_a_bad_picture_does_not_stop_the_others(folder, loaded, capsys):
         ("segment a.png --text dog --box 1,1,9,9", "ask one at a time"),
         ("segment a.png --point 5,5 --box 1,1,9,9 --box 2,2,9,9", "at most one --box"),
         ("segment a.png --point 5,5 --threshold 0.5", "--threshold goes with"),
+        ("segment a.png --text dog --objectness 0.5", "--objectness goes with --everything"),
         ("segment a.png --text dog --threshold 1.5", "'1.5' is not a number from 0 to 1"),
         ("segment a.png --text dog -o nowhere/out.png", "folder nowhere does not exist"),
         ("segment a.png --text dog -o nowhere", "neither a picture file"),
