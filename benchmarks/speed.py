@@ -17,8 +17,8 @@ from transformers import Sam2Config, Sam2Model, Sam2Processor, pipeline
 from transformers.models.sam2.image_processing_sam2 import Sam2ImageProcessor
 
 import ovsam
+from ovsam.checkpoints.text_tower import text_config
 from ovsam.modeling.clip import DualEncoderConfig
-from ovsam.training.stages.text_embeddings import text_config
 
 WORD_COUNTS = (1, 100, 1203, 21841)
 INSTANCES = 20  # whatever the words: what is found is refined, and that is not what the words cost

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "research"))
 from paper.stages import SCALE, LearnedPrompt, RoiStage, TokenStage, class_embeds, load_sam2clip  # noqa: E402
 
+from ovsam.checkpoints.text_tower import embed_texts  # noqa: E402
 from ovsam.data import SceneDataset  # noqa: E402
 from ovsam.data.scenes.drawing import SceneConfig  # noqa: E402
 from ovsam.data.scenes.freeze import deepest_point  # noqa: E402
@@ -47,7 +48,7 @@ from ovsam.modeling.scoring import FusedNaming  # noqa: E402
 from ovsam.ops.boxes import masks_to_boxes  # noqa: E402
 from ovsam.training.engine import train_recipe  # noqa: E402
 from ovsam.training.recipe import read_recipe  # noqa: E402
-from ovsam.training.stages.text_embeddings import embed_texts, word_table  # noqa: E402
+from ovsam.training.stages.text_embeddings import word_table  # noqa: E402
 from ovsam.training.stages.towers import build_towers  # noqa: E402
 
 RECIPES = ROOT / "research" / "paper"

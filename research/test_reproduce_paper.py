@@ -12,6 +12,7 @@ from common import CHANNELS, SIZE, C, D, randomise, tiny_config
 from safetensors.torch import save_file
 from torch import nn
 
+from ovsam.checkpoints.text_tower import embed_texts
 from ovsam.data import SceneDataset
 from ovsam.data.scenes.drawing import SceneConfig
 from ovsam.data.scenes.words import all_words
@@ -20,7 +21,7 @@ from ovsam.modeling.clip import DualEncoderConfig, DualEncoderSide
 from ovsam.modeling.sam import SAM_SIDES
 from ovsam.training.stages.clip import ClipStage, write_caption
 from ovsam.training.stages.sam2clip import Sam2ClipStage
-from ovsam.training.stages.text_embeddings import WordTable, embed_texts
+from ovsam.training.stages.text_embeddings import WordTable
 from ovsam.training.stages.towers import Towers
 
 ROOT = Path(__file__).resolve().parents[1]

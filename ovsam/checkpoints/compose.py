@@ -23,15 +23,19 @@ from transformers import (
     SamImageProcessor,
 )
 
+from ovsam.checkpoints import text_tower
+from ovsam.checkpoints.embedded import find_checkpoint
 from ovsam.checkpoints.tokenizer import clip_tokenizer
 from ovsam.checkpoints.weight_files import OPEN_CLIP, check_weights, fetch, is_open_clip
 from ovsam.errors import InputError
 from ovsam.modeling.clip import CLIP_SIDES, ClipSide, OpenClipConfig
+from ovsam.modeling.clip.imagenet import pretrained_imagenet
 from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.sam import SAM_SIDES
 from ovsam.processing.processing_ovsam import OVSamProcessor
 
+IMAGENET = "imagenet:"  # before the name of a classifier of timm
 ADAPTERS = ("clip2sam", "sam2clip", "concepts")
 # Trackers in video hold the image model whose prompts and masks they use, and their folders load as that.
 VIDEO = {
@@ -84,7 +88,8 @@ def compose(sam: str, clip: str, clip_size: int | None = None, **parts) -> tuple
 
     Args:
         sam: a SAM-family model of transformers (SAM 1, SAM-HQ, SAM 2, EdgeTAM, ...; a tracker gives its image model).
-        clip: a CLIP, SigLIP, SigLIP 2 or OWLv2 of transformers, or an open_clip model. OWLv2 brings its ConceptHead.
+        clip: a CLIP, SigLIP, SigLIP 2 or OWLv2 of transformers, an open_clip model, or imagenet:NAME for a classifier
+            of timm (ConSE). OWLv2 brings its ConceptHead.
         clip_size: side in pixels of what CLIP sees, where it has an image tower beside SAM's. By default towers with
             stages see what SAM sees, plain transformers the size they were trained at.
         parts: the other arguments of `compose_model`.
@@ -165,6 +170,8 @@ def load_sam(given: str | PreTrainedModel) -> Part:
 
 def load_clip(given: str | PreTrainedModel) -> Part:
     """The CLIP side's configuration and weights."""
+    if isinstance(given, str) and given.startswith(IMAGENET):
+        return _imagenet(given)
     part, model = _open(given)
     if model is None and part.folder is not None and is_open_clip(part.folder):
         part.config, part.state = _open_clip(part.folder)
@@ -183,6 +190,16 @@ def load_clip(given: str | PreTrainedModel) -> Part:
     kind = part.config.model_type
     part.settings = {"templates": TEMPLATES.get(kind, RELEASED)} | THRESHOLDS.get(kind, {})
     return _owned(part)
+
+
+def _imagenet(name: str) -> Part:
+    """A classifier of timm, with the text tower and the tokenizer of the embedded checkpoint."""
+    folder = find_checkpoint("ovsam-tiny")
+    classifier = name.removeprefix(IMAGENET)
+    config, state = pretrained_imagenet(classifier, text_tower.text_config(), text_tower.embed_texts)
+    text = text_tower.text_tower(folder)[0].text_model.state_dict()
+    state |= {f"text_model.{key}": tensor for key, tensor in text.items()}
+    return Part(name, config, state, folder, {"templates": ("{}",)})
 
 
 def load_adapter(given: str | PreTrainedModel, kind: str) -> Part:

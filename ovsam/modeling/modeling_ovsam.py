@@ -192,6 +192,7 @@ class OVSamModel(OVSamPreTrainedModel):
         refine: bool = True,
         proposal_threshold: float | None = None,
         original_sizes: Tensor | None = None,
+        reshaped_input_sizes: Tensor | None = None,
         negative_labels: list[str] | None = None,
         prompt_counts: Tensor | None = None,
     ) -> OVSamOutput:
@@ -217,8 +218,8 @@ class OVSamModel(OVSamPreTrainedModel):
             refine: False keeps input_masks, or else the ConceptHead's prototype masks, as they are.
             proposal_threshold: proposals below it are dropped before refinement (default: the config's).
 
-            original_sizes, negative_labels, prompt_counts: entries of the processor's output that only post-processing
-                reads; the model ignores them, so that `model(**inputs)` works.
+            original_sizes, reshaped_input_sizes, negative_labels, prompt_counts: entries of the processor's output that
+                only post-processing reads; the model ignores them, so that `model(**inputs)` works.
 
         Raises:
             InputError: neither pixels nor features; or no prompts and no ConceptHead.

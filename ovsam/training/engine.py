@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
+from ovsam.checkpoints.text_tower import embed_texts
 from ovsam.data import SegmentationData, SharedWords
 from ovsam.data.scenes.words import Word
 from ovsam.errors import InputError
@@ -48,7 +49,7 @@ from ovsam.training.preflight import (
 from ovsam.training.recipe import CALIBRATE, check_unchanged, read_recipe, record_recipe, stage_parameters, weight_files
 from ovsam.training.report import LogFile, cut_log, draw_curves, draw_samples
 from ovsam.training.stages import STAGES
-from ovsam.training.stages.text_embeddings import embed_texts, word_table
+from ovsam.training.stages.text_embeddings import word_table
 from ovsam.training.stages.towers import build_towers, text_embedder
 
 DRAWN_SAMPLES = 8

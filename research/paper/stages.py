@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ovsam.checkpoints.text_tower import text_tower
 from ovsam.modeling.adapters import Clip2SamFpnAdapter, Clip2SamFpnConfig, Sam2ClipAdapter, Sam2ClipConfig
 from ovsam.modeling.clip.base import boxes_to_masks
 from ovsam.modeling.sam import SamSide
@@ -24,7 +25,7 @@ from ovsam.training.stages.prompts import (
     resize_masks,
     visible_objects,
 )
-from ovsam.training.stages.text_embeddings import WordTable, text_tower
+from ovsam.training.stages.text_embeddings import WordTable
 from ovsam.training.stages.towers import Towers
 from ovsam.training.stages.word_losses import check_width
 

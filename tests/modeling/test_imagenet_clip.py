@@ -6,9 +6,11 @@ import torch
 from torch.nn.functional import normalize
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ovsam.checkpoints import text_tower
+from ovsam.checkpoints.compose import load_clip
 from ovsam.errors import InputError
-from ovsam.modeling.clip import CLIP_SIDES, ImageNetConfig, ImageNetSide
-from ovsam.modeling.clip.imagenet import conse, embed_classes, imagenet_names
+from ovsam.modeling.clip import CLIP_SIDES, ImageNetConfig, ImageNetSide, imagenet
+from ovsam.modeling.clip.imagenet import conse, create_classifier, embed_classes, imagenet_names
 
 N, D = 30, 16
 TEXT = {"hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
@@ -147,6 +149,22 @@ def test_class_embeds_are_means_over_synonyms():
     table = {"a": torch.tensor([1.0, 0]), "b": torch.tensor([0.0, 1]), "c": torch.tensor([0.0, -1])}
     found = embed_classes([["a", "b"], ["c"]], lambda texts: torch.stack([table[text] for text in texts]))
     torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0.5**0.5], [0, -1]]))
+
+
+def test_composing_with_a_classifier_of_timm(monkeypatch):
+    def offline(name, num_classes, image_size, pretrained=False):
+        return create_classifier(name, num_classes, image_size)
+
+    def embed_texts(texts):
+        return normalize(torch.randn(len(texts), 384, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+    monkeypatch.setattr(imagenet, "create_classifier", offline)
+    monkeypatch.setattr(text_tower, "embed_texts", embed_texts)
+    part = load_clip("imagenet:test_efficientnet.r160_in1k")
+    assert part.config.num_classes == 1000 and part.config.model_type == "ovsam_imagenet"
+    side = ImageNetSide(part.config).eval()
+    side.load_state_dict(part.state)  # every weight is there
+    assert side.class_embeds.shape == (1000, 384) and (part.folder / "tokenizer.json").is_file()
 
 
 def test_an_unknown_classifier_is_an_error():

@@ -20,13 +20,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ovsam.checkpoints.text_tower import text_tower
 from ovsam.errors import InputError
 from ovsam.modeling.clip import DualEncoderSide, OpenClipSide
 from ovsam.modeling.clip.base import mask_pool
 from ovsam.modeling.clip.transformers_clip import TransformersClipSide, TransformersSiglipSide
 from ovsam.training.stages.predictions import Found
 from ovsam.training.stages.prompts import visible_objects
-from ovsam.training.stages.text_embeddings import WordTable, text_tower
+from ovsam.training.stages.text_embeddings import WordTable
 from ovsam.training.stages.towers import Pixels, Towers
 from ovsam.training.stages.word_losses import LitLosses, check_width
 

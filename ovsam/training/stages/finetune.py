@@ -132,7 +132,7 @@ class FinetuneStage(ConceptsStage):
             if self.model.concepts is None:
                 there = masks[b].flatten(1).any(1)
                 question["input_boxes"] = masks_to_boxes(masks[b : b + 1, there])
-            outputs = self.model(self.pixels(image[b : b + 1]), **question)
+            outputs = self.model(pixel_values=self.pixels(image[b : b + 1]), **question)
             scores, best = outputs.scores[0].float().max(-1)  # [I]
             kept = scores >= (threshold if self.model.concepts is not None else 0)
             found.append((outputs.pred_masks[0, kept, 0] > 0, self.word_losses.base_ids[best[kept]], scores[kept]))

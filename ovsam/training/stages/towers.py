@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 from transformers import AutoConfig, AutoTokenizer, EdgeTamConfig, PreTrainedConfig
 
+from ovsam.checkpoints.text_tower import embed_texts, text_config
 from ovsam.errors import InputError
 from ovsam.modeling.adapters.common import AdapterModel, maps_at_strides
 from ovsam.modeling.clip import CLIP_SIDES, ClipFeatures, DualEncoderConfig, DualEncoderSide, OpenClipConfig
@@ -30,7 +31,6 @@ from ovsam.modeling.features import sam_channels, sam_maps
 from ovsam.modeling.sam import SAM_SIDES, SamFeatures, SamSide
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.training.stages.prompts import take
-from ovsam.training.stages.text_embeddings import embed_texts, text_config
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Spec = str | dict
