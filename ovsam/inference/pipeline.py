@@ -39,14 +39,16 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             "input_boxes": input_boxes,
         }
         limits = {"threshold": threshold, "mask_threshold": mask_threshold}
-        return _given(prompts), {}, _given(limits)
+        return _given(prompts), _given({"threshold": threshold}), _given(limits)
 
     def preprocess(self, image, **prompts):
         return self.processor(images=open_image(image), return_tensors="pt", **prompts)
 
-    def _forward(self, model_inputs):
+    def _forward(self, model_inputs, threshold=None):
+        # A threshold below the model's own for proposals lowers that too, as in Segmenter.where.
+        proposal_threshold = None if threshold is None else min(threshold, self.model.config.proposal_threshold)
         riders = {name: model_inputs.pop(name, None) for name in RIDERS}
-        outputs = self.model(**model_inputs, text_labels=riders["text_labels"])
+        outputs = self.model(**model_inputs, text_labels=riders["text_labels"], proposal_threshold=proposal_threshold)
         # As a dictionary: the base class moves outputs to the CPU, and would make a nameless ModelOutput of ours.
         return {"outputs": {name: outputs[name] for name in outputs if name != "features"}, **riders}
 
