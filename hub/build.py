@@ -42,7 +42,7 @@ from ovsam.errors import InputError  # noqa: E402
 from ovsam.checkpoints.push import CARD, full_precision, write_json  # noqa: E402
 from ovsam.modeling.remote_code import SHIM, auto_map, write_shim  # noqa: E402
 from ovsam.data.scenes.words import all_words  # noqa: E402
-from ovsam.training.stages.text_embeddings import text_config  # noqa: E402
+from ovsam.checkpoints.text_tower import text_config  # noqa: E402
 from ovsam.training.stages.towers import edgetam_config  # noqa: E402
 
 IMAGE_SIZE = 512
