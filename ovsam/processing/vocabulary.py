@@ -67,11 +67,6 @@ class Vocabulary:
         self.prompt_label_ids = [label_ids[label] for label in labels.values()]
         self.templates = None if templates is None else _check_templates(templates)
 
-    @property
-    def mapping(self) -> dict[str, str]:
-        """Each prompt's label; as `text_labels` for post-processing it makes instances keep both."""
-        return {prompt: self.labels[index] for prompt, index in zip(self.prompts, self.prompt_label_ids, strict=True)}
-
     def embed(
         self,
         encode: "Callable[[list[str]], torch.Tensor]",
@@ -131,7 +126,7 @@ class Vocabulary:
         return torch.cat(chunks)
 
     def as_mapping(self) -> dict[str, str]:
-        """{prompt: label}"""
+        """Return the label of each prompt, {prompt: label}; post-processing takes it as `text_labels`."""
         return {prompt: self.labels[i] for prompt, i in zip(self.prompts, self.prompt_label_ids, strict=True)}
 
 
