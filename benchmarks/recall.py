@@ -20,8 +20,9 @@ from transformers import pipeline
 import ovsam
 from ovsam.data.scenes.drawing import SceneConfig, draw_scene
 from ovsam.data.scenes.words import all_words
-from ovsam.evaluation.evaluate import iou, open_coco
+from ovsam.evaluation.evaluate import open_coco
 from ovsam.ops import rle
+from ovsam.ops.masks import mask_overlap
 
 FROZEN = Path(__file__).resolve().parents[1] / "tests" / "data" / "emojiscenes-val"
 SEED = 810_000  # of the large pictures: no recipe's, nor the frozen set's
@@ -45,7 +46,9 @@ class Frozen:
 
 def hits(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Masks [n, H, W], [m, H, W] -> for each of the m, whether it was found."""
-    return iou(found, truth).max(0) > 0.5 if len(found) else np.zeros(len(truth), dtype=bool)
+    if not len(found):
+        return np.zeros(len(truth), dtype=bool)
+    return (mask_overlap(torch.from_numpy(found), torch.from_numpy(truth)).amax(0) > 0.5).numpy()
 
 
 def of_words(results: ovsam.Results, truth: np.ndarray, names: list[str]) -> np.ndarray:

@@ -39,13 +39,13 @@ from paper.stages import SCALE, LearnedPrompt, RoiStage, TokenStage, class_embed
 from ovsam.checkpoints.text_tower import embed_texts  # noqa: E402
 from ovsam.data import SceneDataset  # noqa: E402
 from ovsam.data.scenes.drawing import SceneConfig  # noqa: E402
-from ovsam.data.scenes.freeze import deepest_point  # noqa: E402
 from ovsam.data.scenes.styles import STYLES, drawable  # noqa: E402
 from ovsam.data.scenes.words import all_words  # noqa: E402
 from ovsam.modeling.clip.base import boxes_to_masks  # noqa: E402
 from ovsam.modeling.sam import DecodedMasks, SamFeatures  # noqa: E402
 from ovsam.modeling.scoring import FusedNaming  # noqa: E402
 from ovsam.ops.boxes import masks_to_boxes  # noqa: E402
+from ovsam.ops.masks import deepest_point  # noqa: E402
 from ovsam.training.engine import train_recipe  # noqa: E402
 from ovsam.training.recipe import read_recipe  # noqa: E402
 from ovsam.training.stages.text_embeddings import word_table  # noqa: E402

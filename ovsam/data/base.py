@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ovsam.data.scenes.words import Word
+from ovsam.data.words import Word
 from ovsam.errors import InputError
 
 Sample = dict[str, Tensor]

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ovsam.data.base import Sample, SegmentationData, pad_objects
-from ovsam.data.scenes.words import Word
+from ovsam.data.words import Word
 from ovsam.errors import InputError
 
 

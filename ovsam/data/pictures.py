@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ovsam.data.base import Sample, SegmentationData, pad_objects
 from ovsam.data.paste import cut_out, paste_objects
-from ovsam.data.scenes.words import Word
+from ovsam.data.words import Word
 from ovsam.errors import InputError
 from ovsam.ops.outlines import UPRIGHT, Rle, to_rle, turn
 from ovsam.processing.images import MIN_SIDE, open_image

@@ -5,21 +5,18 @@ pixel deepest inside the mask, absent words are drawn from its categories, and t
 
 Definitions. All that is about masks is at the picture's resolution.
 
-- IoU: per instance, averaged over instances (Open-Vocabulary SAM's IoU_b and IoU_n).
-- Boundary IoU (Cheng et al. 2021): the IoU of two boundaries, averaged over instances; a mask's boundary is what of it
-  is within 2 % of the picture's diagonal of its outside, the picture's border counting as outside.
-- Three clicks (SAM, RITM): the first is the annotation's point; each next one is the pixel deepest inside the larger of
-  what the mask misses (positive) and what it has too much (negative). All are given, with the last mask's logits.
+- IoU, boundary IoU and calibration error: see `metrics.py`; IoUs are averaged over instances.
+- Three clicks: the first is the annotation's point; the others correct the mask (`metrics.next_click`). All are given,
+  with the last mask's logits.
 - A name counts if the right word is the best (top-1) or among the best five of *all* words of the set.
 - Words -> masks: each picture is asked for the words it holds and for its absent words; AP is pycocotools' mask AP, a
   category per word, over all words that some picture holds, so that an absent word firing there is a false positive.
 - An absent word fires if it returns anything at the default threshold.
 - A synonym finds its object in a picture if the best instance returned at the default threshold overlaps an object of
   the target word by an IoU above one half.
-- Calibration error: the expected one, in 15 bins of equal width (Guo et al. 2017). Of names: the score of a boxed
-  mask's best word against whether it is the right one. Of words -> masks: the score of what is returned at the default
-  threshold, for absent words too, against whether it is right: it overlaps an object of its word by an IoU above one
-  half, and nothing that scored higher has taken that object.
+- Calibration error of names: the score of a boxed mask's best word against whether it is the right one. Of words ->
+  masks: the score of what is returned at the default threshold, for absent words too, against whether it is right: it
+  overlaps an object of its word by an IoU above one half, and nothing that scored higher has taken that object.
 """
 
 import contextlib
@@ -28,24 +25,24 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from tqdm import tqdm
 
-from ovsam.data.scenes.freeze import deepest_point
 from ovsam.errors import InputError
+from ovsam.evaluation.metrics import are_right, boundary_iou, calibration_error, next_click, rank
 from ovsam.inference.segmenter import Segmenter, load
 from ovsam.modeling.geometry import maps_to_clip
 from ovsam.modeling.scoring import calibrated
+from ovsam.ops import rle
 from ovsam.ops.files import write_whole
+from ovsam.ops.masks import deepest_point, mask_overlap
 from ovsam.processing.vocabulary import Vocabulary
 
 DEFAULT_SETS = {"tests/data/emojiscenes-val": "", "tests/data/openmoji-val": "openmoji: "}  # what figures begin with
@@ -67,9 +64,7 @@ BESIDES = (
 )
 PROMPTS = ("input_points", "input_labels", "input_boxes", "input_masks")
 CLICKS = 3
-NO_CLICK = (0, 0, -10)  # x, y and the label of padding, where nothing is left to correct
 AP_FLOOR = 0.02  # detections below this score, before calibration, cannot move AP
-BINS = 15
 COMPARED = (
     "box: mean IoU",
     "click: mean IoU",
@@ -157,7 +152,7 @@ def open_coco(annotations: Path) -> COCO:
         if annotation.get("segmentation") and not {"area", "bbox"} <= annotation.keys():
             code = coco.annToRLE(annotation)
             annotation.setdefault("area", float(rle.area(code)))
-            annotation.setdefault("bbox", rle.toBbox(code).tolist())
+            annotation.setdefault("bbox", list(rle.bbox(code)))
     return coco
 
 
@@ -203,7 +198,7 @@ def measure(segmenter: Segmenter, coco: COCO, folder: Path, limit: int | None = 
         index = torch.tensor([names.index(word) for word in words])
         found = ask(segmenter, picture, all_words[index], words, floor)
         scores, labels = found["scores"].tolist(), found["text_labels"]
-        codes = [rle.encode(np.asfortranarray(mask.cpu().numpy())) for mask in found["masks"]]
+        codes = [rle.encode(mask.cpu().numpy()) for mask in found["masks"]]
         for score, label, code in zip(scores, labels, codes, strict=True):
             where = {"image_id": image_id, "category_id": category[label]}
             detections.append({**where, "score": score, "segmentation": code})
@@ -219,7 +214,7 @@ def measure(segmenter: Segmenter, coco: COCO, folder: Path, limit: int | None = 
             if target in present:
                 found = ask(segmenter, picture, synonym_embeds[i : i + 1], [synonym], threshold)
                 own = truth[[word == target for word in named]]
-                hit = len(found["masks"]) and iou(found["masks"][:1].cpu().numpy(), own).max() > 0.5
+                hit = len(found["masks"]) and mask_overlap(found["masks"][:1].cpu(), torch.from_numpy(own)).max() > 0.5
                 synonym_hits[synonym].append(float(hit))
 
     figures = summarise(rows)
@@ -309,61 +304,6 @@ def _masks(segmenter: Segmenter, picture, outputs) -> np.ndarray:
     return segmenter.processor.post_process_instance_segmentation(outputs, target_sizes=size)[0]["masks"].cpu().numpy()
 
 
-def next_click(mask: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
-    """x, y and label (1 on it, 0 beside it) of the click that corrects a mask [H, W] bool: the pixel deepest inside
-    what it misses or has too much, whichever is larger."""
-    missed, beside = truth & ~mask, mask & ~truth
-    region = missed if missed.sum() >= beside.sum() else beside
-    return (*deepest_point(region), int(region is missed)) if region.any() else NO_CLICK
-
-
-def boundary_iou(mask: np.ndarray, other: np.ndarray, share: float = 0.02) -> float:
-    """Boundary IoU of two masks [H, W] bool, one of which at least has pixels; boundaries are `share` of the diagonal
-    wide (Cheng et al. 2021, §4)."""
-    distance = max(1, round(share * math.hypot(*mask.shape)))
-    either = mask | other
-    rows, columns = np.flatnonzero(either.any(1)), np.flatnonzero(either.any(0))
-    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # all around it is outside
-    one, two = (part & ~erode(part, distance) for part in (mask[window], other[window]))
-    return float((one & two).sum() / (one | two).sum())
-
-
-def erode(mask: np.ndarray, distance: int) -> np.ndarray:
-    """The pixels of a mask [H, W] bool whose neighbours up to `distance` away, diagonally too, are all in the mask;
-    beyond the border nothing is."""
-    for axis in (0, 1):
-        padding = [(0, 0), (0, 0)]
-        padding[axis] = (distance + 1, distance)
-        total = np.moveaxis(np.pad(mask, padding).cumsum(axis), axis, 0)
-        mask = np.moveaxis(total[2 * distance + 1 :] - total[: -2 * distance - 1] == 2 * distance + 1, 0, axis)
-    return mask
-
-
-def calibration_error(scores: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
-    """Expected calibration error of scores in [0, 1] (Guo et al. 2017, eq. 3): |mean score - share that is right| of
-    each bin, averaged by how many it holds."""
-    score, hit = np.asarray(scores, float), np.asarray(right, float)
-    place = np.clip(np.ceil(score * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(place, score - hit, bins)  # summed over each bin
-    return float(np.abs(gap).sum() / len(score))
-
-
-def are_right(codes: list, labels: list[str], truth: list, named: list[str]) -> list[bool]:
-    """Which of the instances, best first, are right: each takes the object of its word that it overlaps most, if by an
-    IoU above one half and if none before it has. Masks are COCO's run lengths; `named` are the objects' words."""
-    if not codes or not truth:
-        return [False] * len(codes)
-    overlap = rle.iou(codes, truth, [0] * len(truth))  # [instances, objects]
-    overlap *= np.array(labels)[:, None] == np.array(named)[None]
-    right = []
-    for row in overlap:
-        best = int(row.argmax())
-        right.append(bool(row[best] > 0.5))
-        if right[-1]:
-            overlap[:, best] = 0
-    return right
-
-
 def ap_floor(segmenter: Segmenter) -> float:
     """The score below which nothing moves AP, as the model's calibration puts it."""
     return float(calibrated(torch.tensor(AP_FLOOR), segmenter.model.config.score_calibration))
@@ -377,18 +317,6 @@ def ask(segmenter: Segmenter, picture, embeds: Tensor, words: list[str], thresho
     return segmenter.processor.post_process_instance_segmentation(
         outputs, threshold=threshold, target_sizes=[(image.height, image.width)], text_labels=words
     )[0]
-
-
-def rank(logits: Tensor, target: Tensor) -> Tensor:
-    """logits [n, K], target [n] -> how many words score higher than the right one, [n]."""
-    return (logits > logits.gather(1, target[:, None])).sum(1)
-
-
-def iou(masks: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """[n, H, W], [m, H, W] bool -> [n, m]"""
-    a, b = masks.reshape(len(masks), -1).astype(np.float32), others.reshape(len(others), -1).astype(np.float32)
-    shared = a @ b.T
-    return shared / np.maximum(a.sum(1)[:, None] + b.sum(1)[None] - shared, 1)
 
 
 def summarise(rows: list[dict]) -> dict[str, float]:

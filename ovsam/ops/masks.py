@@ -1,7 +1,10 @@
-"""Masks as tensors."""
+"""Masks as tensors and arrays."""
 
+import numpy as np
 import torch
 from torch import Tensor
+
+CHUNK = 64  # pixels whose distance is computed at a time
 
 
 def crop(masks: Tensor, boxes: Tensor) -> Tensor:
@@ -13,9 +16,39 @@ def crop(masks: Tensor, boxes: Tensor) -> Tensor:
     return masks.masked_fill(~(rows[..., :, None] & columns[..., None, :]), -20.0)
 
 
-def mask_overlap(masks: Tensor) -> Tensor:
-    """IoU of each pair of masks. masks [n, h, w] bool -> [n, n]"""
-    flat = masks.flatten(1).float()
-    shared = flat @ flat.T
-    area = flat.sum(1)
-    return shared / (area[:, None] + area[None] - shared).clamp(min=1)
+def mask_overlap(masks: Tensor, others: Tensor | None = None) -> Tensor:
+    """IoU of each pair of masks. masks [n, h, w] bool, others [m, h, w] bool (default: the same) -> [n, m]"""
+    one = masks.flatten(1).float()
+    two = one if others is None else others.flatten(1).float()
+    shared = one @ two.T
+    return shared / (one.sum(1)[:, None] + two.sum(1)[None] - shared).clamp(min=1)
+
+
+def deepest_point(mask: np.ndarray) -> tuple[int, int]:
+    """(x, y) of the pixel farthest from everything outside `mask` [H, W] bool (Euclidean distance transform)."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left = int(rows[0]), int(columns[0])
+    inside = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1)  # all around it is outside
+    column, row = _line_distance(inside), _line_distance(inside.T).T
+    # A pixel is no deeper than along its column or its row, so that few have to be looked at, those deepest first.
+    bound = np.minimum(column, row).ravel()
+    order = np.argsort(-bound, kind="stable")
+    x, best, place = np.arange(inside.shape[1]), -1, 0
+    for start in range(0, len(order), CHUNK):
+        some = order[start : start + CHUNK]
+        if bound[some[0]] ** 2 < best:
+            break
+        squared = ((some[:, None] % len(x) - x) ** 2 + column[some // len(x)] ** 2).min(1)  # to any column's outside
+        deepest = int(squared.max())
+        first = int(some[squared == deepest].min())  # of equally deep ones the topmost, then leftmost
+        if deepest > best or (deepest == best and first < place):
+            best, place = deepest, first
+    return place % len(x) - 1 + left, place // len(x) - 1 + top
+
+
+def _line_distance(inside: np.ndarray) -> np.ndarray:
+    """For every pixel [H, W] how far the nearest outside pixel of its column is, 0 outside."""
+    y = np.arange(len(inside))[:, None]
+    above = np.maximum.accumulate(np.where(inside, -1, y), axis=0)
+    below = np.minimum.accumulate(np.where(inside, len(inside), y)[::-1], axis=0)[::-1]
+    return np.minimum(y - above, below - y)

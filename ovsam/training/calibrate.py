@@ -16,19 +16,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pycocotools import mask as rle
 from torch import Tensor
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from ovsam.data import SceneDataset, SegmentationData
-from ovsam.data.scenes.freeze import related
+from ovsam.data.words import related
 from ovsam.errors import InputError
-from ovsam.evaluation.evaluate import AP_FLOOR, are_right, ask, calibration_error
+from ovsam.evaluation.evaluate import AP_FLOOR, ask
+from ovsam.evaluation.metrics import are_right, calibration_error
 from ovsam.inference.segmenter import EncodedImage, Segmenter, load
 from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter
 from ovsam.modeling.adapters.concepts import ConceptHead
 from ovsam.modeling.scoring import calibrated
+from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.ops.files import write_whole
 from ovsam.training.checkpoint import write_model
@@ -280,4 +281,4 @@ def _calibrations_and_thresholds(
 
 def _codes(masks: Tensor) -> list:
     """[n, H, W] bool -> COCO's run lengths"""
-    return [rle.encode(np.asfortranarray(mask.cpu().numpy())) for mask in masks]
+    return [rle.encode(mask.cpu().numpy()) for mask in masks]

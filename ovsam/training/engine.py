@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 
 from ovsam.checkpoints.text_tower import embed_texts
 from ovsam.data import SegmentationData, SharedWords
-from ovsam.data.scenes.words import Word
+from ovsam.data.words import Word
 from ovsam.errors import InputError
 from ovsam.inference.segmenter import Segmenter, load
 from ovsam.ops.files import write_whole

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ovsam.data import READERS, Sample, SegmentationData, SharedWords, merge_words, open_data, reader_keys
-from ovsam.data.scenes.words import Word
+from ovsam.data.words import Word
 
 
 def read_data(section: dict[str, Any], seed: int, length: int, size: int | None = None) -> SegmentationData:

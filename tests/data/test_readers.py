@@ -21,7 +21,7 @@ from ovsam.data import READERS, Coco, HuggingFace, Mixture, merge_words, open_da
 from ovsam.data.folders import wordnet
 from ovsam.data.pictures import read_header
 from ovsam.data.scenes.drawing import SceneConfig, draw_scene
-from ovsam.data.scenes.words import Word
+from ovsam.data.words import Word
 from ovsam.errors import InputError
 from ovsam.ops.outlines import _run_lengths, check_outline
 from ovsam.processing.vocabulary import Vocabulary

@@ -11,9 +11,11 @@ from pycocotools import mask as rle
 
 from ovsam.data import SceneDataset
 from ovsam.data.scenes.drawing import SceneConfig, draw_scene, sprites
-from ovsam.data.scenes.freeze import SEED, WORDS, deepest_point, related, required_words
+from ovsam.data.scenes.freeze import SEED, WORDS, required_words
 from ovsam.data.scenes.styles import drawable
-from ovsam.data.scenes.words import Word, all_words, synonyms
+from ovsam.data.scenes.words import all_words, synonyms
+from ovsam.data.words import Word, related
+from ovsam.ops.masks import deepest_point
 
 VAL = Path(__file__).parents[1] / "data" / "emojiscenes-val"
 OPENMOJI = VAL.with_name("openmoji-val")

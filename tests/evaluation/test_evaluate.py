@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
@@ -14,75 +13,6 @@ from ovsam.errors import InputError
 from ovsam.evaluation import evaluate as evaluation
 
 VAL = Path(__file__).parents[1] / "data" / "emojiscenes-val"
-
-
-def test_rank_counts_better_words():
-    logits = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.2, 0.3]])
-    assert evaluation.rank(logits, torch.tensor([2, 0])).tolist() == [1, 0]
-
-
-def test_iou_by_hand():
-    a, b = np.zeros((2, 4, 4), bool), np.zeros((1, 4, 4), bool)
-    a[0, :2], a[1, :, :1], b[0, :1] = True, True, True
-    assert evaluation.iou(a, b).tolist() == [[pytest.approx(4 / 8)], [pytest.approx(1 / 7)]]
-
-
-def square(x: int, y: int, side: int, size: int = 100) -> np.ndarray:
-    mask = np.zeros((size, size), bool)
-    mask[y : y + side, x : x + side] = True
-    return mask
-
-
-def test_boundary_iou_by_hand():
-    """In a picture of 100 x 100 a boundary is round(0.02 * 141.4) = 3 pixels wide: of a square of side n it has
-    n^2 - (n - 6)^2 pixels."""
-    assert evaluation.boundary_iou(square(20, 20, 30), square(20, 20, 30)) == 1
-    assert evaluation.boundary_iou(square(0, 0, 20), square(50, 50, 20)) == 0
-    # One square inside the other by 2 pixels: they share the outermost ring of the inner one's boundary.
-    ring = 26**2 - 24**2
-    shared = evaluation.boundary_iou(square(20, 20, 30), square(22, 22, 26))
-    assert shared == pytest.approx(ring / ((30**2 - 24**2) + (26**2 - 20**2) - ring))
-    # A hole of one pixel has a boundary of its own, 7 x 7 less the pixel.
-    holed = square(20, 20, 30)
-    holed[35, 35] = False
-    assert evaluation.boundary_iou(square(20, 20, 30), holed) == pytest.approx(324 / (324 + 48))
-
-
-def test_the_pictures_border_is_outside():
-    """The boundary of a mask that fills the picture is a frame."""
-    assert evaluation.erode(np.ones((20, 30), bool), 4).sum() == 12 * 22
-    assert not evaluation.erode(np.ones((7, 30), bool), 4).any()
-    rng = np.random.default_rng(0)
-    mask = rng.random((23, 31)) > 0.1
-    padded = np.pad(mask, 2)  # word by word: all neighbours up to two pixels away
-    every = [padded[y : y + 23, x : x + 31] for y in range(5) for x in range(5)]
-    assert np.array_equal(evaluation.erode(mask, 2), np.all(every, axis=0))
-
-
-def test_calibration_error_by_hand():
-    assert evaluation.calibration_error([0.9, 0.9, 0.9, 0.9], [True, True, True, False]) == pytest.approx(0.15)
-    # Two bins, of three and of one: 3/4 * |0.2 - 1/3| + 1/4 * |1 - 0|.
-    error = evaluation.calibration_error([0.2, 0.2, 0.2, 1.0], [True, False, False, False])
-    assert error == pytest.approx(0.75 * (1 / 3 - 0.2) + 0.25)
-    rng = np.random.default_rng(0)
-    scores = rng.random(20_000)
-    assert evaluation.calibration_error(scores, rng.random(20_000) < scores) < 0.02
-    assert evaluation.calibration_error(scores, rng.random(20_000) < scores**3) > 0.2
-
-
-def test_an_object_is_found_once_and_by_its_own_word():
-    a, b = (rle.encode(np.asfortranarray(square(x, 0, 10))) for x in (0, 50))
-    shifted = rle.encode(np.asfortranarray(square(2, 0, 10)))  # IoU 2/3 with a
-    words = ["cat", "cat", "dog", "cat"]
-    assert evaluation.are_right([shifted, a, a, b], words, [a, b], ["cat", "cat"]) == [True, False, False, True]
-    assert evaluation.are_right([a], ["cat"], [], []) == [False] and evaluation.are_right([], [], [a], ["cat"]) == []
-
-
-def test_the_next_click_corrects_the_larger_error():
-    truth = square(10, 10, 41)
-    assert evaluation.next_click(square(10, 10, 41) & ~square(20, 20, 11), truth) == (25, 25, 1)
-    assert evaluation.next_click(truth | square(70, 70, 21), truth) == (80, 80, 0)
-    assert evaluation.next_click(truth, truth)[2] == -10
 
 
 def test_three_clicks_are_better_than_one():

@@ -19,7 +19,8 @@ import ovsam
 import ovsam_cli
 from ovsam.data.scenes.drawing import SceneConfig, draw_scene
 from ovsam.data.scenes.words import all_words
-from ovsam.evaluation.evaluate import DECISIVE, iou
+from ovsam.evaluation.evaluate import DECISIVE
+from ovsam.ops.masks import mask_overlap
 from ovsam.results.results import Results, write_coco
 from ovsam.training.stages import STAGES
 
@@ -53,7 +54,7 @@ def correct(segmenter, path, truth, names, downloads):
     upload, encoded = session.receive(path), segmenter.encode(path)
     found = segmenter.everything(encoded)
     scene = session.scene.find(found, "everything")
-    overlap = iou(found.masks, truth)  # [n found, n true]
+    overlap = mask_overlap(torch.as_tensor(found.masks), torch.as_tensor(truth)).numpy()  # [n found, n true]
     wrong, missed = [], set(range(len(names)))
     for one, row in zip(found, overlap, strict=True):
         best = int(row.argmax())

@@ -18,7 +18,7 @@ from torch import nn
 
 from ovsam.data import SceneDataset
 from ovsam.data.scenes.drawing import SceneConfig
-from ovsam.data.scenes.words import Word
+from ovsam.data.words import Word
 from ovsam.errors import InputError
 from ovsam.training import checkpoint, preflight, recipe, report
 from ovsam.training import engine as training_run

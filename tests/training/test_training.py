@@ -11,7 +11,7 @@ from PIL import Image
 
 import ovsam
 from ovsam.data import reader_keys
-from ovsam.data.scenes.words import Word
+from ovsam.data.words import Word
 from ovsam.errors import InputError
 from ovsam.evaluation import evaluate as evaluation
 from ovsam.modeling.scoring import calibrated

@@ -11,7 +11,6 @@ tests/data/emojiscenes-val was drawn with the defaults; tests/data/openmoji-val,
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,9 @@ from pycocotools import mask as coco_mask
 
 from ovsam.data.scenes.drawing import SceneConfig, draw_scene
 from ovsam.data.scenes.styles import STYLES, drawable
-from ovsam.data.scenes.words import Word, all_words, synonyms
+from ovsam.data.scenes.words import all_words, synonyms
+from ovsam.data.words import Word, related
+from ovsam.ops.masks import deepest_point
 
 SEED = 900_001
 SCENES = 100
@@ -28,43 +29,6 @@ QUALITY = 92  # of the JPEGs
 WORDS = 1373  # the first ones; the sequences that came later are not in the frozen sets
 ABSENT_WORDS = 20
 MIN_PIXELS = 64
-CHUNK = 64  # pixels whose distance is computed at a time
-
-
-def deepest_point(mask: np.ndarray) -> tuple[int, int]:
-    """(x, y) of the pixel farthest from everything outside `mask` [H, W] bool (Euclidean distance transform)."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, left = int(rows[0]), int(columns[0])
-    inside = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1)  # all around it is outside
-    column, row = _line_distance(inside), _line_distance(inside.T).T
-    # A pixel is no deeper than along its column or its row, so that few have to be looked at, those deepest first.
-    bound = np.minimum(column, row).ravel()
-    order = np.argsort(-bound, kind="stable")
-    x, best, place = np.arange(inside.shape[1]), -1, 0
-    for start in range(0, len(order), CHUNK):
-        some = order[start : start + CHUNK]
-        if bound[some[0]] ** 2 < best:
-            break
-        squared = ((some[:, None] % len(x) - x) ** 2 + column[some // len(x)] ** 2).min(1)  # to any column's outside
-        deepest = int(squared.max())
-        first = int(some[squared == deepest].min())  # of equally deep ones the topmost, then leftmost
-        if deepest > best or (deepest == best and first < place):
-            best, place = deepest, first
-    return place % len(x) - 1 + left, place // len(x) - 1 + top
-
-
-def _line_distance(inside: np.ndarray) -> np.ndarray:
-    """For every pixel [H, W] how far the nearest outside pixel of its column is, 0 outside."""
-    y = np.arange(len(inside))[:, None]
-    above = np.maximum.accumulate(np.where(inside, -1, y), axis=0)
-    below = np.minimum.accumulate(np.where(inside, len(inside), y)[::-1], axis=0)[::-1]
-    return np.minimum(y - above, below - y)
-
-
-def related(word, other) -> bool:
-    """Could a person call one by the other's name? Then neither is a fair absent word beside the other."""
-    own = set(re.findall(r"[a-z']+", " ".join([word.name, *word.keywords])))
-    return bool(own & set(re.findall(r"[a-z']+", other.name)))
 
 
 def required_words(rng: np.random.Generator, words: Sequence[Word], drawn: set[int], scenes: int) -> list[list[int]]:

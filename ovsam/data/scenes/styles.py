@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ovsam.checkpoints.embedded import CACHE
-from ovsam.data.scenes.words import Word, all_words
+from ovsam.data.scenes.words import all_words
+from ovsam.data.words import Word
 from ovsam.errors import InputError
 from ovsam.ops.files import write_whole
 

@@ -2,18 +2,9 @@
 
 import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Word:
-    """One pictogram: its character, its CLDR short name (the label), its CLDR keywords, `base` or `novel`."""
-
-    char: str
-    name: str
-    keywords: tuple[str, ...]
-    split: str
+from ovsam.data.words import Word
 
 
 @functools.cache
@@ -23,7 +14,8 @@ def _table() -> dict:
 
 @functools.cache
 def all_words() -> tuple[Word, ...]:
-    """Every word, in code-point order; an index into this tuple is a word's id everywhere in EmojiScenes."""
+    """Every word, its CLDR short name and keywords, in code-point order; an index into this tuple is a word's id
+    everywhere in EmojiScenes."""
     return tuple(Word(w["char"], w["name"], tuple(w["keywords"]), w["split"]) for w in _table()["words"])
 
 

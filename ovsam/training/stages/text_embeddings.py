@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ovsam.checkpoints.text_tower import embed_texts
-from ovsam.data.scenes.words import Word, all_words
+from ovsam.data.scenes.words import all_words
+from ovsam.data.words import Word
 
 
 @dataclass

@@ -1,0 +1,81 @@
+"""Metrics, by their published definitions: numbers and masks in, figures out; no model, no files.
+
+- IoU: per instance, averaged over instances (IoU_b and IoU_n of Open-Vocabulary SAM, Yuan et al. 2024, §4).
+- Boundary IoU (Cheng et al. 2021, §4): the IoU of two boundaries; the boundary of a mask is the part of it within 2 %
+  of the diagonal of the image from its outside, and the border of the image counts as outside.
+- Iterated clicks (SAM, RITM): the first click is the deepest pixel of the object, each next one the deepest pixel of
+  the larger error region, positive where the mask misses the object and negative where it covers too much.
+- Calibration error: the expected one, in 15 bins of equal width (Guo et al. 2017, eq. 3).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ovsam.ops import rle
+from ovsam.ops.masks import deepest_point
+
+NO_CLICK = (0, 0, -10)  # x, y and the label of padding, where nothing is left to correct
+BINS = 15
+
+
+def rank(logits: Tensor, target: Tensor) -> Tensor:
+    """logits [n, K], target [n] -> how many words score higher than the right one, [n]."""
+    return (logits > logits.gather(1, target[:, None])).sum(1)
+
+
+def next_click(mask: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
+    """x, y and label (1 on it, 0 beside it) of the click that corrects a mask [H, W] bool: the pixel deepest inside
+    what it misses or has too much, whichever is larger."""
+    missed, beside = truth & ~mask, mask & ~truth
+    region = missed if missed.sum() >= beside.sum() else beside
+    return (*deepest_point(region), int(region is missed)) if region.any() else NO_CLICK
+
+
+def boundary_iou(mask: np.ndarray, other: np.ndarray, share: float = 0.02) -> float:
+    """Boundary IoU of two masks [H, W] bool, one of which at least has pixels; boundaries are `share` of the diagonal
+    wide (Cheng et al. 2021, §4)."""
+    distance = max(1, round(share * math.hypot(*mask.shape)))
+    either = mask | other
+    rows, columns = np.flatnonzero(either.any(1)), np.flatnonzero(either.any(0))
+    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # all around it is outside
+    one, two = (part & ~erode(part, distance) for part in (mask[window], other[window]))
+    return float((one & two).sum() / (one | two).sum())
+
+
+def erode(mask: np.ndarray, distance: int) -> np.ndarray:
+    """The pixels of a mask [H, W] bool whose neighbours up to `distance` away, diagonally too, are all in the mask;
+    beyond the border nothing is."""
+    for axis in (0, 1):
+        padding = [(0, 0), (0, 0)]
+        padding[axis] = (distance + 1, distance)
+        total = np.moveaxis(np.pad(mask, padding).cumsum(axis), axis, 0)
+        mask = np.moveaxis(total[2 * distance + 1 :] - total[: -2 * distance - 1] == 2 * distance + 1, 0, axis)
+    return mask
+
+
+def calibration_error(scores: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
+    """Expected calibration error of scores in [0, 1] (Guo et al. 2017, eq. 3): |mean score - share that is right| of
+    each bin, averaged by how many it holds."""
+    score, hit = np.asarray(scores, float), np.asarray(right, float)
+    place = np.clip(np.ceil(score * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(place, score - hit, bins)  # summed over each bin
+    return float(np.abs(gap).sum() / len(score))
+
+
+def are_right(codes: list, labels: list[str], truth: list, named: list[str]) -> list[bool]:
+    """Which of the instances, best first, are right: each takes the object of its word that it overlaps most, if by an
+    IoU above one half and if none before it has. Masks are COCO's run lengths; `named` are the objects' words."""
+    if not codes or not truth:
+        return [False] * len(codes)
+    overlap = rle.iou(codes, truth)  # [instances, objects]
+    overlap *= np.array(labels)[:, None] == np.array(named)[None]
+    right = []
+    for row in overlap:
+        best = int(row.argmax())
+        right.append(bool(row[best] > 0.5))
+        if right[-1]:
+            overlap[:, best] = 0
+    return right
