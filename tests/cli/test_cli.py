@@ -176,7 +176,8 @@ def test_a_bad_picture_does_not_stop_the_others(folder, loaded, capsys):
         ("segment --text dog", "IMAGE"),
         ("segment a.png --texts dog", "--texts"),
         ("dance", "'dance'"),
-        ("", "COMMAND"),
+        ("segmnt a.png", "did you mean `segment`?"),
+        ("demo --port 99999", "ports are numbers from 1 to 65535"),
         ("train recipe.toml --steps 0", "'0' is not a whole number above 0"),
     ],
 )
@@ -234,14 +235,33 @@ def test_compare_fails_unless_the_tuned_model_is_better(monkeypatch):
     assert calls[0] == (("ovsam-tiny", "runs/mine"), named)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["segment", "--help"], ["--version"], ["segment"]])
-def test_help_does_not_wait_for_torch(arguments):
-    """Importing torch and transformers takes seconds, help must take none."""
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--help"],
+        ["segment", "--help"],
+        ["--version"],
+        ["segment"],
+        ["models"],
+        ["segment", "missing.png", "--text", "dog"],
+        ["segment", "missing.png", "--text", "dog", "--vocabulary", "nonsense"],
+        ["demo", "--port", "99999"],
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_torch(arguments):
+    """Importing torch and transformers takes seconds, help and mistakes must take none."""
     program = (
         "import sys, ovsam_cli\n"
         "try: ovsam_cli.main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'numpy', 'ovsam'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_command_prints_the_help(capsys):
+    assert run([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in ovsam_cli.COMMANDS)

@@ -1,0 +1,44 @@
+"""`ovsam compose`: make a whole model of a SAM, a CLIP and adapters."""
+
+from argparse import ArgumentParser, Namespace
+
+PARSER = {
+    "description": "Each part is a folder, or a Hub id ORG/NAME or ORG/NAME@REVISION, "
+    "also of a whole OVSam model (see docs/compose.md)."
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--sam", metavar="PART", required=True, help="such as facebook/sam2.1-hiera-small")
+    parser.add_argument("--clip", metavar="PART", required=True, help="such as google/owlv2-base-patch16-ensemble")
+    parser.add_argument("--clip2sam", metavar="PART", help="an adapter that names prompted masks")
+    parser.add_argument("--sam2clip", metavar="PART", help="an adapter that stands in for SAM's image encoder")
+    parser.add_argument("--concepts", metavar="PART", help="an adapter that finds words and everything")
+    parser.add_argument(
+        "--composition",
+        choices=["dual", "clip", "sam"],
+        help="where image features come from (default: clip with --sam2clip, else dual, which is both encoders)",
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="a folder that is new or empty")
+
+
+def run(args: Namespace) -> int:
+    """Write a whole model made of parts, and say what it can do and under which licences its parts are."""
+    from transformers.utils import logging
+
+    from ovsam.checkpoints import compose as parts
+    from ovsam.checkpoints.convert.base import new_folder
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    names = ("sam", "clip", *parts.ADAPTERS)
+    chosen = {name: getattr(args, name) for name in names if getattr(args, name)}
+    with new_folder(args.output) as folder:
+        model, found = parts.compose_model(**chosen, composition=args.composition)
+        processor = parts.build_processor(model, found["sam"], found["clip"])
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    print(f"{args.output}: {parts.describe(model)}")
+    for name, part in found.items():
+        print(f"  {name}: {part.name} ({type(getattr(model, name)).__name__}, licence: {parts.licence(part)})")
+    return 0
