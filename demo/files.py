@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ovsam import Results
-from ovsam.results.label_formats import cutouts, to_labelme, write_id_map, write_yolo
-from ovsam.results.results import write_coco
+from ovsam.results.formats import write_coco, write_yolo
+from ovsam.results.formats.labelme import to_labelme
+from ovsam.results.formats.masks import cutouts, write_id_map
 
 
 def coco(results: Results, picture: Path, target: Path) -> Path:

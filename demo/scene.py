@@ -17,8 +17,8 @@ from typing import Any
 from engine import Upload
 
 from ovsam import InputError, Results
+from ovsam.ops.polygons import outlines
 from ovsam.results.instance import Instance
-from ovsam.results.label_formats import outlines
 from ovsam.results.overlay import PALETTE
 
 SESSIONS = 200  # open at a time; the one that has been idle for longest goes first

@@ -19,6 +19,7 @@ COMMANDS = {
     "segment": "find things in pictures by words, clicks, boxes or all at once",
     "eval": "measure a model on a frozen test set",
     "models": "list the presets: parts, licences, size, and whether they are here",
+    "convert-labels": "make label files of one tool those of another",
     "compose": "make a whole model of a SAM, a CLIP and adapters",
     "convert": "make a checkpoint in its authors' layout a folder that transformers loads",
     "compare": "see whether a tuned model beats its base on a data set",
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _import_bare("ovsam")
         from ovsam.errors import InputError
 
-        command = importlib.import_module(f"ovsam_cli.{name}")
+        command = importlib.import_module(f"ovsam_cli.{name.replace('-', '_')}")
         parser = _Parser(
             prog=f"ovsam {name}",
             allow_abbrev=False,

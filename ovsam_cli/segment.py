@@ -138,7 +138,7 @@ def run(args: Namespace) -> int:
     A picture that cannot be read is reported on stderr, and the others go on. Returns 2 if there was one, else 0.
     """
     import ovsam
-    from ovsam.results.results import write_coco
+    from ovsam.results.formats import write_coco
 
     segmenter = ovsam.load(args.model, device=args.device)
     found = []

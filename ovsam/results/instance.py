@@ -14,10 +14,10 @@ class Instance:
 
     `id` counts from 1 within its image; `label_id` is the label's index in the vocabulary. `score` is the calibrated
     probability of the label and `mask_score` the predicted IoU of the mask, both in [0, 1]. `prompt` is the text
-    query, or the clicks or the box in pixels; `source` is "text", "point", "box", "mask" or "auto". `bbox` is x, y,
-    width, height, and `area` a count, in pixels. `segmentation` is the mask [H, W] as COCO's compressed RLE, its counts
-    a string. `topk` holds the best labels with their scores, highest first. `objectness` is the probability of being an
-    object of any class, None for prompted instances.
+    query, or the clicks or the box in pixels; `source` is "text", "point", "box", "mask", "auto", or "file" where a
+    label file does not tell. `bbox` is x, y, width, height, and `area` a count, in pixels. `segmentation` is the mask
+    [H, W] as COCO's compressed RLE, its counts a string. `topk` holds the best labels with their scores, highest first.
+    `objectness` is the probability of being an object of any class, None for prompted instances.
     """
 
     id: int

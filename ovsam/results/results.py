@@ -1,12 +1,12 @@
 """The instances of an image: one record each, and exports, which are pure functions of the records."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, overload
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -14,14 +14,23 @@ from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
-from ovsam.ops.files import write_whole
 from ovsam.ops.nms import NMS, within
 from ovsam.ops.segments import segments_of
-from ovsam.processing.images import Picture, open_image
+from ovsam.processing.images import Picture
+from ovsam.results.formats import libraries, read_labels
+from ovsam.results.formats.base import LabelledImage
+from ovsam.results.formats.coco import read_coco, to_coco
+from ovsam.results.formats.cvat import read_cvat, to_cvat
+from ovsam.results.formats.geojson import read_geojson, to_geojson
+from ovsam.results.formats.label_studio import read_label_studio, to_label_studio
+from ovsam.results.formats.labelme import read_labelme, to_labelme
+from ovsam.results.formats.masks import id_map, open_for
+from ovsam.results.formats.yolo import read_yolo, to_yolo
 from ovsam.results.instance import Instance
 from ovsam.results.overlay import draw_overlay
 
 if TYPE_CHECKING:
+    import fiftyone
     import supervision
 
 
@@ -207,10 +216,7 @@ class Results(Sequence[Instance]):
     def id_map(self) -> np.ndarray:
         """Which instance each pixel belongs to, [H, W] int32: its place counted from 1, 0 for none. Where masks
         overlap, the higher score has the pixel."""
-        owners = np.zeros(self.size, dtype=np.int32)
-        for place in np.argsort(-self.scores, kind="stable")[::-1]:
-            owners[self[int(place)].mask] = place + 1
-        return owners
+        return id_map(self)
 
     def to_semantic(self) -> np.ndarray:
         """The label_id of each pixel [H, W] int32, -1 where there is no instance; see `id_map` for overlaps."""
@@ -263,73 +269,98 @@ class Results(Sequence[Instance]):
 
     def check_picture(self, image: Picture) -> Image.Image:
         """Open the picture that these were found in; raises InputError for one of another size."""
-        picture = open_image(image)
-        if (picture.height, picture.width) != tuple(self.size):
-            height, width = self.size
-            raise InputError(
-                f"The picture is {picture.width}x{picture.height} pixels and these results are for {width}x{height}; "
-                "draw them over the picture they were found in."
-            )
-        return picture
+        return open_for(self, image)
 
     def to_coco(self, image_id: int = 1, labels: Sequence[str] = ()) -> dict[str, Any]:
-        """This one picture as a COCO data set; see `to_coco`."""
+        """This one image as a COCO data set; see `ovsam.results.formats.coco.to_coco`."""
         return to_coco([self], image_id, labels)
 
+    def to_yolo(self, labels: Sequence[str] = (), tolerance: float = 0.0) -> str:
+        """Lines of YOLO-seg; see `ovsam.results.formats.yolo.to_yolo`."""
+        return to_yolo(self, labels, tolerance)
+
+    def to_labelme(self, shape: str = "polygon", tolerance: float = 0.0) -> dict[str, Any]:
+        """LabelMe's record; see `ovsam.results.formats.labelme.to_labelme`."""
+        return to_labelme(self, shape, tolerance)
+
+    def to_cvat(self) -> str:
+        """The `<image>` element of CVAT for images 1.1 as text; see `ovsam.results.formats.cvat`."""
+        return ElementTree.tostring(to_cvat(self), encoding="unicode")
+
+    def to_label_studio(self, shape: str = "brush", image_url: str = "") -> dict[str, Any]:
+        """Label Studio's task with a prediction; see `ovsam.results.formats.label_studio.to_label_studio`."""
+        return to_label_studio(self, shape, image_url)
+
+    def to_geojson(
+        self, transform: Sequence[float] | None = None, crs: str | None = None, tolerance: float = 0.0
+    ) -> dict[str, Any]:
+        """A FeatureCollection; see `ovsam.results.formats.geojson.to_geojson`."""
+        return to_geojson(self, transform, crs, tolerance)
+
     def to_supervision(self) -> "supervision.Detections":
-        """The instances as `supervision.Detections`, masks dense; needs `pip install supervision`."""
-        import supervision
+        """`supervision.Detections`, masks dense; needs `pip install supervision`."""
+        return libraries.to_supervision(self)
 
-        return supervision.Detections(
-            xyxy=self.boxes,
-            mask=self.masks,
-            confidence=self.scores,
-            class_id=np.array([instance.label_id for instance in self], dtype=int),
-            data={"class_name": np.array(self.labels, dtype=str), "mask_score": self.mask_scores},
-        )
+    def to_fiftyone(self) -> "fiftyone.Detections":
+        """`fiftyone.Detections`, masks cut to their boxes; needs `pip install fiftyone`."""
+        return libraries.to_fiftyone(self)
 
+    @classmethod
+    def read(
+        cls,
+        source: str | os.PathLike[str],
+        format: str | None = None,
+        images: str | os.PathLike[str] | None = None,
+    ) -> list[Self]:
+        """The images of a label file or folder, in any format of `ovsam.results.formats`; see `read_labels`."""
+        return [cls._from(image) for image in read_labels(source, format, images)]
 
-def to_coco(results: Iterable[Results], first_image_id: int = 1, labels: Sequence[str] = ()) -> dict[str, Any]:
-    """Return pictures as one COCO data set: boxes are x, y, width, height, masks compressed RLE, iscrowd always 0.
+    @classmethod
+    def from_coco(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Self]:
+        """The images of a COCO json, or of its content; see `ovsam.results.formats.coco.read_coco`."""
+        return [cls._from(image) for image in read_coco(source)]
 
-    Each annotation also carries `label`, `score`, `mask_score`, `prompt`, `source`, `topk` and `objectness`.
-    Categories are numbered from 1: first `labels` in their order (give the vocabulary to have the same numbers in every
-    file), then other labels as they come.
-    """
-    results = list(results)
-    category_ids = {label: number for number, label in enumerate(dict.fromkeys(labels), start=1)}
-    images, annotations = [], []
-    for image_id, result in enumerate(results, start=first_image_id):
-        height, width = result.size
-        images.append({"id": image_id, "file_name": result.file_name or "", "height": height, "width": width})
-        for instance in result:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": category_ids.setdefault(instance.label, len(category_ids) + 1),
-                    "bbox": list(instance.bbox),
-                    "area": instance.area,
-                    "segmentation": instance.segmentation,
-                    "iscrowd": 0,
-                    "label": instance.label,
-                    "score": instance.score,
-                    "mask_score": instance.mask_score,
-                    "prompt": instance.prompt,
-                    "source": instance.source,
-                    "topk": instance.topk,
-                    "objectness": instance.objectness,
-                }
-            )
-    return {
-        "info": {"model": ", ".join(sorted({result.model for result in results}))},
-        "images": images,
-        "categories": [{"id": number, "name": label} for label, number in category_ids.items()],
-        "annotations": annotations,
-    }
+    @classmethod
+    def from_yolo(
+        cls, folder: str | os.PathLike[str], images: str | os.PathLike[str] | None = None, labels: Sequence[str] = ()
+    ) -> list[Self]:
+        """The images of a YOLO-seg data set; see `ovsam.results.formats.yolo.read_yolo`."""
+        return [cls._from(image) for image in read_yolo(folder, images, labels)]
 
+    @classmethod
+    def from_labelme(cls, source: str | os.PathLike[str]) -> list[Self]:
+        """The images of LabelMe's json files; see `ovsam.results.formats.labelme.read_labelme`."""
+        return [cls._from(image) for image in read_labelme(source)]
 
-def write_coco(results: Iterable[Results], path: str | os.PathLike[str], labels: Sequence[str] = ()) -> None:
-    """Write pictures to one COCO json file, as `to_coco` makes it; raises InputError if its folder does not exist."""
-    text = json.dumps(to_coco(results, labels=labels), ensure_ascii=False)
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    @classmethod
+    def from_cvat(cls, path: str | os.PathLike[str]) -> list[Self]:
+        """The images of an xml of CVAT for images 1.1; see `ovsam.results.formats.cvat.read_cvat`."""
+        return [cls._from(image) for image in read_cvat(path)]
+
+    @classmethod
+    def from_label_studio(cls, path: str | os.PathLike[str]) -> list[Self]:
+        """The images of Label Studio's json; see `ovsam.results.formats.label_studio.read_label_studio`."""
+        return [cls._from(image) for image in read_label_studio(path)]
+
+    @classmethod
+    def from_geojson(cls, source: str | os.PathLike[str]) -> list[Self]:
+        """The images of GeoJSON files that ovsam wrote; see `ovsam.results.formats.geojson.read_geojson`."""
+        return [cls._from(image) for image in read_geojson(source)]
+
+    @classmethod
+    def from_supervision(
+        cls, detections: "supervision.Detections", labels: Sequence[str] = (), file_name: str | None = None
+    ) -> Self:
+        """The instances of `supervision.Detections` with masks; see `ovsam.results.formats.libraries`."""
+        return cls._from(libraries.from_supervision(detections, labels, file_name))
+
+    @classmethod
+    def from_fiftyone(
+        cls, detections: "fiftyone.Detections", size: tuple[int, int], file_name: str | None = None
+    ) -> Self:
+        """The instances of `fiftyone.Detections` in an image of this size (height, width)."""
+        return cls._from(libraries.from_fiftyone(detections, size, file_name))
+
+    @classmethod
+    def _from(cls, image: LabelledImage) -> Self:
+        return cls(image.instances, image.size, image.model, image.file_name)

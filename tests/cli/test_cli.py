@@ -265,3 +265,28 @@ def test_no_command_prints_the_help(capsys):
     assert run([]) == 0
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in ovsam_cli.COMMANDS)
+
+
+def test_labels_of_one_tool_become_those_of_another(tmp_path, capsys):
+    masks = np.zeros((2, 48, 64), bool)
+    masks[0, :20, :30], masks[1, 30:, 40:] = True, True
+    found = Results.from_arrays(masks, ["cat", "dog"], [0, 1], [0.5, 0.25], [1, 1], ["", ""], "text", file_name="a.png")
+    (tmp_path / "found.json").write_text(json.dumps(found.to_coco()))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "images/a.png")
+    steps = [("found.json", "yolo", "yolo"), ("yolo", "a.xml", "cvat"), ("a.xml", "tasks.json", "label-studio")]
+    steps += [("tasks.json", "labelme", "labelme"), ("labelme", "last.json", "coco")]
+    for source, target, name in steps:
+        command = ["convert-labels", str(tmp_path / source), str(tmp_path / target), "--format", name]
+        assert run([*command, "--images", str(tmp_path / "images")]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / target}: 1 images, 2 objects, 2 labels\n"
+    (again,) = Results.from_coco(tmp_path / "last.json")
+    assert again.labels == ["cat", "dog"] and again.scores.tolist() == [0.5, 0.25] and again.file_name == "a.png"
+    np.testing.assert_array_equal(again.masks, masks)
+    for command, message in (
+        ("no.json out --format yolo", "There are no labels at no.json"),
+        (f"{tmp_path}/found.json {tmp_path} --format coco", "is a folder; coco is one file"),
+        (f"{tmp_path}/found.json no/a.xml --format cvat", "The folder no does not exist"),
+    ):
+        assert run(f"convert-labels {command}") == 2
+        assert message in capsys.readouterr().err

@@ -25,7 +25,8 @@ from ovsam.data.words import Word
 from ovsam.errors import InputError
 from ovsam.ops.outlines import _run_lengths, check_outline
 from ovsam.processing.vocabulary import Vocabulary
-from ovsam.results.results import Results, write_coco
+from ovsam.results.formats import write_coco
+from ovsam.results.results import Results
 
 SETS = Path(__file__).parents[1] / "data" / "readers"
 COCO = {

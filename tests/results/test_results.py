@@ -14,7 +14,8 @@ from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.files import write_whole
 from ovsam.results import overlay
-from ovsam.results.results import Results, to_coco, write_coco
+from ovsam.results.formats.coco import to_coco, write_coco
+from ovsam.results.results import Results
 
 HEIGHT, WIDTH = 120, 160
 

@@ -21,7 +21,8 @@ from ovsam.data.scenes.drawing import SceneConfig, draw_scene
 from ovsam.data.scenes.words import all_words
 from ovsam.evaluation.evaluate import DECISIVE
 from ovsam.ops.masks import mask_overlap
-from ovsam.results.results import Results, write_coco
+from ovsam.results.formats import write_coco
+from ovsam.results.results import Results
 from ovsam.training.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,139 @@
+"""CVAT for images 1.1: one xml; masks as run lengths of their box, row by row, background first."""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from ovsam.errors import InputError
+from ovsam.ops import rle
+from ovsam.ops.files import write_whole
+from ovsam.ops.polygons import fill
+from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, visible
+from ovsam.results.instance import Instance
+
+
+def to_cvat(result: Labelled, image_id: int = 0) -> ElementTree.Element:
+    """The element <image> of one image, with a <mask> an instance; the score is an attribute of the mask."""
+    height, width = result.size
+    facts = {"id": image_id, "name": result.file_name or "", "width": width, "height": height}
+    image = _element("image", facts)
+    for instance in visible(result):
+        mask = _element(
+            "mask", {"label": instance.label, "source": "auto", "occluded": 0, **_run_lengths(instance), "z_order": 0}
+        )
+        score = _element("attribute", {"name": "score"})
+        score.text = f"{instance.score:.4f}"
+        mask.append(score)
+        image.append(mask)
+    return image
+
+
+def write_cvat(results: Iterable[Labelled], path: str | os.PathLike[str], labels: Iterable[str] = ()) -> None:
+    """Write images to one xml of CVAT for images 1.1, in the memory that one image takes.
+
+    Its <meta> names the labels, those of `labels` first. Raises InputError if its folder does not exist.
+    """
+
+    def write(temporary: Path) -> None:
+        numbers = Numbers(labels)
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as images, open(temporary, "w", encoding="utf-8") as file:
+            for image_id, result in enumerate(results):
+                for instance in visible(result):
+                    numbers.of(instance.label)
+                images.write(ElementTree.tostring(to_cvat(result, image_id), encoding="unicode") + "\n")
+            file.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n')
+            file.write(ElementTree.tostring(_meta(numbers), encoding="unicode") + "\n")
+            images.seek(0)
+            while chunk := images.read(1 << 20):
+                file.write(chunk)
+            file.write("</annotations>\n")
+
+    write_whole(path, write)
+
+
+def read_cvat(path: str | os.PathLike[str]) -> list[LabelledImage]:
+    """The images of an xml of CVAT for images 1.1: masks, polygons and unrotated boxes.
+
+    Tags, points and lines have no area and are left out.
+
+    Raises:
+        InputError: no such file, another format, a shape that does not fit its image.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"There is no file {path}; check the path.")
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise InputError(f"{path} is not an xml file: {error}.") from error
+    if root.tag != "annotations" or root.find("track") is not None:
+        raise InputError(f"{path} is not of CVAT for images 1.1: it must have <annotations> with an <image> each.")
+    numbers, found = Numbers(name.text or "" for name in root.iterfind("meta//label/name")), []
+    for element in root.iterfind("image"):
+        size = int(element.get("height")), int(element.get("width"))
+        image = LabelledImage(size, element.get("name") or None)
+        for shape in element:
+            label = shape.get("label", "")
+            try:
+                segmentation = _mask(shape, size)
+            except (InputError, ValueError, TypeError) as error:
+                raise InputError(f"A {shape.tag} of the image {image.file_name} in {path} {error}.") from error
+            if segmentation is not None:
+                score = shape.find("attribute[@name='score']")
+                known = {} if score is None or not score.text else {"score": float(score.text)}
+                image.add(label, numbers.of(label), segmentation, **known)
+        found.append(image)
+    return found
+
+
+def _run_lengths(instance: Instance) -> dict[str, Any]:
+    x1, y1, x2, y2 = (int(value) for value in instance.box)
+    flat = instance.mask[y1:y2, x1:x2].ravel()
+    counts = np.diff(np.flatnonzero(np.diff(flat)) + 1, prepend=0, append=len(flat)).tolist()
+    counts = [0, *counts] if flat[0] else counts
+    return {"rle": ", ".join(map(str, counts)), "left": x1, "top": y1, "width": x2 - x1, "height": y2 - y1}
+
+
+def _mask(shape: ElementTree.Element, size: tuple[int, int]) -> rle.RLE | None:
+    if shape.tag == "mask":
+        left, top, width, height = (int(shape.get(key)) for key in ("left", "top", "width", "height"))
+        counts = [int(count) for count in shape.get("rle").split(",")]
+        if sum(counts) != width * height:
+            raise InputError(f"has run lengths that do not add up to its {width * height} pixels")
+        flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+        return rle.encode(flat.reshape(height, width), left, top, size)
+    if shape.tag == "polygon":
+        points = [[float(value) for value in point.split(",")] for point in shape.get("points").split(";")]
+        return fill([points], *size)
+    if shape.tag == "box" and not float(shape.get("rotation") or 0):
+        x1, y1, x2, y2 = (float(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr"))
+        return fill([[[x1, y1], [x2, y1], [x2, y2], [x1, y2]]], *size)
+    return None
+
+
+def _meta(labels: Iterable[str]) -> ElementTree.Element:
+    meta = _element("meta")
+    list_of_labels = _nest(meta, "task", "labels")
+    for name in labels:
+        label = _nest(list_of_labels, "label")
+        _nest(label, "name").text = name
+        attribute = _nest(label, "attributes", "attribute")
+        for key, value in (("name", "score"), ("mutable", "False"), ("input_type", "text")):
+            _nest(attribute, key).text = value
+        for key in ("default_value", "values"):
+            _nest(attribute, key).text = ""
+    return meta
+
+
+def _nest(parent: ElementTree.Element, *tags: str) -> ElementTree.Element:
+    for tag in tags:
+        parent = ElementTree.SubElement(parent, tag)
+    return parent
+
+
+def _element(tag: str, facts: dict[str, Any] | None = None) -> ElementTree.Element:
+    return ElementTree.Element(tag, {key: str(value) for key, value in (facts or {}).items()})

@@ -1,0 +1,199 @@
+"""Label Studio: a json of tasks with predictions; masks in its own run lengths, polygons in percent.
+
+Its run lengths are those of thi.ng/rle-pack over the four channels of an RGBA image, row by row; they are not COCO's.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+
+from ovsam.errors import InputError
+from ovsam.ops import rle
+from ovsam.ops.files import write_whole
+from ovsam.ops.polygons import fill, to_polygon
+from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, load_json, visible
+
+SHAPES = ("brush", "polygon")
+SIZES = (3, 4, 8, 16)  # bits in which the length of a run may be written
+
+
+def to_label_studio(result: Labelled, shape: str = "brush", image_url: str = "") -> dict[str, Any]:
+    """One task with a prediction.
+
+    Args:
+        shape: "brush", exact, or "polygon", which Label Studio can also export as COCO and YOLO.
+        image_url: what stands before the file name in `data.image`, such as "/data/local-files/?d=".
+    """
+    _check(shape)
+    height, width = result.size
+    facts = {"from_name": "label", "to_name": "image", "type": f"{shape}labels", "image_rotation": 0}
+    facts |= {"original_width": width, "original_height": height}
+    regions, scores = [], []
+    for instance in visible(result):
+        value: dict[str, Any] = {f"{shape}labels": [instance.label]}
+        if shape == "brush":
+            value |= {"format": "rle", "rle": encode_rle(instance.mask)}
+        else:
+            points = to_polygon(instance.mask) / [width, height] * 100
+            value |= {"points": points.round(5).tolist(), "closed": True}
+        scores.append(instance.score)
+        regions.append({"id": str(instance.id), **facts, "value": value, "score": round(instance.score, 4)})
+    prediction: dict[str, Any] = {"model_version": result.model, "result": regions}
+    if regions:  # tasks can be sorted by it
+        prediction["score"] = round(sum(scores) / len(scores), 4)
+    name = result.file_name or ""
+    data = {"image": f"{image_url}{name}", "file_name": name, "width": width, "height": height}
+    return {"data": data, "predictions": [prediction]}
+
+
+def write_label_studio(
+    results: Iterable[Labelled],
+    path: str | os.PathLike[str],
+    labels: Iterable[str] = (),
+    shape: str = "brush",
+    image_url: str = "",
+) -> None:
+    """Write a json of tasks, in the memory that one image takes, and beside it <name>.xml, the labelling interface that
+    shows them. Raises InputError if the folder does not exist."""
+    numbers = Numbers(labels)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for place, result in enumerate(results):
+                for instance in visible(result):
+                    numbers.of(instance.label)
+                task = to_label_studio(result, shape, image_url)
+                file.write((",\n" if place else "[\n") + json.dumps(task, ensure_ascii=False))
+            file.write("\n]\n" if file.tell() else "[]\n")
+
+    write_whole(path, write)
+    interface = labelling_interface(numbers, shape)
+    write_whole(Path(path).with_suffix(".xml"), lambda temporary: temporary.write_text(interface, encoding="utf-8"))
+
+
+def labelling_interface(labels: Iterable[str], shape: str = "brush") -> str:
+    """The labelling interface (its "labeling config") for tasks of `to_label_studio`."""
+    _check(shape)
+    tag = f"{shape.title()}Labels"
+    lines = ["<View>", '  <Image name="image" value="$image" zoom="true"/>', f'  <{tag} name="label" toName="image">']
+    lines += [f"    <Label value={quoteattr(label)}/>" for label in labels]
+    return "\n".join([*lines, f"  </{tag}>", "</View>"]) + "\n"
+
+
+def read_label_studio(path: str | os.PathLike[str]) -> list[LabelledImage]:
+    """The images of Label Studio's json: brushes, polygons and unrotated rectangles of the last annotation that was not
+    cancelled, or else of the last prediction.
+
+    Raises:
+        InputError: no such file, another format, an image of unknown size, a region that does not fit its image.
+    """
+    tasks = load_json(path)
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) and "data" in task for task in tasks):
+        raise InputError(f"{path} is no json of Label Studio: it must be a list of tasks with data.")
+    found, numbers = [], Numbers()
+    for number, task in enumerate(tasks, start=1):
+        drawn = [one for one in task.get("annotations") or [] if not one.get("was_cancelled")]
+        chosen = (drawn or task.get("predictions") or [{}])[-1]
+        regions = [region for region in chosen.get("result", []) if "original_width" in region]
+        data = task["data"]
+        size = (data.get("height"), data.get("width"))
+        if regions:
+            size = regions[0]["original_height"], regions[0]["original_width"]
+        if not all(size):
+            raise InputError(f"Task {number} of {path} has no region and no width and height: its size is unknown.")
+        image = LabelledImage((int(size[0]), int(size[1])), _file_name(data), model=chosen.get("model_version") or "")
+        for region in regions:
+            try:
+                segmentation, label = _mask(region, image.size)
+            except (InputError, KeyError, ValueError) as error:
+                raise InputError(f"The region {region.get('id')} of task {number} in {path} {error}.") from error
+            if segmentation is not None:
+                known = {"score": float(region["score"])} if region.get("score") is not None else {}
+                image.add(label, numbers.of(label), segmentation, **known)
+        found.append(image)
+    return found
+
+
+def encode_rle(mask: np.ndarray) -> list[int]:
+    """A mask [H, W] of bool as Label Studio's run lengths, the bytes that its SDK's `mask2rle(mask * 255)` gives."""
+    flat = mask.ravel().astype(np.uint8) * 255
+    starts = np.flatnonzero(np.diff(flat, prepend=~flat[:1]))
+    lengths = 4 * np.diff(starts, append=len(flat))  # four channels
+    bits = [f"{4 * len(flat):032b}", f"{8 - 1:05b}", *(f"{size - 1:04b}" for size in SIZES)]
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        value = f"{flat[start]:08b}"
+        whole, rest = divmod(length - 1, 1 << SIZES[-1])  # the longest runs are written in several pieces
+        bits += [f"1{len(SIZES) - 1:02b}{(1 << SIZES[-1]) - 1:016b}{value}"] * whole
+        kind = next(i for i, size in enumerate(SIZES) if rest < 1 << size)
+        bits.append(f"1{kind:02b}{rest:0{SIZES[kind]}b}{value}")
+    written = "".join(bits)
+    written += "0" * (8 - len(written) % 8)
+    return list(int(written, 2).to_bytes(len(written) // 8, "big"))
+
+
+def decode_rle(counts: Iterable[int], height: int, width: int) -> np.ndarray:
+    """The mask [H, W] of Label Studio's run lengths: where the alpha channel is not 0.
+
+    Raises InputError where they are not of an image of this size; the message lacks its subject.
+    """
+    bits = "".join(f"{byte:08b}" for byte in counts)
+    place = 0
+
+    def read(size: int) -> int:
+        nonlocal place
+        place += size
+        return int(bits[place - size : place], 2)
+
+    try:
+        total, word = read(32), read(5) + 1
+        sizes = [read(4) + 1 for _ in range(4)]
+        if total != 4 * height * width:
+            raise InputError(f"has run lengths of {total // 4} pixels; its picture has {height * width}")
+        pixels, at = np.zeros(total, dtype=np.uint8), 0
+        while at < total:
+            run, end = read(1), at + 1 + read(sizes[read(2)])
+            if run:
+                pixels[at:end] = read(word)
+            else:
+                pixels[at:end] = [read(word) for _ in range(at, end)]
+            at = end
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("has run lengths that end too soon") from error
+    return pixels.reshape(height, width, 4)[..., 3] > 0
+
+
+def _mask(region: dict[str, Any], size: tuple[int, int]) -> tuple[rle.RLE | None, str]:
+    height, width = size
+    value, kind = region["value"], region["type"]
+    names = value.get(kind) or value.get("labels") or value.get("brushlabels") or ["object"]
+    if "rle" in value:
+        return rle.encode(decode_rle(value["rle"], height, width)), names[0]
+    if "points" in value:
+        return fill([np.array(value["points"], float) / 100 * [width, height]], height, width), names[0]
+    if "width" in value and not value.get("rotation") and kind.startswith("rectangle"):
+        x1, y1 = value["x"], value["y"]
+        x2, y2 = x1 + value["width"], y1 + value["height"]
+        corners = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]) / 100 * [width, height]
+        return fill([corners], height, width), names[0]
+    return None, names[0]
+
+
+def _file_name(data: dict[str, Any]) -> str | None:
+    if data.get("file_name"):
+        return data["file_name"]
+    address = urlparse(str(data.get("image") or next(iter(data.values()), "")))
+    local = parse_qs(address.query).get("d")
+    return (local[0] if local else Path(address.path).name) or None
+
+
+def _check(shape: str) -> None:
+    if shape not in SHAPES:
+        raise InputError(f"Label Studio's shape is 'brush' or 'polygon', not {shape!r}.")

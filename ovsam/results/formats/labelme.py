@@ -1,0 +1,132 @@
+"""LabelMe: a json an image, with polygons, or masks cut to their box as a PNG."""
+
+import base64
+import io
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ovsam.errors import InputError
+from ovsam.ops import rle
+from ovsam.ops.polygons import fill, to_polygon
+from ovsam.results.formats.base import (
+    Labelled,
+    LabelledImage,
+    Numbers,
+    Stems,
+    files_below,
+    load_json,
+    visible,
+    write_text,
+)
+
+
+def to_labelme(result: Labelled, shape: str = "polygon", tolerance: float = 0.0) -> dict[str, Any]:
+    """LabelMe's record of one image.
+
+    shape: "polygon", which every tool reads (parts and holes are joined by bridges without width), or "mask".
+    """
+    if shape not in ("polygon", "mask"):
+        raise InputError(f"LabelMe's shape is 'polygon' or 'mask', not {shape!r}.")
+    height, width = result.size
+    shapes = []
+    for instance in visible(result):
+        drawn: dict[str, Any] = {"label": instance.label, "group_id": None, "flags": {}, "shape_type": shape}
+        if shape == "polygon":
+            drawn |= {"points": to_polygon(instance.mask, tolerance).tolist()}
+        else:
+            x1, y1, x2, y2 = (int(value) for value in instance.box)
+            drawn |= {"points": [[x1, y1], [x2 - 1, y2 - 1]], "mask": _to_png(instance.mask[y1:y2, x1:x2])}
+        shapes.append(drawn | {"description": f"score {instance.score:.4f}"})
+    return {
+        "version": "5.5.0",
+        "flags": {},
+        "shapes": shapes,
+        "imagePath": result.file_name or "",
+        "imageData": None,
+        "imageHeight": height,
+        "imageWidth": width,
+    }
+
+
+def write_labelme(
+    results: Iterable[Labelled],
+    folder: str | os.PathLike[str],
+    shape: str = "polygon",
+    images: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write LabelMe's <image>.json for every image.
+
+    images: the folder that file names start from; LabelMe looks for an image from where its json is. Without it, each
+    image is expected beside its json.
+    """
+    stems = Stems()
+    for result in results:
+        path = Path(folder) / f"{stems.of(result)}.json"
+        record = to_labelme(result, shape)
+        image = Path(record["imagePath"])
+        if images is not None:
+            image = Path(os.path.relpath(Path(images) / image, path.parent))
+        record["imagePath"] = image.as_posix() if images is not None else image.name
+        write_text(path, json.dumps(record, ensure_ascii=False))
+
+
+def read_labelme(source: str | os.PathLike[str]) -> list[LabelledImage]:
+    """The images of LabelMe's json files in a folder, or of one: polygons, rectangles, circles and masks.
+
+    Points and lines have no area and are left out.
+
+    Raises:
+        InputError: no such file, another format, a shape that does not fit its image.
+    """
+    found, numbers = [], Numbers()
+    for path in files_below(source, (".json",)):
+        record = load_json(path)
+        if not isinstance(record, dict) or not {"shapes", "imageHeight", "imageWidth"} <= record.keys():
+            raise InputError(f"{path} is no file of LabelMe: it must have shapes, imageHeight and imageWidth.")
+        root = path.parent if Path(source).is_file() else Path(source)
+        name = Path(str(record.get("imagePath") or path.stem).replace("\\", "/")).name
+        place = (path.parent.relative_to(root) / name).as_posix()
+        image = LabelledImage((int(record["imageHeight"]), int(record["imageWidth"])), place)
+        for number, shape in enumerate(record["shapes"], start=1):
+            try:
+                segmentation = _mask(shape, image.size)
+            except InputError as error:
+                raise InputError(f"The shape {number} of {path} {error}.") from error
+            if segmentation is not None:
+                score = re.search(r"score ([\d.]+)", str(shape.get("description") or ""))
+                known = {"score": float(score[1])} if score else {}
+                image.add(shape["label"], numbers.of(shape["label"]), segmentation, **known)
+        found.append(image)
+    return found
+
+
+def _mask(shape: dict[str, Any], size: tuple[int, int]) -> rle.RLE | None:
+    height, width = size
+    kind, points = shape.get("shape_type", "polygon"), np.array(shape["points"], float)
+    if kind == "mask":
+        part = np.asarray(Image.open(io.BytesIO(base64.b64decode(shape["mask"])))).astype(bool)
+        x, y = points[0].astype(int).tolist()
+        return rle.encode(part, x, y, size)
+    if kind == "rectangle":
+        (x1, y1), (x2, y2) = points[:2]
+        points = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
+    elif kind == "circle":  # its centre and a point on it
+        angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
+        points = points[0] + np.hypot(*(points[1] - points[0])) * np.stack([np.cos(angles), np.sin(angles)], 1)
+        points = points.clip(0, [width, height])
+    elif kind != "polygon":
+        return None
+    return fill([points], height, width)
+
+
+def _to_png(mask: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

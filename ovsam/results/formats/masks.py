@@ -1,0 +1,104 @@
+"""Masks as pictures: a map of instance numbers as a 16-bit PNG with a json of their labels, and cut-outs."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ovsam.errors import InputError
+from ovsam.ops import rle
+from ovsam.ops.files import write_whole
+from ovsam.processing.images import Picture, open_image
+from ovsam.results.formats.base import (
+    Labelled,
+    LabelledImage,
+    Numbers,
+    Stems,
+    files_below,
+    load_json,
+    visible,
+    write_text,
+)
+
+
+def id_map(result: Labelled) -> np.ndarray:
+    """Which instance each pixel belongs to, [H, W] int32: its place counted from 1, 0 for none. Where masks overlap,
+    the higher score has the pixel."""
+    instances = list(result)
+    owners = np.zeros(result.size, dtype=np.int32)
+    scores = np.array([instance.score for instance in instances], dtype=np.float32)
+    for place in np.argsort(-scores, kind="stable")[::-1]:
+        owners[instances[int(place)].mask] = place + 1
+    return owners
+
+
+def write_id_map(result: Labelled, path: str | os.PathLike[str]) -> None:
+    """Write `id_map` as a PNG of 16 bits a pixel: 0 is nothing, 1 the first instance."""
+    image = Image.fromarray(id_map(result).astype(np.uint16))
+    write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
+
+
+def write_masks(results: Iterable[Labelled], folder: str | os.PathLike[str]) -> None:
+    """Write <image>.png, the map of instance numbers, and <image>.json, their labels and scores, for every image."""
+    stems = Stems()
+    for result in results:
+        path = Path(folder) / f"{stems.of(result)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_id_map(result, path)
+        instances = [
+            {"id": place, "label": one.label, "label_id": one.label_id, "score": one.score}
+            for place, one in enumerate(result, start=1)
+        ]
+        record = {"file_name": result.file_name, "instances": instances}
+        write_text(path.with_suffix(".json"), json.dumps(record, ensure_ascii=False))
+
+
+def read_masks(source: str | os.PathLike[str]) -> list[LabelledImage]:
+    """The images of the maps that `write_masks` wrote in a folder, or of one. Where masks overlapped, the lower score
+    has lost the pixels; an instance that lost all is left out.
+
+    Raises:
+        InputError: no such file, or a map without its json.
+    """
+    found, numbers = [], Numbers()
+    for path in files_below(source, (".png",)):
+        record = load_json(path.with_suffix(".json"))
+        with Image.open(path) as picture:
+            owners = np.asarray(picture)
+        if owners.ndim != 2 or not isinstance(record, dict) or "instances" not in record:
+            raise InputError(f"{path} is no map of instance numbers, or its json does not list them.")
+        image = LabelledImage(owners.shape, record.get("file_name"))
+        for one in record["instances"]:
+            mask = owners == one["id"]
+            if mask.any():
+                score = float(one.get("score", 1.0))
+                image.add(one["label"], numbers.of(one["label"]), rle.encode(mask), score=score)
+        found.append(image)
+    return found
+
+
+def cutouts(result: Labelled, image: Picture) -> list[Image.Image]:
+    """Each instance cut out of its image along its mask: RGBA of the size of its box, transparent around it."""
+    picture = open_for(result, image)
+    cut = []
+    for instance in visible(result):
+        box = tuple(int(value) for value in instance.box)
+        part = picture.crop(box)
+        part.putalpha(Image.fromarray(np.uint8(instance.mask[box[1] : box[3], box[0] : box[2]]) * 255))
+        cut.append(part)
+    return cut
+
+
+def open_for(result: Labelled, image: Picture) -> Image.Image:
+    """Open the image that these were found in; raises InputError for one of another size."""
+    picture = open_image(image)
+    if (picture.height, picture.width) != tuple(result.size):
+        height, width = result.size
+        raise InputError(
+            f"The picture is {picture.width}x{picture.height} pixels and these results are for {width}x{height}; "
+            "draw them over the picture they were found in."
+        )
+    return picture

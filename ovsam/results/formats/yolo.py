@@ -1,0 +1,136 @@
+"""YOLO-seg: a text file an image, one line an instance: the number of its label, then its polygon in [0, 1].
+
+A line holds one polygon; parts and holes are joined to it by bridges without width (`ovsam.ops.polygons.to_polygon`),
+so that no instance is split and no hole is filled.
+"""
+
+import ast
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ovsam.errors import InputError
+from ovsam.ops.polygons import fill, to_polygon
+from ovsam.results.formats.base import (
+    Labelled,
+    LabelledImage,
+    Stems,
+    files_below,
+    picture_of,
+    upright_size,
+    visible,
+    write_text,
+)
+
+
+def to_yolo(result: Labelled, labels: Sequence[str] = (), tolerance: float = 0.0) -> str:
+    """The lines of one image.
+
+    Labels are numbered from 0: their place in `labels`, or `label_id` without. `tolerance` is that of `to_polygon`.
+
+    Raises:
+        InputError: a label that is not among `labels`.
+    """
+    height, width = result.size
+    number = {label: i for i, label in enumerate(labels)}
+    lines = []
+    for instance in visible(result):
+        if labels and instance.label not in number:
+            raise InputError(f"{instance.label!r} is not among the {len(labels)} labels that were to be numbered.")
+        corners = (to_polygon(instance.mask, tolerance) / [width, height]).ravel()
+        label_id = number.get(instance.label, instance.label_id)
+        lines.append(" ".join([str(label_id), *(f"{value:.6g}" for value in corners)]) + "\n")
+    return "".join(lines)
+
+
+def write_yolo(
+    results: Iterable[Labelled], folder: str | os.PathLike[str], labels: Sequence[str], tolerance: float = 0.0
+) -> None:
+    """Write a YOLO-seg data set: labels/<image>.txt for every image, also for those where nothing was found,
+    scores/<image>.txt with a score a line, and data.yaml with the names. The images belong into images/."""
+    folder, stems = Path(folder), Stems()
+    for result in results:
+        name = stems.of(result)
+        write_text(folder / "labels" / f"{name}.txt", to_yolo(result, labels, tolerance))
+        write_text(folder / "scores" / f"{name}.txt", "".join(f"{one.score:.4f}\n" for one in visible(result)))
+    lines = ["path: .", "train: images", "val: images", "names:"]
+    lines += [f"  {i}: {json.dumps(label, ensure_ascii=False)}" for i, label in enumerate(labels)]
+    write_text(folder / "data.yaml", "\n".join(lines) + "\n")
+
+
+def read_yolo(
+    folder: str | os.PathLike[str], images: str | os.PathLike[str] | None = None, labels: Sequence[str] = ()
+) -> list[LabelledImage]:
+    """The images of a YOLO-seg data set: labels/, and scores/ where it is there.
+
+    Args:
+        folder: of data.yaml, or of the label files alone.
+        images: folder of the image files, whose sizes are needed; default: images/ beside labels/.
+        labels: the names, in place of those of data.yaml.
+
+    Raises:
+        InputError: no names, an image file that is not there, a line that cannot be read.
+    """
+    root = Path(folder)
+    place = root / "labels" if (root / "labels").is_dir() else root
+    labels = labels or _names(root if place != root else root.parent)
+    pictures = [Path(images)] if images is not None else [place.parent / "images", place]
+    found = []
+    for file in files_below(place, (".txt",)):
+        name = file.relative_to(place).with_suffix("").as_posix()
+        picture = picture_of(pictures, name)
+        if picture is None:
+            raise InputError(f"There is no image {name} in {pictures[0]}, and {file} needs its size.")
+        base = next(one for one in pictures if picture.is_relative_to(one))
+        image = LabelledImage(upright_size(picture), picture.relative_to(base).as_posix())
+        beside = place.parent / "scores" / file.relative_to(place)
+        scores = beside.read_text(encoding="utf-8").split() if beside.is_file() else []
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for i, line in enumerate(lines):
+            height, width = image.size
+            try:
+                number, *corners = line.split()
+                points = np.array(corners, float).reshape(-1, 2) * [width, height]
+                label = labels[int(number)]
+            except (ValueError, IndexError) as error:
+                raise InputError(
+                    f"Line {i + 1} of {file} is not the number of one of {len(labels)} names and x, y of a polygon."
+                ) from error
+            try:
+                segmentation = fill([points], height, width)
+            except InputError as error:
+                raise InputError(f"Line {i + 1} of {file} {error}.") from error
+            score = float(scores[i]) if len(scores) == len(lines) else 1.0
+            image.add(label, int(number), segmentation, score=score)
+        found.append(image)
+    return found
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of data.yaml or classes.txt. Of YAML only what such files hold is read: a list in either style, or
+    numbers with names."""
+    classes, yaml = folder / "classes.txt", folder / "data.yaml"
+    if classes.is_file():
+        return classes.read_text(encoding="utf-8").split("\n")
+    if not yaml.is_file():
+        raise InputError(f"There is no data.yaml in {folder}; it gives the numbers of the label files their names.")
+    lines = iter(yaml.read_text(encoding="utf-8").splitlines())
+    first = next((line for line in lines if line.startswith("names:")), None)
+    if first is None:
+        raise InputError(f"{yaml} has no names.")
+    if inline := first.removeprefix("names:").strip():
+        listed = ast.literal_eval(inline)
+        return list(listed.values() if isinstance(listed, dict) else listed)
+    names = []
+    for line in lines:
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        if not (line.startswith((" ", "-"))):
+            break
+        name = entry.removeprefix("-").strip() if entry.startswith("-") else entry.partition(":")[2].strip()
+        names.append(json.loads(name) if name.startswith('"') else name.strip("'"))
+    return names

@@ -1,0 +1,44 @@
+"""`ovsam convert-labels`: make label files of one tool those of another."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from ovsam.errors import InputError
+from ovsam.ops.files import check_folder
+from ovsam.results.formats import FORMATS, read_labels, recognise, write_labels
+
+LIGHT = True
+PARSER = {
+    "description": "Convert labels between COCO, YOLO-seg, LabelMe, CVAT, Label Studio, GeoJSON and id maps "
+    "(see docs/labels.md)."
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("source", metavar="IN", help="a label file, or a folder of them")
+    parser.add_argument("target", metavar="OUT", help="a file for coco, cvat and label-studio, else a folder")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="of OUT")
+    parser.add_argument("--from", dest="source_format", choices=FORMATS, help="of IN (default: recognised)")
+    parser.add_argument(
+        "--images", metavar="DIR", help="the folder of the images; yolo needs it for sizes where they are not beside IN"
+    )
+
+
+def check(args: Namespace) -> None:
+    """Refuse what cannot be read or written; sets `args.source_format`."""
+    args.source_format = args.source_format or recognise(args.source)
+    target = Path(args.target)
+    check_folder(target)
+    if FORMATS[args.format] and target.is_dir():
+        raise InputError(f"{target} is a folder; {args.format} is one file, such as {target / 'labels'}.")
+
+
+def run(args: Namespace) -> int:
+    """Convert, and print what was read."""
+    found = read_labels(args.source, args.source_format, args.images)
+    numbers = {one.label: one.label_id for image in found for one in image}
+    labels = sorted(numbers, key=lambda label: numbers[label])
+    write_labels(found, args.target, args.format, labels, args.images)
+    objects = sum(len(image.instances) for image in found)
+    print(f"{args.target}: {len(found)} images, {objects} objects, {len(labels)} labels")
+    return 0
