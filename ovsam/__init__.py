@@ -21,6 +21,7 @@ from ovsam.modeling.adapters import (
 )
 from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamMaskDecoder, OVSamModel, OVSamVisionModel
+from ovsam.modeling.modeling_ovsam_video import OVSamVideoModel, OVSamVideoOutput, OVSamVideoSession
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.processing.processing_ovsam import OVSamProcessor
 from ovsam.processing.vocabulary import Vocabulary
@@ -30,7 +31,8 @@ from ovsam.results.results import Results
 __version__ = "0.1.0"
 
 AutoConfig.register(OVSamConfig.model_type, OVSamConfig)
-AutoModel.register(OVSamConfig, OVSamModel)
+# `architectures` of a config.json says which one; without it, the first.
+AutoModel.register(OVSamConfig, (OVSamModel, OVSamVideoModel))
 AutoModelForMaskGeneration.register(OVSamConfig, OVSamModel)
 AutoProcessor.register(OVSamConfig, OVSamProcessor)
 for _config, _adapter in (
@@ -61,6 +63,9 @@ __all__ = [
     "OVSamModel",
     "OVSamOutput",
     "OVSamProcessor",
+    "OVSamVideoModel",
+    "OVSamVideoOutput",
+    "OVSamVideoSession",
     "OVSamVisionModel",
     "OpenVocabularySegmentationPipeline",
     "Results",

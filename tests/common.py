@@ -14,12 +14,14 @@ from transformers import (
     CLIPModel,
     EdgeTamConfig,
     EdgeTamModel,
+    EdgeTamVideoConfig,
     Owlv2Config,
     Owlv2ForObjectDetection,
     PreTrainedTokenizerFast,
     Sam2Config,
     Sam2ImageProcessor,
     Sam2Model,
+    Sam2VideoConfig,
     SamConfig,
     SamImageProcessor,
     SamModel,
@@ -79,6 +81,31 @@ def _sam(kind: str):
     parts = copy.deepcopy(_SAM)
     parts["vision_config"] |= copy.deepcopy(trunk[kind])
     return {"edgetam": EdgeTamConfig, "sam2": Sam2Config}[kind](**parts)
+
+
+VIDEO_C = 128  # the least that transformers' trackers can do: pointers are cut into tokens of 64, and there must be two
+
+
+def _sam_video(kind: str):
+    """The configuration of a tracker; `kind` is sam2_video or edgetam_video."""
+    parts = {
+        name: {**part, "hidden_size": VIDEO_C}
+        for name, part in _sam(kind.removesuffix("_video")).to_dict().items()
+        if name.endswith("_config")
+    }
+    for name in ("prompt_encoder_config", "mask_decoder_config"):
+        parts[name].pop("model_type", None)
+    parts["vision_config"]["fpn_hidden_size"] = parts["vision_config"].pop("hidden_size")
+    widths = ("memory_attention_hidden_size", "memory_encoder_hidden_size", "mask_downsampler_embed_dim")
+    parts |= dict.fromkeys((*widths, "memory_fuser_embed_dim", "memory_fuser_intermediate_dim"), VIDEO_C)
+    parts |= {"image_size": SIZE, "memory_attention_rope_feat_sizes": [GRID, GRID], "memory_fuser_num_layers": 1}
+    parts |= {"memory_attention_num_layers": 2, "num_maskmem": 4, "max_object_pointers_in_encoder": 6}
+    if kind == "sam2_video":
+        return Sam2VideoConfig(**parts, memory_attention_feed_forward_hidden_size=64)
+    packed = {"perceiver_resampler_num_latents": 8, "perceiver_resampler_num_latents_2d": 16}
+    return EdgeTamVideoConfig(
+        **parts, **packed, memory_attention_mlp_hidden_size=64, memory_attention_rope_k_sizes=[4, 4]
+    )
 
 
 def _open_clip(**vision) -> OpenClipConfig:
@@ -147,6 +174,23 @@ def tiny_model(*args, **kwargs) -> ovsam.OVSamModel:
     torch.manual_seed(0)
     model = randomise(ovsam.OVSamModel(tiny_config(*args, **kwargs)))
     if model.concepts is not None:  # scores all over (0, 1); a new head's are all near 0
+        model.concepts.objectness.bias.data.zero_()
+        model.concepts.scale_shift.bias.data.copy_(torch.tensor([8.0, 0.0]))
+    return model
+
+
+def tiny_video_model(kind="edgetam_video", adapters=True) -> ovsam.OVSamVideoModel:
+    """A tracker with random weights, whose objects are in every picture unless the test says otherwise."""
+    torch.manual_seed(0)
+    config = tiny_config(adapters=False)
+    config.sam_config = _sam_video(kind)
+    if adapters:
+        read = {"in_channels": CHANNELS["dual_encoder"], "embed_dim": D, "width": 16}
+        config.clip2sam_config = ovsam.Clip2SamConfig(**read, token_dim=VIDEO_C)
+        config.concepts_config = ovsam.ConceptHeadConfig(**read, num_prototypes=8, prototype_width=8)
+    model = randomise(ovsam.OVSamVideoModel(config))
+    model.sam.model.mask_decoder.pred_obj_score_head.proj_out.bias.data.fill_(100.0)
+    if model.concepts is not None:
         model.concepts.objectness.bias.data.zero_()
         model.concepts.scale_shift.bias.data.copy_(torch.tensor([8.0, 0.0]))
     return model

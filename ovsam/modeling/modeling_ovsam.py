@@ -29,6 +29,7 @@ from ovsam.modeling.locations import boxed_locations, pointed_locations
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.modeling.sam import SAM_SIDES, DecodedMasks, SamFeatures
 from ovsam.modeling.sam.base import check_prompts
+from ovsam.modeling.sam.video import EdgeTamVideoSide
 from ovsam.modeling.scoring import (
     FusedNaming,
     Naming,
@@ -67,6 +68,10 @@ class OVSamPreTrainedModel(PreTrainedModel):
         """Remote code is one shim file beside the weights (see hub/); transformers must not copy our sources."""
 
 
+# What only a tracker has, as a pattern of names.
+MEMORY_WEIGHTS = rf"^sam\.model\.({'|'.join(EdgeTamVideoSide.memory_parts)})"
+
+
 def _sam_part(config: OVSamConfig, part: Literal["all", "vision", "decoder"]) -> nn.Module:
     return SAM_SIDES[config.sam_config.model_type](config.sam_config, part=part)
 
@@ -78,6 +83,7 @@ class OVSamVisionModel(OVSamPreTrainedModel):
         r"^clip\.(model\.)?(owlv2\.)?(text|logit)",
         r"^(clip2sam|concepts)\.",
         r"^sam\.model\.(prompt_encoder|shared_image_embedding|mask_decoder)\.",
+        MEMORY_WEIGHTS,
     ]
 
     def __init__(self, config: OVSamConfig):
@@ -102,6 +108,7 @@ class OVSamMaskDecoder(OVSamPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [
         r"^(clip|clip2sam|concepts|sam2clip)\.",
         r"^sam\.model\.(vision_encoder|no_memory_embedding)",
+        MEMORY_WEIGHTS,
     ]
 
     def __init__(self, config: OVSamConfig):

@@ -57,6 +57,25 @@ class DecodedMasks(ModelOutput):
 
 
 @dataclass
+class TrackedMasks(ModelOutput):
+    """What a frame of a video shows of P objects.
+
+    Attributes:
+        masks: logits at stride 4, [B, P, 4h, 4w]; the least there is where the object is not in the picture.
+        iou: predicted IoU, [B, P]; 1 where the mask was given.
+        object_logits: is the object in the picture, [B, P, 1].
+        pointers: object pointers, [B, P, C].
+        full: logits at the size of the model input, [B, P, H, W], of given masks alone.
+    """
+
+    masks: Tensor | None = None
+    iou: Tensor | None = None
+    object_logits: Tensor | None = None
+    pointers: Tensor | None = None
+    full: Tensor | None = None
+
+
+@dataclass
 class ConceptOutput(ModelOutput):
     """L = H/16 * W/16 + H/32 * W/32 locations, row by row, stride 16 first.
 

@@ -10,12 +10,15 @@ from ovsam.modeling.sam.sam1 import Sam1Side
 from ovsam.modeling.sam.sam2 import Sam2Side
 from ovsam.modeling.sam.sam3_tracker import Sam3TrackerSide
 from ovsam.modeling.sam.sam_hq import SamHqSide
+from ovsam.modeling.sam.video import EdgeTamVideoSide, Sam2VideoSide
 
 SAM_SIDES: dict[str, type[SamSide]] = {
     "sam": Sam1Side,
     "sam_hq": SamHqSide,
     "sam2": Sam2Side,
+    "sam2_video": Sam2VideoSide,
     "edgetam": EdgeTamSide,
+    "edgetam_video": EdgeTamVideoSide,
     "efficienttam": EfficientTamSide,
     "sam3_tracker": Sam3TrackerSide,
     "ovsam_label_token_sam": LabelTokenSamSide,
@@ -25,6 +28,7 @@ __all__ = [
     "SAM_SIDES",
     "DecodedMasks",
     "EdgeTamSide",
+    "EdgeTamVideoSide",
     "EfficientTamConfig",
     "EfficientTamSide",
     "EfficientTamVisionConfig",
@@ -32,6 +36,7 @@ __all__ = [
     "LabelTokenSamSide",
     "Sam1Side",
     "Sam2Side",
+    "Sam2VideoSide",
     "Sam3TrackerSide",
     "SamFeatures",
     "SamHqSide",

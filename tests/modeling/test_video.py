@@ -1,0 +1,174 @@
+"""Trackers: the same masks as transformers' own video models, memories that do not grow, sessions."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModel, EdgeTamVideoModel, Sam2VideoModel
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
+
+import ovsam
+from ovsam.errors import InputError
+from ovsam.modeling.modeling_ovsam_video import OVSamVideoSession, VideoPrompt
+from tests.common import SIZE, tiny_config, tiny_video_model
+
+STOCK = {"sam2_video": Sam2VideoModel, "edgetam_video": EdgeTamVideoModel}
+
+
+def square(x: int, side: int = 40) -> torch.Tensor:
+    mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    mask[x : x + side, x : x + side] = True
+    return mask
+
+
+def frames(count: int) -> torch.Tensor:
+    torch.manual_seed(3)
+    return torch.randn(count, 3, SIZE, SIZE)
+
+
+def session_of(video) -> OVSamVideoSession:
+    return OVSamVideoSession(list(video), lambda frame: {"pixel_values": frame[None]}, SIZE, SIZE)
+
+
+def assert_same_masks(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """1e-4 of their range, which random weights make larger than trained ones do."""
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max().clamp(max=50)
+
+
+@pytest.mark.parametrize("prompt", ["points", "mask"])
+@pytest.mark.parametrize("kind", STOCK)
+def test_masks_are_those_of_transformers(kind, prompt):
+    # In double precision: memories are rounded to bfloat16, and random weights amplify a value that is rounded to the
+    # other side from frame to frame.
+    ours, video = tiny_video_model(kind).double(), frames(8)
+    stock = STOCK[kind](ours.sam.model.config).eval().double()
+    stock.load_state_dict(ours.sam.model.state_dict())
+    theirs = Sam2VideoInferenceSession(video=video, video_height=SIZE, video_width=SIZE, dtype=torch.float64)
+    session = session_of(video)
+    for number in (1, 2):
+        place = theirs.obj_id_to_idx(number)
+        if prompt == "points":  # one click, ambiguous; two clicks, not
+            points = torch.tensor([[20.0 * number, 40.0], [90.0, 70.0]])[:number]
+            labels = torch.tensor([1, 0])[:number]
+            theirs.add_point_inputs(place, 0, {"point_coords": points[None, None], "point_labels": labels[None, None]})
+            session.add_prompt(number, 0, VideoPrompt(points, labels))
+        else:
+            theirs.add_mask_inputs(place, 0, square(20 * number)[None, None])
+            session.add_prompt(number, 0, VideoPrompt(mask=square(20 * number)))
+    theirs.obj_with_new_inputs = [1, 2]
+    for one, other in zip(
+        stock.propagate_in_video_iterator(theirs, start_frame_idx=0),
+        ours.propagate_in_video_iterator(session),
+        strict=True,
+    ):
+        assert one.pred_masks.abs().max() < 1000  # the objects are there: it is not the constant of an absent object
+        assert_same_masks(other.pred_masks, one.pred_masks)
+        assert_same_masks(other.object_score_logits.flatten(), one.object_score_logits.flatten())
+
+
+def test_a_correction_and_an_object_that_is_absent_are_as_in_transformers():
+    ours, video = tiny_video_model("sam2_video"), frames(6)
+    ours.sam.model.mask_decoder.pred_obj_score_head.proj_out.bias.data.zero_()
+    stock = Sam2VideoModel(ours.sam.model.config).eval()
+    stock.load_state_dict(ours.sam.model.state_dict())
+    theirs = Sam2VideoInferenceSession(video=video, video_height=SIZE, video_width=SIZE, dtype=torch.float32)
+    session = session_of(video)
+    theirs.add_mask_inputs(theirs.obj_id_to_idx(1), 0, square(20)[None, None])
+    theirs.obj_with_new_inputs = [1]
+    session.add_prompt(1, 0, VideoPrompt(mask=square(20)))
+    points, labels = torch.tensor([[30.0, 40.0], [90.0, 70.0]]), torch.tensor([1, 0])
+    for number in (0, 1, 2, 2, 3, 4, 5):
+        if number == 2 and session.next_frame == 3:  # frame 2 again, now with clicks
+            theirs.add_point_inputs(0, 2, {"point_coords": points[None, None], "point_labels": labels[None, None]})
+            theirs.obj_with_new_inputs = [1]
+            session.add_prompt(1, 2, VideoPrompt(points, labels))
+        one, other = stock(theirs, frame_idx=number), ours(session, frame_idx=number)
+        assert_same_masks(other.pred_masks, one.pred_masks)
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_a_batch_of_objects_has_the_masks_of_each_alone(kind):
+    model, video = tiny_video_model(kind), frames(5)
+    together = session_of(video)
+    prompts = {n: VideoPrompt(mask=square(12 * n)) for n in range(1, 6)}
+    for number, prompt in prompts.items():
+        together.add_prompt(number, 0 if number < 4 else 2, prompt)  # some enter later
+    outputs = list(model.propagate_in_video_iterator(together))
+    assert [len(output.object_ids) for output in outputs] == [3, 3, 5, 5, 5]
+    for number, prompt in prompts.items():
+        alone = session_of(video)
+        start = 0 if number < 4 else 2
+        alone.add_prompt(number, start, prompt)
+        for output, one in zip(outputs[start:], model.propagate_in_video_iterator(alone), strict=True):
+            mask = output.pred_masks[output.object_ids.index(number)]
+            assert_same_masks(mask, one.pred_masks[0])
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_memory_is_flat_and_pruning_changes_no_mask(kind, monkeypatch):
+    model, video = tiny_video_model(kind), frames(12)
+    sizes, masks = {}, {}
+    for pruned in (True, False):
+        if not pruned:
+            keep = lambda self, frame, memory, new, config: (  # noqa: E731
+                (self.conditioned if new else self.tracked).__setitem__(frame, memory)
+            )
+            monkeypatch.setattr("ovsam.modeling.sam.memory.ObjectMemory.store", keep)
+        session = session_of(video)
+        session.add_prompt(1, 0, VideoPrompt(mask=square(20)))
+        outputs = model.propagate_in_video_iterator(session)
+        masks[pruned], sizes[pruned] = zip(*((o.pred_masks, session.nbytes()) for o in outputs), strict=True)
+    assert sizes[True][11] == sizes[True][7] == sizes[True][6]  # pointers reach back 5 frames
+    assert sizes[False][11] > 1.3 * sizes[False][7]
+    for one, other in zip(masks[True], masks[False], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_auto_model_loads_it_and_the_parts_load_from_its_folder(tmp_path):
+    model, video = tiny_video_model(), frames(3)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is ovsam.OVSamVideoModel
+    masks = []
+    for one in (model, loaded):
+        session = session_of(video)
+        session.add_prompt(1, 0, VideoPrompt(mask=square(20)))
+        masks.append([output.pred_masks for output in one.propagate_in_video_iterator(session)])
+    for before, after in zip(*masks, strict=True):
+        torch.testing.assert_close(after, before)
+    image = ovsam.OVSamModel.from_pretrained(tmp_path)
+    box = torch.tensor([[[20.0, 20.0, 80.0, 90.0]]])
+    torch.testing.assert_close(
+        image(pixel_values=video[:1], input_boxes=box).pred_masks,
+        model(pixel_values=video[:1], input_boxes=box).pred_masks,
+    )
+    for part in (ovsam.OVSamVisionModel, ovsam.OVSamMaskDecoder):
+        found, report = part.from_pretrained(tmp_path, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert not any("memory_attention" in name for name in found.state_dict())
+
+
+def test_streaming_removal_and_reset():
+    model, video = tiny_video_model(), frames(4)
+    session = OVSamVideoSession()
+    session.add_prompt(7, 0, VideoPrompt(mask=square(20)))
+    session.add_prompt(9, 0, VideoPrompt(mask=square(50)))
+    streamed = [model(session, frame=frame) for frame in video[:2]]
+    assert [output.frame_idx for output in streamed] == [0, 1]
+    session.remove_object(7)
+    assert model(session, frame=video[2]).object_ids == [9]
+    with pytest.raises(InputError, match="no object 7"):
+        session.remove_object(7)
+    session.reset_tracking_data()
+    with pytest.raises(InputError, match="no object to track"):
+        model(session, frame=video[3])
+
+
+def test_a_model_without_memory_is_refused():
+    with pytest.raises(InputError, match="has no memory"):
+        ovsam.OVSamVideoModel(tiny_config())
+    config = copy.deepcopy(tiny_video_model().config)
+    config.sam_config.memory_attention_rope_feat_sizes = [4, 4]
+    with pytest.raises(InputError, match="rope_feat_sizes"):
+        ovsam.OVSamVideoModel(config)
