@@ -17,12 +17,15 @@ from transformers import (
     EdgeTamVideoConfig,
     Owlv2Config,
     Owlv2ForObjectDetection,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Sam2Config,
     Sam2ImageProcessor,
     Sam2Model,
     Sam2VideoConfig,
+    Sam3TrackerConfig,
     SamConfig,
+    SamHQConfig,
     SamImageProcessor,
     SamModel,
     SiglipConfig,
@@ -31,26 +34,26 @@ from transformers import (
 
 import ovsam
 from ovsam.modeling.clip import DualEncoderConfig, OpenClipConfig, OpenClipSide
+from ovsam.modeling.sam import EfficientTamConfig
 
 SIZE, GRID, C, D = 128, 8, 32, 32
 WORDS = ("cat", "dog", "car", "tree", "red ball", "cup", "moon", "star")
 
-_SAM = {
-    "vision_config": {
-        "backbone_feature_sizes": [[4 * GRID] * 2, [2 * GRID] * 2, [GRID] * 2],
-        "backbone_channel_list": [64, 48, 32, 24],
-        "fpn_hidden_size": C,
-    },
-    "prompt_encoder_config": {"hidden_size": C, "image_size": SIZE},
-    "mask_decoder_config": {"hidden_size": C, "mlp_dim": 48, "num_attention_heads": 4, "iou_head_hidden_dim": 16},
+PROMPT = {"hidden_size": C, "image_size": SIZE}
+DECODER = {"hidden_size": C, "mlp_dim": 48, "num_attention_heads": 4, "iou_head_hidden_dim": 16}
+PYRAMID = {"backbone_feature_sizes": [[4 * GRID] * 2, [2 * GRID] * 2, [GRID] * 2], "fpn_hidden_size": C}
+VIT = {
+    "hidden_size": 16,
+    "output_channels": C,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mlp_dim": 24,
+    "image_size": SIZE,
+    "window_size": 3,  # does not divide the grid: windows are padded
+    "global_attn_indexes": [1],
+    "num_pos_feats": C // 2,
 }
-_TIMM = {
-    "model_type": "timm_wrapper",
-    "architecture": "test_efficientnet",
-    "num_classes": 0,
-    "model_args": {"in_chans": 3, "features_only": True, "out_indices": [1, 2, 3, 4]},
-}
-_HIERA = {
+HIERA = {
     "model_type": "sam2_hiera_det_model",
     "hidden_size": 8,
     "embed_dim_per_stage": [8, 16, 32, 64],
@@ -61,26 +64,54 @@ _HIERA = {
     "window_positional_embedding_background_size": [7, 7],
     "image_size": [SIZE, SIZE],
 }
+SAM3_VIT = {
+    "model_type": "sam3_vit_model",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIZE,
+    "patch_size": 16,
+    "window_size": 4,
+    "global_attn_indexes": [1],
+    "pretrain_image_size": 64,
+}
+
+
+def timm_trunk(architecture="test_efficientnet", **args) -> dict:
+    """The image encoder of an EdgeTAM."""
+    args = {"in_chans": 3, "features_only": True, "out_indices": [1, 2, 3, 4]} | args
+    return {"model_type": "timm_wrapper", "architecture": architecture, "num_classes": 0, "model_args": args}
+
+
+_CHANNELS = {"sam2": [64, 32, 16, 8], "edgetam": [64, 48, 32, 24]}  # of the image encoder's maps, coarsest first
+SAM_CONFIGS = {  # family -> class of its configuration, and what its vision_config holds
+    "sam": (SamConfig, VIT),
+    "sam_hq": (SamHQConfig, VIT),
+    "efficienttam": (EfficientTamConfig, VIT),
+    "sam2": (Sam2Config, PYRAMID | {"backbone_config": HIERA, "backbone_channel_list": _CHANNELS["sam2"]}),
+    "edgetam": (
+        EdgeTamConfig,
+        PYRAMID
+        | {"backbone_config": timm_trunk(), "backbone_channel_list": _CHANNELS["edgetam"]}
+        | {"fpn_top_down_levels": [0, 1, 2, 3]},
+    ),
+    "sam3_tracker": (Sam3TrackerConfig, PYRAMID | {"backbone_config": SAM3_VIT, "scale_factors": [4.0, 2.0, 1.0]}),
+}
+
+
+def sam_config(family: str, **vision) -> PreTrainedConfig:
+    """A SAM of 128 px and some ten thousand parameters; `vision` overrides values of its vision_config."""
+    config_class, own = SAM_CONFIGS[family]
+    prompt = PROMPT | ({"patch_size": 16} if family == "sam3_tracker" else {})
+    decoder = DECODER | ({"vit_dim": VIT["hidden_size"]} if family == "sam_hq" else {})
+    parts = {"vision_config": own | vision, "prompt_encoder_config": prompt, "mask_decoder_config": decoder}
+    return config_class(**copy.deepcopy(parts))
+
+
 _TEXT = {"vocab_size": 64, "max_position_embeddings": 12, "bos_token_id": 62, "eos_token_id": 63}
 _TOWER = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _PATCHES = _TOWER | {"image_size": SIZE, "patch_size": 16, "num_hidden_layers": 4}
-
-
-def _sam(kind: str):
-    if kind == "sam":
-        grid = {"image_size": SIZE, "patch_size": 16}
-        vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 32, "window_size": 4}
-        vision |= {"output_channels": C, "num_pos_feats": C // 2, "global_attn_indexes": [0]}
-        prompts = {"hidden_size": C, "image_embedding_size": GRID, "mask_input_channels": 4}
-        decoder = _SAM["mask_decoder_config"] | {"num_hidden_layers": 2}
-        return SamConfig(vision_config=vision | grid, prompt_encoder_config=prompts | grid, mask_decoder_config=decoder)
-    trunk = {
-        "edgetam": {"backbone_config": _TIMM, "fpn_top_down_levels": [0, 1, 2, 3]},
-        "sam2": {"backbone_config": _HIERA, "backbone_channel_list": [64, 32, 16, 8]},
-    }
-    parts = copy.deepcopy(_SAM)
-    parts["vision_config"] |= copy.deepcopy(trunk[kind])
-    return {"edgetam": EdgeTamConfig, "sam2": Sam2Config}[kind](**parts)
 
 
 VIDEO_C = 128  # the least that transformers' trackers can do: pointers are cut into tokens of 64, and there must be two
@@ -90,7 +121,7 @@ def _sam_video(kind: str):
     """The configuration of a tracker; `kind` is sam2_video or edgetam_video."""
     parts = {
         name: {**part, "hidden_size": VIDEO_C}
-        for name, part in _sam(kind.removesuffix("_video")).to_dict().items()
+        for name, part in sam_config(kind.removesuffix("_video")).to_dict().items()
         if name.endswith("_config")
     }
     for name in ("prompt_encoder_config", "mask_decoder_config"):
@@ -155,7 +186,7 @@ def tiny_config(composition="dual", sam="edgetam", clip="dual_encoder", adapters
     if composition == "clip":
         stand_in = ovsam.Sam2ClipConfig(in_channels=CHANNELS[clip], width=C, num_layers=1, num_heads=4)
         more["sam2clip_config"] = stand_in
-    return ovsam.OVSamConfig(composition=composition, sam_config=_sam(sam), clip_config=_clip(clip), **more)
+    return ovsam.OVSamConfig(composition=composition, sam_config=sam_config(sam), clip_config=_clip(clip), **more)
 
 
 @torch.no_grad()
@@ -199,7 +230,7 @@ def tiny_video_model(kind="edgetam_video", adapters=True) -> ovsam.OVSamVideoMod
 def save_sam(folder: Path, kind: str) -> Path:
     """A SAM of a family, random, as it is published: weights, configuration, image processor."""
     torch.manual_seed(1)
-    model = randomise({"sam": SamModel, "sam2": Sam2Model, "edgetam": EdgeTamModel}[kind](_sam(kind)))
+    model = randomise({"sam": SamModel, "sam2": Sam2Model, "edgetam": EdgeTamModel}[kind](sam_config(kind)))
     code = model.prompt_encoder.shared_embedding.positional_embedding  # one and the same in released weights
     model.shared_image_embedding.positional_embedding.data.copy_(code)
     model.mask_decoder.iou_prediction_head.proj_out.bias.data.fill_(1.0)  # mostly above 0, as trained ones

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import CHANNELS, SIZE, WORDS, C, D, picture, save_clip, save_sam, tiny_model, tiny_tokenizer
+from common import CHANNELS, SIZE, WORDS, C, D, picture, sam_config, save_clip, save_sam, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from test_sam_side import CONFIGS as FAMILIES
 from torch.testing import assert_close
 from transformers import (
     AutoModel,
@@ -129,7 +128,7 @@ def test_a_tracker_gives_its_image_model(parts, tmp_path):
 @torch.no_grad()
 def test_trackers_of_other_families(family, parts, tmp_path):
     """The names that weights and configurations have in `edgetam_video` and in `sam3_video`."""
-    own = SAM_SIDES[family].model_class(FAMILIES[family]())
+    own = SAM_SIDES[family].model_class(sam_config(family))
     own.prompt_encoder.shared_embedding.load_state_dict(own.shared_image_embedding.state_dict())
     config = {name: getattr(own.config, name).to_dict() for name in ("vision_config", "prompt_encoder_config")}
     config["mask_decoder_config"] = own.config.mask_decoder_config.to_dict()

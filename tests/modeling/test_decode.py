@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_sam_side import repair_sam_hq
+from testers.sam_side import repair_sam_hq
 from transformers.models.edgetam.configuration_edgetam import EdgeTamMaskDecoderConfig
 from transformers.models.edgetam.modeling_edgetam import EdgeTamMaskDecoder
 from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
@@ -188,6 +188,7 @@ class Decoding(torch.nn.Module):
         return decode.decode_masks(self.decoder, *inputs).to_tuple()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, dense", [("sam", (1, 1, C, 1, 1)), ("sam_hq", (2, 5, C, H, W)), ("sam2", (1, 1, C, 1, 1))]
 )
@@ -199,6 +200,7 @@ def test_it_compiles_into_one_graph(family, dense):
     assert_same(compiled(*inputs), module(*inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", KINDS)
 def test_it_exports_for_any_number_of_prompts(family):
     module = Decoding(build(family))

@@ -7,20 +7,19 @@ import numpy as np
 import pytest
 import torch
 from common import randomise, tiny_config, tiny_processor
+from testers.clip_side import ClipSideTester, make_inputs
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     Owlv2Config,
     Owlv2ForObjectDetection,
     Owlv2ImageProcessor,
     Owlv2Processor,
-    PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 import ovsam
 from ovsam.errors import InputError
-from ovsam.modeling.clip import CLIP_SIDES, Owlv2Side
+from ovsam.modeling.clip import CLIP_SIDES
 from ovsam.modeling.geometry import square_window
 from ovsam.modeling.scoring import Naming
 
@@ -220,50 +219,35 @@ def test_the_window_is_the_padding_of_its_own_processor():
         assert (width * right, height * bottom) == pytest.approx((side, side), rel=1e-12)
 
 
-def test_a_phrase_over_the_limit_is_one_clear_error(side):
-    with pytest.raises(InputError, match="at most 8 tokens, not 9"):
-        side.encode_text(torch.ones(1, 9, dtype=torch.long))
-
-
 def test_an_input_of_broken_patches_is_one_clear_error(side):
     with pytest.raises(InputError, match="multiples of 8 pixels, not 64 x 60"):
         side.encode_image(torch.randn(1, 3, 64, 60))
 
 
-class HolderConfig(PreTrainedConfig):
-    model_type = "holder"
-    owlv2_config: dict | Owlv2Config | None = None
-    part: str = "all"
+class TestOwlv2(ClipSideTester):
+    softmax = False
 
-    def __post_init__(self, **kwargs):
-        if isinstance(self.owlv2_config, dict):
-            self.owlv2_config = Owlv2Config(**self.owlv2_config)
-        super().__post_init__(**kwargs)
+    @classmethod
+    def config(cls):
+        vision = TOWER | {"image_size": 32, "patch_size": 8}
+        text = TEXT | {"vocab_size": 64, "max_position_embeddings": 12, "bos_token_id": 62, "eos_token_id": 63}
+        return Owlv2Config(text_config=text, vision_config=vision, projection_dim=32)
 
+    def outputs(self, side, part="all"):
+        found = super().outputs(side, part)
+        if part != "text":
+            with torch.no_grad():
+                pixels = make_inputs(side)[0].to(next(side.parameters()).dtype)
+                found |= dict(side.concepts(side.encode_image(pixels)))
+        return found
 
-class Holder(PreTrainedModel):
-    config: HolderConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.clip = Owlv2Side(config.owlv2_config, part=config.part)
-        self.post_init()
-
-
-@torch.no_grad()
-def test_concepts_survive_save_and_load_whole_and_in_part(side, tmp_path):
-    holder = Holder(HolderConfig(owlv2_config=copy.deepcopy(CONFIG)))
-    holder.clip.load_state_dict(side.state_dict())
-    holder.save_pretrained(tmp_path)
-    pixel_values = torch.randn(1, 3, SIZE, SIZE)
-    expected = side.concepts(side.encode_image(pixel_values))
-    for part in ("all", "vision"):
-        config = HolderConfig.from_pretrained(tmp_path, part=part)
-        loaded, report = Holder.from_pretrained(tmp_path, config=config, output_loading_info=True)
-        assert not report["missing_keys"] and bool(report["unexpected_keys"]) == (part == "vision")
-        found = loaded.clip.concepts(loaded.clip.encode_image(pixel_values))
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+    @torch.no_grad()
+    def test_the_last_map_is_the_last_hidden_state(self, side):
+        pixel_values, vision = make_inputs(side)[0], side.model.owlv2.vision_model
+        embedded = vision.pre_layernorm(vision.embeddings(pixel_values))
+        expected = vision.encoder(inputs_embeds=embedded).last_hidden_state[:, -16:]
+        found = side.encode_image(pixel_values).maps[-1].flatten(2).mT
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 # In a whole model: SAM 2 + OWLv2, nothing trained
