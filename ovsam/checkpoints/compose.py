@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Sam2ImageProcessor,
-    Sam3ImageProcessor,
     SamImageProcessor,
 )
 
@@ -29,7 +28,7 @@ from ovsam.checkpoints.tokenizer import clip_tokenizer
 from ovsam.checkpoints.weight_files import OPEN_CLIP, check_weights, fetch, is_open_clip
 from ovsam.errors import InputError
 from ovsam.modeling.clip import CLIP_SIDES, ClipSide, OpenClipConfig
-from ovsam.modeling.clip.imagenet import pretrained_imagenet
+from ovsam.modeling.clip.imagenet import ImageNetSide, pretrained_imagenet
 from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.sam import SAM_SIDES
@@ -37,31 +36,8 @@ from ovsam.processing.processing_ovsam import OVSamProcessor
 
 IMAGENET = "imagenet:"  # before the name of a classifier of timm
 ADAPTERS = ("clip2sam", "sam2clip", "concepts")
-# Trackers in video hold the image model whose prompts and masks they use, and their folders load as that.
-VIDEO = {
-    "sam2_video": "sam2",
-    "edgetam_video": "edgetam",
-    "sam3_tracker_video": "sam3_tracker",
-    "sam3_video": "sam3_tracker",
-}
-IMAGE_PROCESSORS = {
-    "sam": SamImageProcessor,
-    "sam_hq": SamImageProcessor,
-    "ovsam_label_token_sam": SamImageProcessor,
-    "sam3_tracker": Sam3ImageProcessor,
-}
-# The sentences that released text towers were trained or evaluated with.
-TEMPLATES = {"owlv2": ("a photo of a {}",)}
-RELEASED = ("a photo of a {}.",)
-# OWLv2's scores are the words' alone, and lower than those of a head that is trained with objectness.
-THRESHOLDS = {
-    "owlv2": {
-        "objectness_weight": 0.0,
-        "score_threshold": 0.2,
-        "proposal_threshold": 0.1,
-        "objectness_threshold": 0.2,
-    }
-}
+# The video models, and the SAM side that holds the image model inside each.
+TRACKERS = {tracker: kind for kind, side in SAM_SIDES.items() for tracker in vars(side).get("trackers", ())}
 CALIBRATED = (
     "objectness_weight",
     "score_calibration",
@@ -158,7 +134,7 @@ def load_sam(given: str | PreTrainedModel) -> Part:
     """The SAM side's configuration and weights."""
     part, model = _open(given)
     if model is None:
-        kind = VIDEO.get(part.config.model_type, part.config.model_type)
+        kind = TRACKERS.get(part.config.model_type, part.config.model_type)
         side = _side(SAM_SIDES, kind, part, "SAM")
         model = _load(part, side.model_class, _image_config(part.config, side.model_class))
     if isinstance(model, OVSamModel):
@@ -181,14 +157,14 @@ def load_clip(given: str | PreTrainedModel) -> Part:
     if isinstance(model, OVSamModel):
         part.config, part.state = model.config.clip_config, model.clip.state_dict()
         part.settings = {name: getattr(model.config, name) for name in ("templates", "vocabulary")}
-        if hasattr(model.clip, "concepts"):
+        if model.clip.has_concepts:
             part.settings |= {name: getattr(model.config, name) for name in CALIBRATED}
         return _owned(part)
     if model is not None:
         whole = isinstance(model, tuple(CLIP_SIDES.values()))  # an open_clip side, as its own save_pretrained writes it
         part.config, part.state = model.config, model.state_dict() if whole else _under_model(model)
-    kind = part.config.model_type
-    part.settings = {"templates": TEMPLATES.get(kind, RELEASED)} | THRESHOLDS.get(kind, {})
+    side = CLIP_SIDES[part.config.model_type]
+    part.settings = {"templates": side.templates, **side.settings}
     return _owned(part)
 
 
@@ -199,7 +175,7 @@ def _imagenet(name: str) -> Part:
     config, state = pretrained_imagenet(classifier, text_tower.text_config(), text_tower.embed_texts)
     text = text_tower.text_tower(folder)[0].text_model.state_dict()
     state |= {f"text_model.{key}": tensor for key, tensor in text.items()}
-    return Part(name, config, state, folder, {"templates": ("{}",)})
+    return Part(name, config, state, folder, {"templates": ImageNetSide.templates})
 
 
 def load_adapter(given: str | PreTrainedModel, kind: str) -> Part:
@@ -227,7 +203,7 @@ def load_adapter(given: str | PreTrainedModel, kind: str) -> Part:
 def describe(model: OVSamModel) -> str:
     """In one sentence, what a model can do and what it lacks."""
     has_clip, has_head = model.config.composition != "sam", model.concepts is not None
-    brings_head = has_clip and hasattr(model.clip, "concepts")
+    brings_head = has_clip and model.clip.has_concepts
     if model.clip2sam is not None:
         names = "yes, by its Clip2SamAdapter"
     elif has_head or brings_head:
@@ -263,10 +239,10 @@ def build_processor(model: OVSamModel, sam: Part, clip: Part, clip_size: int | N
         raise InputError("A model in memory has no tokenizer: pass a folder or a Hub id, or build an OVSamProcessor.")
     side, composition = model.clip, model.config.composition
     colours = {"image_mean": list(side.image_mean), "image_std": list(side.image_std)}
-    images = _sam_images(model, sam, colours if composition == "clip" else _sam_colours(sam))
+    images = _sam_images(model, colours if composition == "clip" else _sam_colours(sam))
     return OVSamProcessor(
         images,
-        _tokenizer(clip),
+        load_tokenizer(clip),
         clip_images=_clip_images(model, images, clip_size, colours) if composition == "dual" else None,
         max_text_length=side.max_text_length,
         text_padding=side.text_padding,
@@ -311,7 +287,7 @@ def _side(sides: dict[str, Any], kind: str, part: Part, what: str) -> Any:
 
 def _image_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig | None:
     """The image model's configuration out of a tracker's; None for what is no tracker's."""
-    if config.model_type not in VIDEO:
+    if config.model_type not in TRACKERS:
         return None
     config = getattr(config, "tracker_config", config)  # SAM 3 is a detector and a tracker
     names = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
@@ -360,11 +336,11 @@ def _sam_colours(part: Part) -> dict[str, list[float]]:
     return {"image_mean": list(found.image_mean), "image_std": list(found.image_std)}
 
 
-def _sam_images(model: OVSamModel, part: Part, colours: dict[str, list[float]]) -> Any:
+def _sam_images(model: OVSamModel, colours: dict[str, list[float]]) -> Any:
     """The image processor of the model's square input: SAM 1 pads to the square, later ones squash."""
     size = model.sam.image_size
     square, small = {"height": size, "width": size}, {"height": size // 4, "width": size // 4}
-    kind = IMAGE_PROCESSORS.get(part.config.model_type, Sam2ImageProcessor)
+    kind = model.sam.image_processor
     if kind is SamImageProcessor:
         edges = {"size": {"longest_edge": size}, "mask_size": {"longest_edge": size // 4}}
         return kind(**edges, pad_size=square, mask_pad_size=small, **colours)
@@ -379,16 +355,19 @@ def _clip_images(model: OVSamModel, images: Any, clip_size: int | None, colours:
         same_stride = len(set(side.strides)) == 1
         clip_size = side.image_size if same_stride else model.sam.image_size
     size = {"height": clip_size, "width": clip_size}
-    if model.config.clip_config.model_type == "owlv2":
-        return {"image_processor_type": "Owlv2ImageProcessor", "do_pad": True, "size": size, **colours}
     own = {"image_mean": list(images.image_mean), "image_std": list(images.image_std)}
-    if isinstance(images, Sam2ImageProcessor) and clip_size == model.sam.image_size and own == colours:
+    squashed = isinstance(images, Sam2ImageProcessor) and not side.image_processor.get("do_pad")
+    if squashed and clip_size == model.sam.image_size and own == colours:
         return None
-    # CLIP crops the centre; what is to be segmented may lie anywhere, so the whole picture is squashed instead.
-    return {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False, "size": size, **colours}
+    return {**side.image_processor, "size": size, **colours}
 
 
-def _tokenizer(part: Part) -> Any:
+def load_tokenizer(part: Part) -> Any:
+    """Return the tokenizer of a CLIP part.
+
+    Raises:
+        InputError: its folder has none.
+    """
     try:
         return AutoTokenizer.from_pretrained(part.folder)
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -156,7 +156,7 @@ class OVSamModel(OVSamPreTrainedModel):
         features = encode_image(self, pixel_values, clip_pixel_values, clip_window)
         if self.concepts is not None:
             features.concepts = self.concepts(features.maps)
-        elif features.clip is not None and hasattr(self.clip, "concepts"):  # such as OWLv2, which brings its own head
+        elif features.clip is not None and self.clip.has_concepts:
             features.concepts = self.clip.concepts(features.clip)
         if features.concepts is not None:
             self._move_from_clip(features)

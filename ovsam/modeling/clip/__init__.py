@@ -1,7 +1,5 @@
 """The CLIP side: an image tower and a text tower that share an embedding space."""
 
-from torch import nn
-
 from ovsam.modeling.clip.base import ClipSide
 from ovsam.modeling.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
 from ovsam.modeling.clip.imagenet import ImageNetConfig, ImageNetSide
@@ -10,7 +8,7 @@ from ovsam.modeling.clip.owlv2 import Owlv2Side
 from ovsam.modeling.clip.transformers_clip import TransformersClipSide, TransformersSiglip2Side, TransformersSiglipSide
 from ovsam.modeling.outputs import ClipFeatures
 
-CLIP_SIDES: dict[str, type[nn.Module]] = {
+CLIP_SIDES: dict[str, type[ClipSide]] = {
     "ovsam_dual_encoder": DualEncoderSide,
     "ovsam_imagenet": ImageNetSide,
     "ovsam_open_clip": OpenClipSide,

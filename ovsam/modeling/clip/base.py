@@ -1,65 +1,89 @@
-"""What every CLIP side gives and takes, and the pooling they share."""
+"""The interface of every CLIP side, and the pooling they share."""
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ovsam.modeling.outputs import ClipFeatures
+from ovsam.modeling.outputs import ClipFeatures, ConceptOutput
 
 MAX_SEQUENCES = 32768  # attention kernels on GPU launch at most 65,535 sequences at once
 
 
-class ClipSide(Protocol):
+class ClipSide(nn.Module):
     """An image tower and a text tower that share an embedding space of width D.
 
-    A word's logit is `(cosine + logit_shift) * logit_scale`, as the tower was trained; `softmax` says with which loss.
-    Where it is True (CLIP), only differences between words mean something: a softmax over words does, a sigmoid of one
-    logit does not. Where it is False (SigLIP, OWLv2), the sigmoid of a word's logit is the probability that this word
-    fits, whatever the others are.
+    A word's logit is `(cosine + logit_shift) * logit_scale`, as in the tower's training. Where `softmax` is True
+    (CLIP), only the differences between logits are calibrated: a softmax over words is meaningful, the sigmoid of one
+    logit is not. Where it is False (SigLIP, OWLv2), the sigmoid of a word's logit is the probability that this word
+    applies, independently of the other words.
 
-    `text_padding` says how phrases are tokenised: "longest", or "max_length" where the tower was trained on its padding
-    and reads it (SigLIP). `model_class` is the transformers class whose weights the side holds under `model.`, None for
-    other sides.
+    The class attributes below are the defaults of a family; a family overrides those in which it differs.
 
-    A side that finds things by itself (OWLv2) has one method more, `concepts(features) -> ConceptOutput`, and needs no
-    ConceptHead beside it; its boxes are in pixels of the side's own input.
+    Attributes:
+        model_class: the transformers class whose weights the side holds under `model.`; None for other sides.
+        text_padding: how text is tokenised: "longest", or "max_length" where the tower was trained on padded text
+            (SigLIP).
+        softmax: the loss of training: True for a softmax over texts, False for a sigmoid of each text.
+        templates: the sentences that a class name is put into, as the tower was trained or evaluated with.
+        settings: fields of OVSamConfig, such as thresholds, that suit the scores of the family.
+        has_concepts: whether the side finds objects by itself, through `concepts(features) -> ConceptOutput` with boxes
+            in pixels of its own input. It then needs no ConceptHead.
+        image_processor: the configuration of the stock image processor that makes the tower's input of a whole image,
+            without its size, mean and deviation.
+        embed_dim: D.
+        logit_scale, logit_shift: as above.
+        channels, strides: of the four maps that `encode_image` returns.
+        image_size, image_mean, image_std: side of the square input in pixels, and its normalisation.
+        max_text_length: in tokens.
     """
 
+    model_class: ClassVar[type[PreTrainedModel] | None] = None
+    text_padding: str = "longest"
+    softmax: bool = True
+    templates: ClassVar[tuple[str, ...]] = ("a photo of a {}.",)
+    settings: ClassVar[dict[str, Any]] = {}
+    has_concepts: ClassVar[bool] = False
+    # CLIP's own processor crops the centre; objects may lie anywhere, so the whole image is squashed instead.
+    image_processor: ClassVar[dict[str, Any]] = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}
+
     embed_dim: int
-    softmax: bool
-    logit_scale: torch.Tensor | float
-    logit_shift: torch.Tensor | float
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     image_size: int
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
     max_text_length: int
-    text_padding: str
-    model_class: type[PreTrainedModel] | None
 
-    def encode_image(self, pixel_values: torch.Tensor) -> ClipFeatures:
-        """pixel_values [B, 3, H, W], normalised with `image_mean` and `image_std`."""
-        ...
+    def encode_image(self, pixel_values: Tensor) -> ClipFeatures:
+        """Return the features of images [B, 3, H, W], normalised with `image_mean` and `image_std`."""
+        raise NotImplementedError
 
-    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [K, T], T at most `max_text_length` -> [K, D], L2-normalised."""
-        ...
+        raise NotImplementedError
 
-    def pool(
-        self, features: ClipFeatures, masks: torch.Tensor | None = None, boxes: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Class embeddings [B, P, D], L2-normalised, of regions given as masks (probabilities [B, P, Hm, Wm], which
-        cover the whole image at any resolution) or boxes ([B, P, 4] xyxy in pixels of the model input)."""
-        ...
+    def pool(self, features: ClipFeatures, masks: Tensor | None = None, boxes: Tensor | None = None) -> Tensor:
+        """Return the class embeddings [B, P, D] of regions, L2-normalised.
 
-    def dense(self, features: ClipFeatures) -> torch.Tensor:
-        """A class embedding of every location, L2-normalised: [B, D, h, w], with the h, w of `features.pool_map`."""
-        ...
+        Args:
+            features: of B images.
+            masks: probabilities [B, P, Hm, Wm] over the whole image at any resolution.
+            boxes: [B, P, 4] xyxy in pixels of the model input; one of masks and boxes is needed.
+        """
+        raise NotImplementedError
+
+    def dense(self, features: ClipFeatures) -> Tensor:
+        """Return the class embedding of every location, L2-normalised: [B, D, h, w], as large as `pool_map`."""
+        raise NotImplementedError
+
+    def concepts(self, features: ClipFeatures) -> ConceptOutput:
+        """Return the objects that a side with `has_concepts` finds."""
+        raise NotImplementedError
 
 
 def mask_pool(feature_map: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedConfig
 
-from ovsam.modeling.clip.base import boxes_to_masks, mask_pool
+from ovsam.modeling.clip.base import ClipSide, boxes_to_masks, mask_pool
 from ovsam.modeling.outputs import ClipFeatures
 
 
@@ -29,16 +29,13 @@ class DualEncoderConfig(PreTrainedConfig):
     max_text_length: int = 64
 
 
-class DualEncoderSide(nn.Module):
+class DualEncoderSide(ClipSide):
     """Image -> maps at strides 4, 8, 16, 32 and a [B, D, h/16, w/16] map to pool; words -> [K, D].
 
     A region's embedding is the mean of `pool_map` over it; a whole picture's is the mean over everything. `part` is
     "all", "vision" or "text"; names of weights are the same in all three.
     """
 
-    model_class = None
-    text_padding = "longest"
-    softmax = True
     logit_scale = 100.0  # where training stops it, as CLIP's does; it is not stored
     logit_shift = 0.0
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedConfig
 
 from ovsam.errors import InputError
-from ovsam.modeling.clip.base import MAX_SEQUENCES, ClipFeatures, map_blocks, region_pool
+from ovsam.modeling.clip.base import MAX_SEQUENCES, ClipSide, map_blocks, region_pool
 from ovsam.modeling.clip.dual_encoder import DualEncoderSide
+from ovsam.modeling.outputs import ClipFeatures
 
 
 class ImageNetConfig(PreTrainedConfig):
@@ -37,16 +38,14 @@ class ImageNetConfig(PreTrainedConfig):
     max_text_length: int = 64
 
 
-class ImageNetSide(nn.Module):
+class ImageNetSide(ClipSide):
     """Image -> maps of the classifier's last four stages and its last feature map; class names -> [K, D].
 
     `class_embeds` [N, D] holds the text embeddings of the classifier's own class names; it is a buffer, so that it is
     saved with the classifier. `part` is "all", "vision" or "text"; names of weights are the same in all three.
     """
 
-    model_class = None
-    text_padding = "longest"
-    softmax = True
+    templates = ("{}",)
     logit_scale = 100.0
     logit_shift = 0.0
 

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ovsam.errors import InputError
-from ovsam.modeling.clip.base import map_blocks, region_pool, value_path
+from ovsam.modeling.clip.base import ClipSide, map_blocks, region_pool, value_path
 from ovsam.modeling.outputs import ClipFeatures
 from ovsam.ops.boxes import masks_to_boxes
 
@@ -48,7 +48,7 @@ class OpenClipConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class OpenClipSide(PreTrainedModel):
+class OpenClipSide(PreTrainedModel, ClipSide):
     """An open_clip model, built from its configuration alone: no files, no network.
 
     Weights have the layout of `open_clip.CustomTextCLIP` (text tower under `text.`), whichever class open_clip uses.
@@ -62,7 +62,6 @@ class OpenClipSide(PreTrainedModel):
     config: OpenClipConfig
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
-    model_class = None
     _supports_sdpa = True
 
     def __init__(self, config: OpenClipConfig, part: str = "all"):
@@ -81,6 +80,8 @@ class OpenClipSide(PreTrainedModel):
         self.image_mean = tuple(config.image_mean)
         self.image_std = tuple(config.image_std)
         self.max_text_length = self.model.context_length
+        self.text_padding = "max_length" if self._reads_padding else "longest"
+        self.softmax = self.model.logit_bias is None  # open_clip gives a bias to towers trained with SigLIP's loss
         if part == "text":
             self.model.visual = self.tower = None
         elif part == "vision":
@@ -103,17 +104,8 @@ class OpenClipSide(PreTrainedModel):
             module.init_non_persistent_buffers()
 
     @property
-    def text_padding(self) -> str:
-        return "max_length" if self._reads_padding else "longest"
-
-    @property
     def _reads_padding(self) -> bool:
         return self.model.text.attn_mask is None  # not causal
-
-    @property
-    def softmax(self) -> bool:
-        """Whether the loss was CLIP's; open_clip gives a bias to towers trained with SigLIP's."""
-        return self.model.logit_bias is None
 
     @property
     def logit_scale(self) -> torch.Tensor:

@@ -7,17 +7,16 @@ objectness, a box and a class embedding with a scale and a shift of its own. Wor
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import Owlv2Config, Owlv2ForObjectDetection
 from transformers.image_transforms import center_to_corners_format
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ovsam.errors import InputError
-from ovsam.modeling.clip.base import map_blocks, region_pool
+from ovsam.modeling.clip.base import ClipSide, map_blocks, region_pool
 from ovsam.modeling.outputs import ClipFeatures, ConceptOutput
 
 
-class Owlv2Side(nn.Module):
+class Owlv2Side(ClipSide):
     """OWLv2 as both encoders and ConceptHead; weights have the names of transformers' Owlv2ForObjectDetection.
 
     `maps` are the patch tokens after four blocks, all at the stride of the patches; `pool_map` [B, C, h, w] is what the
@@ -28,8 +27,17 @@ class Owlv2Side(nn.Module):
     image_mean = tuple(OPENAI_CLIP_MEAN)
     image_std = tuple(OPENAI_CLIP_STD)
     model_class = Owlv2ForObjectDetection
-    text_padding = "longest"
     softmax = False
+    templates = ("a photo of a {}",)
+    # The scores are the words' alone, and lower than those of a head that is trained with objectness.
+    settings = {
+        "objectness_weight": 0.0,
+        "score_threshold": 0.2,
+        "proposal_threshold": 0.1,
+        "objectness_threshold": 0.2,
+    }
+    has_concepts = True
+    image_processor = {"image_processor_type": "Owlv2ImageProcessor", "do_pad": True}
 
     def __init__(self, config: Owlv2Config, part: str = "all"):
         super().__init__()

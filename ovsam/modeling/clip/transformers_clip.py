@@ -11,18 +11,16 @@ from transformers import initialization as init
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ovsam.errors import InputError
-from ovsam.modeling.clip.base import map_blocks, region_pool, value_path
+from ovsam.modeling.clip.base import ClipSide, map_blocks, region_pool, value_path
 from ovsam.modeling.outputs import ClipFeatures
 
 
-class _TransformersSide(nn.Module):
+class _TransformersSide(ClipSide):
     """What both have in common. Any image size will do: position embeddings are interpolated.
 
     `maps` are the patch tokens after four blocks, all at the stride of the patches; `pool_map` holds an embedding of
     width D for every patch, by the value path, and `pool` averages it.
     """
-
-    model_class: type[CLIPModel] | type[SiglipModel] | type[Siglip2Model]
 
     def __init__(self, config: CLIPConfig | SiglipConfig | Siglip2Config, embed_dim: int, image_size: int, part: str):
         super().__init__()
@@ -96,8 +94,6 @@ class TransformersClipSide(_TransformersSide):
     image_mean = tuple(OPENAI_CLIP_MEAN)
     image_std = tuple(OPENAI_CLIP_STD)
     model_class = ClipModel
-    text_padding = "longest"
-    softmax = True
 
     def __init__(self, config: CLIPConfig, part: str = "all"):
         super().__init__(config, config.projection_dim, config.vision_config.image_size, part)

@@ -1,12 +1,12 @@
 """What every SAM side gives and takes, and all that the families have in common."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, Sam2ImageProcessor
 
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import DecodedMasks, SamFeatures
@@ -25,7 +25,7 @@ class SamSide(nn.Module):
     Prompts and image cells share one position encoding, as in released weights; transformers alone draws two.
     It stays in fp32 whatever dtype the rest is cast to, and prompts are encoded in fp32: bf16 moves small boxes.
 
-    A family says which model it holds, `_pyramid`, `_encode`, and how its decoder differs from SAM 2's, if it does.
+    A family states the model it holds, `_pyramid`, `_encode`, and the class attributes in which it differs from SAM 2.
 
     Args:
         config: the configuration of the whole model, whichever part is kept.
@@ -33,6 +33,12 @@ class SamSide(nn.Module):
             the same in all three.
 
     Attributes:
+        model_class: the transformers class of `model`.
+        trackers: model types of the video models that contain this image model.
+        image_processor: the transformers class that makes the model's input; SAM 1 pads images to the square, later
+            models resize them without keeping the aspect ratio.
+        encoder_parts: modules of `model` that only `encode` needs.
+        image_layers: modules of its mask decoder that read the image alone, and are applied by `encode`.
         image_size: side of the square input in pixels.
         grid: side of the embedding in cells.
         width: C, the width of the embedding and of the tokens.
@@ -45,8 +51,10 @@ class SamSide(nn.Module):
     """
 
     model_class: type[PreTrainedModel]
-    encoder_parts: tuple[str, ...] = ("vision_encoder",)  # what of the model only `encode` needs
-    image_layers: tuple[str, ...] = ()  # what of its mask decoder sees the image alone, and is applied by `encode`
+    trackers: ClassVar[tuple[str, ...]] = ()
+    image_processor: ClassVar[type] = Sam2ImageProcessor
+    encoder_parts: tuple[str, ...] = ("vision_encoder",)
+    image_layers: tuple[str, ...] = ()
     finer_maps: int = 0
 
     def __init__(self, config: PreTrainedConfig, part: Literal["all", "vision", "decoder"] = "all"):

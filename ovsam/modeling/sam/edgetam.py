@@ -1,5 +1,7 @@
 """EdgeTAM (Zhou et al. 2025): SAM 2's decoder on a convolutional trunk of timm."""
 
+from typing import ClassVar
+
 from transformers import EdgeTamModel
 
 from ovsam.modeling.sam.sam2 import Sam2Side
@@ -9,3 +11,4 @@ class EdgeTamSide(Sam2Side):
     """An `EdgeTamModel`; takes an `EdgeTamConfig`, whose trunk may be any of timm's with maps at strides 4 to 32."""
 
     model_class = EdgeTamModel
+    trackers: ClassVar[tuple[str, ...]] = ("edgetam_video",)

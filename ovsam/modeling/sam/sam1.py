@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, SamModel
+from transformers import PreTrainedConfig, SamImageProcessor, SamModel
 
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import SamFeatures
@@ -17,6 +17,7 @@ class Sam1Side(SamSide):
     """
 
     model_class = SamModel
+    image_processor = SamImageProcessor
 
     def _pyramid(self, config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return plain_vit_map(config)

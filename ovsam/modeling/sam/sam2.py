@@ -1,5 +1,7 @@
 """SAM 2 and 2.1 (Ravi et al. 2024)."""
 
+from typing import ClassVar
+
 from torch import Tensor
 from transformers import PreTrainedConfig, Sam2Model
 
@@ -12,6 +14,7 @@ class Sam2Side(SamSide):
     """A `Sam2Model`; takes a `Sam2Config`, whose trunk may be any that `SamTrunkConfig` names besides Hiera."""
 
     model_class = Sam2Model
+    trackers: ClassVar[tuple[str, ...]] = ("sam2_video",)
     encoder_parts = ("vision_encoder", "no_memory_embedding")
     image_layers = ("conv_s0", "conv_s1")
     finer_maps = 2

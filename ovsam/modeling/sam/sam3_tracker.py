@@ -1,7 +1,7 @@
 """SAM 3's tracker (Carion et al. 2025), prompted on images: SAM 2's decoder on SAM 3's vision encoder."""
 
 from torch import Tensor
-from transformers import PreTrainedConfig, Sam3TrackerModel
+from transformers import PreTrainedConfig, Sam3ImageProcessor, Sam3TrackerModel
 
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import SamFeatures
@@ -12,6 +12,8 @@ class Sam3TrackerSide(Sam2Side):
     """A `Sam3TrackerModel`; takes a `Sam3TrackerConfig`. Its patches are of 14 pixels: strides are 3.5, 7 and 14."""
 
     model_class = Sam3TrackerModel
+    trackers = ("sam3_tracker_video", "sam3_video")
+    image_processor = Sam3ImageProcessor
 
     def _pyramid(self, config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
         scales = list(config.vision_config.scale_factors)

@@ -2,7 +2,7 @@
 
 A tower is written as one of
 
-- `"facebook/sam2.1-hiera-small"`: an id on the Hub or a folder, for transformers;
+- `"facebook/sam2.1-hiera-small"`: an id on the Hub (also `ID@REVISION`) or a folder, as `ovsam.compose` takes it;
 - `{open_clip = "convnext_large_d_320", pretrained = "laion2b_s29b_b131k_ft_soup"}`: open_clip's names;
 - `{architecture = "mobilenetv4_conv_small", ...}`: our own kind over a timm trunk, new;
 - `{model_type = "sam2", ...}`: any configuration of transformers or of ours, new;
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import box_iou
-from transformers import AutoConfig, AutoTokenizer, EdgeTamConfig, PreTrainedConfig
+from transformers import AutoConfig, EdgeTamConfig
 
+from ovsam.checkpoints.compose import Part, load_clip, load_sam, load_tokenizer
 from ovsam.checkpoints.text_tower import embed_texts, text_config
 from ovsam.errors import InputError
 from ovsam.modeling.adapters.common import AdapterModel, maps_at_strides
@@ -119,7 +120,7 @@ class Towers(nn.Module):
         pixels = self.clip_pixels(image)
         boxes = boxes * (pixels.shape[-1] / image.shape[-1])
         features = self.clip.encode_image(pixels)
-        if not hasattr(self.clip, "concepts"):
+        if not self.clip.has_concepts:
             return self.clip.pool(features, boxes=boxes)
         out = self.clip.concepts(features)
         fit = torch.stack([box_iou(b, o) for b, o in zip(boxes, out.boxes.float(), strict=True)])  # [B, O, L]
@@ -150,12 +151,9 @@ def build_towers(model: dict) -> Towers:
 def sam_side(spec: Spec) -> SamSide:
     """A whole SAM side, its weights loaded if it has any."""
     if isinstance(spec, str):
-        config = _released(AutoConfig, spec)
-        # A checkpoint of SAM 2 names its video model, which holds the image model.
-        side = _side(SAM_SIDES, config.model_type.removesuffix("_video"))
-        loaded = _released(side.model_class, spec)
-        made = side(loaded.config)
-        made.model.load_state_dict(loaded.state_dict())
+        part = load_sam(spec)
+        made = SAM_SIDES[part.config.model_type](part.config)
+        made.load_state_dict({name: part.state[name] for name in made.state_dict()})
         return made
     spec = dict(spec)
     weights, trunk_weights = spec.pop("weights", None), spec.pop("trunk_weights", None)
@@ -172,33 +170,42 @@ def sam_side(spec: Spec) -> SamSide:
 
 
 def clip_side(spec: Spec) -> nn.Module:
-    """The image half of a CLIP side, its weights loaded if it has any; `text_embedder` is the other half."""
-    config, state = _clip(spec)
-    side = _side(CLIP_SIDES, config.model_type)(config, part="vision")
-    if state is not None:
-        side.load_state_dict({name: state[name] for name in side.state_dict()})
+    """Return the image half of a CLIP side, with its weights where it has any; `text_embedder` is the other half."""
+    part = _clip_part(spec)
+    side = _side(CLIP_SIDES, part.config.model_type)(part.config, part="vision")
+    if part.state:
+        side.load_state_dict({name: part.state[name] for name in side.state_dict()})
     if isinstance(spec, dict) and "weights" in spec:
         _load(side, spec["weights"], "clip.", partly=True)
     return side
 
 
 def text_embedder(spec: Spec, templates: Sequence[str] = ("{}",)) -> Callable[[list[str]], Tensor]:
-    """n words -> [n, D], L2-normalised, the mean over the templates, by the text tower that belongs to a CLIP side.
+    """Return a function from n words to [n, D], L2-normalised, the mean over the templates, by the text tower of a CLIP
+    side.
 
-    A new side has none yet: its image tower learns towards the one inside ovsam-tiny, as those of our own kind do.
+    A new side has no text tower yet: its image tower learns towards the text tower of ovsam-tiny.
     """
-    config, state = _clip(spec)
-    if state is None:
+    part = _clip_part(spec)
+    if not part.state:
         encode = embed_texts
     else:
-        side = _side(CLIP_SIDES, config.model_type)(config, part="text").eval()
-        side.load_state_dict({name: state[name] for name in side.state_dict()})
+        side = CLIP_SIDES[part.config.model_type](part.config, part="text").eval()
+        side.load_state_dict({name: part.state[name] for name in side.state_dict()})
         side.to("cuda" if torch.cuda.is_available() else "cpu")
-        tokenize = _tokenizer(spec, side.max_text_length)
+        if isinstance(spec, dict):
+            tokenizer = open_clip.get_tokenizer(spec["open_clip"])
+        else:
+            tokenizer = load_tokenizer(part)
 
         def encode(texts: list[str]) -> Tensor:
-            tokens = {name: tensor.to(next(side.parameters()).device) for name, tensor in tokenize(texts).items()}
-            return side.encode_text(**tokens)
+            if isinstance(spec, dict):
+                tokens = {"input_ids": tokenizer(texts)}
+            else:
+                length = {"padding": "max_length", "max_length": side.max_text_length, "truncation": True}
+                tokens = dict(tokenizer(texts, **length, return_tensors="pt"))
+            device = next(side.parameters()).device
+            return side.encode_text(**{name: tensor.to(device) for name, tensor in tokens.items()})
 
     def embed(words: list[str]) -> Tensor:
         unique = list(dict.fromkeys(words))
@@ -206,15 +213,6 @@ def text_embedder(spec: Spec, templates: Sequence[str] = ("{}",)) -> Callable[[l
         return Vocabulary(unique).embed(encode, templates)[torch.tensor([row[word] for word in words])]
 
     return embed
-
-
-def _tokenizer(spec: Spec, length: int) -> Callable[[list[str]], dict[str, Tensor]]:
-    if isinstance(spec, dict):
-        tokenizer = open_clip.get_tokenizer(spec["open_clip"])
-        return lambda texts: {"input_ids": tokenizer(texts)}
-    tokenizer = _released(AutoTokenizer, spec)
-    kind = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-    return lambda texts: dict(tokenizer(texts, **kind))
 
 
 def edgetam_config(architecture: str, channels: list[int], width: int, mlp_dim: int, image_size: int) -> EdgeTamConfig:
@@ -267,35 +265,22 @@ def init_from_scratch(side: SamSide) -> None:
     code.mul_(4 ** torch.rand(code.shape[1]))
 
 
-def _clip(spec: Spec) -> tuple[PreTrainedConfig, dict[str, Tensor] | None]:
-    """Configuration of a CLIP side, and released weights of both its halves under the side's names."""
+def _clip_part(spec: Spec) -> Part:
+    """The configuration of a CLIP side and, where it has been trained, the weights of both of its halves."""
     if isinstance(spec, str):
-        config = _released(AutoConfig, spec)
-        side = _side(CLIP_SIDES, config.model_type)
-        loaded = _released(type(side(config).model), spec)
-    elif "open_clip" in spec:
+        return load_clip(spec)
+    if "open_clip" in spec:
         config = OpenClipConfig(model_cfg=open_clip.get_model_config(spec["open_clip"]))
         try:
             loaded = open_clip.create_model(spec["open_clip"], spec["pretrained"], force_custom_text=True)
         except (OSError, RuntimeError) as error:
             what = f"{spec['open_clip']} with the weights {spec['pretrained']!r}"
             raise InputError(f"open_clip cannot fetch {what}; fetch it once where there is a network.") from error
-    else:
-        spec = {name: value for name, value in spec.items() if name != "weights"}
-        if "architecture" in spec:
-            return DualEncoderConfig(**spec, text_config=text_config()), None
-        return AutoConfig.for_model(**spec), None
-    return config, {f"model.{name}": tensor for name, tensor in loaded.state_dict().items()}
-
-
-def _released(auto: Any, name: str) -> Any:
-    try:
-        return auto.from_pretrained(name)
-    except OSError as error:
-        raise InputError(
-            f"{name} is neither a folder nor to be had from the Hub; fetch it where there is a network with "
-            f"`hf download {name}`."
-        ) from error
+        return Part(spec["open_clip"], config, {f"model.{name}": t for name, t in loaded.state_dict().items()})
+    numbers = {name: value for name, value in spec.items() if name != "weights"}
+    if "model_type" in spec:
+        return Part(spec["model_type"], AutoConfig.for_model(**numbers), {})
+    return Part(spec["architecture"], DualEncoderConfig(**numbers, text_config=text_config()), {})
 
 
 def _side(sides: dict[str, Any], model_type: str) -> Any:
