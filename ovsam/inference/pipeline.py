@@ -7,7 +7,6 @@ from ovsam.modeling.outputs import OVSamOutput
 from ovsam.processing.images import open_image
 
 TASK = "open-vocabulary-segmentation"
-RIDERS = ("original_sizes", "text_labels", "negative_labels", "prompt_counts")  # from pre- to post-processing
 
 
 class OpenVocabularySegmentationPipeline(Pipeline):
@@ -47,23 +46,17 @@ class OpenVocabularySegmentationPipeline(Pipeline):
     def _forward(self, model_inputs, threshold=None):
         # A threshold below the model's own for proposals lowers that too, as in Segmenter.where.
         proposal_threshold = None if threshold is None else min(threshold, self.model.config.proposal_threshold)
-        riders = {name: model_inputs.pop(name, None) for name in RIDERS}
-        outputs = self.model(**model_inputs, text_labels=riders["text_labels"], proposal_threshold=proposal_threshold)
+        outputs = self.model(**model_inputs, proposal_threshold=proposal_threshold)
         # As a dictionary: the base class moves outputs to the CPU, and would make a nameless ModelOutput of ours.
-        return {"outputs": {name: outputs[name] for name in outputs if name != "features"}, **riders}
+        fields = {name: outputs[name] for name in outputs if name != "features"}
+        return {"outputs": fields, "original_sizes": model_inputs["original_sizes"]}
 
     def postprocess(self, model_outputs, threshold=None, mask_threshold=0.5):
-        config, text_labels = self.model.config, model_outputs["text_labels"]
-        if threshold is None:
-            threshold = config.objectness_threshold if text_labels is None else config.score_threshold
         result = self.processor.post_process_instance_segmentation(
             OVSamOutput(**model_outputs["outputs"]),
             threshold=threshold,
             mask_threshold=mask_threshold,
             target_sizes=model_outputs["original_sizes"],
-            text_labels=text_labels,
-            prompt_counts=model_outputs["prompt_counts"],
-            negative_labels=model_outputs["negative_labels"],
         )[0]
         rows = zip(
             result["scores"].tolist(),

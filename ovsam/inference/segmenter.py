@@ -23,7 +23,7 @@ from ovsam.checkpoints.embedded import CACHE, find_checkpoint
 from ovsam.checkpoints.presets import PRESETS, announce_download, choose_auto
 from ovsam.checkpoints.weight_files import check_weights, fetch
 from ovsam.errors import InputError
-from ovsam.inference.proposers import Proposer, Question, decode_proposals, get_proposer, mask_boxes
+from ovsam.inference.proposers import Proposer, Question, decode_proposals, get_proposer, mask_boxes, text_inputs
 from ovsam.inference.tiling import segment_tiled
 from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamModel
@@ -436,14 +436,12 @@ class Segmenter:
         threshold = asked.threshold
         if threshold is None:
             threshold = config.objectness_threshold if everything else config.score_threshold
-        negatives = None if asked.negatives is None else asked.negatives[1]
+        negatives = None if asked.negatives is None else (asked.negatives[0].prompts, asked.negatives[1])
         propose = self._proposer(asked.proposer, features)
         if propose is None:
             outputs = self.model(
                 features=features,
-                text_embeds=asked.embeds,
-                text_labels=_labels(asked.vocabulary),
-                negative_embeds=negatives,
+                **text_inputs(_labels(asked.vocabulary), asked.embeds, negatives),
                 everything=everything,
                 refine=asked.refine,
                 proposal_threshold=min(threshold, config.proposal_threshold),
@@ -497,10 +495,7 @@ class Segmenter:
         found = self.processor.post_process_instance_segmentation(
             outputs,
             threshold=threshold,
-            everything=asked.source == "auto",
             target_sizes=[size],
-            text_labels=asked.vocabulary.as_mapping() if asked.vocabulary is not None else None,
-            negative_labels=asked.negatives[0].prompts if asked.negatives is not None else None,
             return_coco_annotation=True,
             **asked.post,
         )[0]
@@ -620,9 +615,9 @@ def _floats(rows) -> list[list[float]]:
     return [] if rows is None else [[float(number) for number in row] for row in rows]
 
 
-def _labels(words: Vocabulary | None) -> list[str] | None:
-    """The label that each phrase stands for."""
-    return None if words is None else list(words.as_mapping().values())
+def _labels(words: Vocabulary | None) -> dict[str, str] | None:
+    """The words as the processor takes them."""
+    return None if words is None else words.as_mapping()
 
 
 def _check_inside(size: tuple[int, int], points, boxes) -> None:

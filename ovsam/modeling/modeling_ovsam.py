@@ -9,7 +9,7 @@ Shapes: B images, P prompts per image, N points per prompt, I instances per imag
 candidates, K words, L locations, D CLIP width, C SAM width, Q prototypes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -33,11 +33,11 @@ from ovsam.modeling.sam.video import EdgeTamVideoSide
 from ovsam.modeling.scoring import (
     FusedNaming,
     Naming,
+    TextQuery,
     calibrated,
     clip_scale_shift,
     instance_scores,
     mean_logits,
-    row_labels,
 )
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.ops.masks import crop, mask_overlap
@@ -184,11 +184,8 @@ class OVSamModel(OVSamPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         text_embeds: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        negative_input_ids: Tensor | None = None,
-        negative_attention_mask: Tensor | None = None,
-        negative_embeds: Tensor | None = None,
-        text_labels: list | None = None,
+        text_labels: Sequence | Mapping[str, str] | None = None,
+        negative_labels: list[str] | None = None,
         input_points: Tensor | None = None,
         input_labels: Tensor | None = None,
         input_boxes: Tensor | None = None,
@@ -198,10 +195,8 @@ class OVSamModel(OVSamPreTrainedModel):
         everything: bool = False,
         refine: bool = True,
         proposal_threshold: float | None = None,
+        prompt_counts: Tensor | list[int] | None = None,
         original_sizes: Tensor | None = None,
-        reshaped_input_sizes: Tensor | None = None,
-        negative_labels: list[str] | None = None,
-        prompt_counts: Tensor | None = None,
     ) -> OVSamOutput:
         """
         Args:
@@ -209,13 +204,12 @@ class OVSamModel(OVSamPreTrainedModel):
                 `image_embeddings` from get_image_embeddings().
             clip_pixel_values: [B, 3, H', W'], where CLIP has a geometry of its own; clip_window [B, 4] is then the
                 rectangle it covers, x1, y1, x2, y2 in fractions of the model input; the whole if not given.
-            input_ids, attention_mask: the words [K, T]; or `text_embeds` [K, D], L2-normalised.
-            text_mask: [B, K] bool, which words each image is asked about, where that differs. Other words' logits are
-                the least there is.
-            negative_input_ids, negative_attention_mask, negative_embeds: words to be told apart from, likewise.
-            text_labels: the words as strings, also per image, as the processor gives them; or, for `text_embeds`, the
-                K names that its rows stand for. Naming rules that know words they were trained on, or synonyms (rows
-                of one name), read them; post-processing does.
+            input_ids, attention_mask: the words [K + K', T], the K' negative ones last; or `text_embeds` [K + K', D],
+                L2-normalised.
+            text_labels: the words as strings, as the processor returns them: one list for all images, or one list for
+                each, whose other words then get the lowest logit; or, with `text_embeds`, the class names of its rows.
+                They are part of the output for post-processing, and naming rules for trained words read them.
+            negative_labels: the negative words as strings; their number divides the rows above.
             input_points: [B, P, N, 2] xy in pixels of the model input; input_labels [B, P, N]: 1 inside, 0 outside, -10
                 padding.
             input_boxes: [B, P, 4] xyxy in pixels of the model input.
@@ -224,9 +218,8 @@ class OVSamModel(OVSamPreTrainedModel):
             everything: propose whatever is an object, and let the words only name it; without words that is so anyway.
             refine: False keeps input_masks, or else the ConceptHead's prototype masks, as they are.
             proposal_threshold: proposals below it are dropped before refinement (default: the config's).
-
-            original_sizes, reshaped_input_sizes, negative_labels, prompt_counts: entries of the processor's output that
-                only post-processing reads; the model ignores them, so that `model(**inputs)` works.
+            prompt_counts: number of prompts of each image; the rest of P is padding.
+            original_sizes: not used; an entry of the processor's output, so that `model(**inputs)` works.
 
         Raises:
             InputError: neither pixels nor features; or no prompts and no ConceptHead.
@@ -241,9 +234,7 @@ class OVSamModel(OVSamPreTrainedModel):
             features = self.encode(pixel_values, clip_pixel_values, clip_window)
         if text_embeds is None and input_ids is not None:
             text_embeds = self.get_text_features(input_ids, attention_mask)
-        if negative_embeds is None and negative_input_ids is not None:
-            negative_embeds = self.get_text_features(negative_input_ids, negative_attention_mask)
-        labels = row_labels(text_labels)
+        query = TextQuery.of(text_embeds, text_labels, negative_labels)
 
         prompts = {
             "input_points": input_points,
@@ -252,15 +243,20 @@ class OVSamModel(OVSamPreTrainedModel):
             "input_masks": input_masks,
         }
         if any(prompt is not None for prompt in prompts.values()):
-            return self._what(
-                features, prompts, text_embeds, text_mask, labels, negative_embeds, multimask_output, refine
-            )
-        return self._where(
-            features, text_embeds, text_mask, labels, negative_embeds, everything, refine, proposal_threshold
-        )
+            output = self._what(features, prompts, query, multimask_output, refine)
+            if prompt_counts is not None:
+                counts = torch.as_tensor(prompt_counts, device=output.valid.device)
+                output.valid &= torch.arange(output.valid.shape[1], device=counts.device) < counts[:, None]
+        else:
+            everything = everything or query.embeds is None
+            output = self._where(features, query, everything, refine, proposal_threshold)
+        output.text_labels, output.negative_labels = text_labels, negative_labels
+        output.everything, output.mask_nms_threshold = everything, self.config.mask_nms_threshold
+        output.score_threshold = self.config.objectness_threshold if everything else self.config.score_threshold
+        return output
 
     def _what(
-        self, features, prompts, text_embeds, text_mask, labels, negative_embeds, multimask_output, refine
+        self, features: OVSamFeatures, prompts: dict, query: TextQuery, multimask_output: bool, refine: bool
     ) -> OVSamOutput:
         """Prompts -> masks and their class embeddings."""
         prototype_masks = self._prompted_prototypes(features, prompts) if refine and not multimask_output else None
@@ -281,7 +277,7 @@ class OVSamModel(OVSamPreTrainedModel):
         # A person's box says better where the thing is than the box of the predicted mask.
         region = boxes if prompts["input_boxes"] is None else prompts["input_boxes"].float()
         naming = self._name(features, masks, region, tokens)
-        logits, negative_logits = naming.logits(text_embeds, text_mask, labels), naming.logits(negative_embeds)
+        logits, negative_logits = naming.logits(query.embeds, query.mask, query.labels), naming.logits(query.negatives)
         return OVSamOutput(
             pred_masks=decoded.masks,
             iou_scores=decoded.iou,
@@ -296,7 +292,12 @@ class OVSamModel(OVSamPreTrainedModel):
         )
 
     def _where(
-        self, features, text_embeds, text_mask, labels, negative_embeds, everything, refine, proposal_threshold
+        self,
+        features: OVSamFeatures,
+        query: TextQuery,
+        everything: bool,
+        refine: bool,
+        proposal_threshold: float | None,
     ) -> OVSamOutput:
         """Words, or nothing -> the ConceptHead's locations -> instances."""
         concepts = features.concepts
@@ -308,7 +309,7 @@ class OVSamModel(OVSamPreTrainedModel):
         if not refine and concepts.prototypes is None:
             raise InputError("refine=False needs prototype masks, which this model's ConceptHead does not give.")
         threshold = self.config.proposal_threshold if proposal_threshold is None else proposal_threshold
-        index, valid = self._propose(features, None if everything else text_embeds, text_mask, threshold)  # [B, I]
+        index, valid = self._propose(features, None if everything else query, threshold)  # [B, I]
         boxes = _take(concepts.boxes, index)  # [B, I, 4]
         objectness = concepts.objectness.gather(1, index).float().sigmoid()
         masks, iou, tokens = self._prototype_masks(features, index), None, None
@@ -325,8 +326,8 @@ class OVSamModel(OVSamPreTrainedModel):
             region = masks_to_boxes(masks > 0) * self._mask_stride(masks)
             seen = self._name(features, masks, region, tokens)
             namings = [seen] if everything else [*namings, seen]
-        logits = mean_logits(namings, text_embeds, text_mask, labels)
-        negative_logits = mean_logits(namings, negative_embeds)
+        logits = mean_logits(namings, query.embeds, query.mask, query.labels)
+        negative_logits = mean_logits(namings, query.negatives)
         config = self.config
         weight = 0.0 if everything else config.objectness_weight
         calibration = config.name_calibration if everything else config.score_calibration
@@ -346,9 +347,7 @@ class OVSamModel(OVSamPreTrainedModel):
 
     # ---- its steps --------------------------------------------------------------------------------------------
 
-    def _propose(
-        self, features: OVSamFeatures, words: Tensor | None, text_mask: Tensor | None, threshold: float
-    ) -> tuple[Tensor, Tensor]:
+    def _propose(self, features: OVSamFeatures, query: TextQuery | None, threshold: float) -> tuple[Tensor, Tensor]:
         """Which locations become instances: the most object-like, those that a word fits, less their duplicates.
 
         Returns index [B, I] into the locations, best first, and valid [B, I]; I is the most any image has.
@@ -357,8 +356,8 @@ class OVSamModel(OVSamPreTrainedModel):
         count = min(config.max_locations or concepts.objectness.shape[1], concepts.objectness.shape[1])
         objectness, top = concepts.objectness.float().sigmoid().topk(count, dim=1)  # [B, 300]
         score = objectness
-        if words is not None:
-            logits = self._concept_naming(concepts, top).best_logit(words, text_mask)
+        if query is not None:
+            logits = self._concept_naming(concepts, top).best_logit(query.embeds, query.mask)
             score = instance_scores(logits.float(), objectness, config.objectness_weight)
             score = calibrated(score, config.score_calibration)
         score, order = score.sort(dim=1, descending=True)

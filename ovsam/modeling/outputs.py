@@ -2,6 +2,7 @@
 L locations, D CLIP width, C SAM width, Q prototypes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,9 @@ class OVSamOutput(ModelOutput):
     instance is what the word says, in [0, 1]: the word's probability, and for a proposal of words its objectness too,
     calibrated by the config's name_calibration or, for proposals of words, score_calibration;
     valid [B, I] bool: False where a proposal only fills up a batch; features: the reusable OVSamFeatures.
+
+    For post-processing: text_labels and negative_labels, the words as they were given to the processor; everything:
+    whether instances are chosen by objectness; score_threshold and mask_nms_threshold, those of the checkpoint.
     """
 
     pred_masks: Tensor | None = None
@@ -134,3 +138,8 @@ class OVSamOutput(ModelOutput):
     negative_scores: Tensor | None = None
     valid: Tensor | None = None
     features: OVSamFeatures | None = None
+    text_labels: Any = None
+    negative_labels: list[str] | None = None
+    everything: bool | None = None
+    score_threshold: float | None = None
+    mask_nms_threshold: float | None = None

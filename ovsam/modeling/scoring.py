@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,9 +96,56 @@ def _plain(word: str) -> str:
     return word.lower().replace("_", " ")
 
 
+@dataclass
+class TextQuery:
+    """The words of a call.
+
+    embeds [K, D] and negatives [K', D], L2-normalised, None without any; mask [B, K] bool, the words that each image is
+    asked about, None for all; labels: the K class names, None where only embeddings were given.
+    """
+
+    embeds: Tensor | None
+    negatives: Tensor | None
+    mask: Tensor | None
+    labels: list[str] | None
+
+    @classmethod
+    def of(cls, embeds: Tensor | None, text_labels: Any, negative_labels: Sequence[str] | None) -> "TextQuery":
+        """Divide the rows of `embeds` [K + K', D] into words and, last, negative words.
+
+        Raises:
+            InputError: there are fewer rows than negative words, or not one row for each word.
+        """
+        if embeds is None:
+            return cls(None, None, None, None)
+        labels, count = row_labels(text_labels), len(embeds) - len(negative_labels or ())
+        if count < 0 or (labels is not None and len(labels) != count):
+            raise InputError(
+                f"There are {len(embeds)} text embeddings for {len(labels or ())} words in text_labels and "
+                f"{len(negative_labels or ())} in negative_labels; pass one row for each, negative words last."
+            )
+        words, negatives = embeds.split([count, len(embeds) - count])
+        mask = word_mask(text_labels)
+        return cls(
+            words if count else None,
+            negatives if len(negatives) else None,
+            None if mask is None else mask.to(embeds.device),
+            labels,
+        )
+
+
+def word_mask(text_labels: Any) -> Tensor | None:
+    """Words per image, as the processor takes them -> [B, K] bool, the words of the union that each image is asked
+    about; None where all images are asked about the same words."""
+    if not text_labels or isinstance(text_labels, Mapping) or isinstance(text_labels[0], str):
+        return None
+    union = list(dict.fromkeys(phrase for words in text_labels for phrase in words))
+    return torch.tensor([[phrase in words for phrase in union] for words in text_labels])
+
+
 def row_labels(text_labels: Sequence | Mapping[str, str] | None) -> list[str] | None:
-    """What each of the K words is called, of whatever the processor calls `text_labels`: labels, a mapping of phrases
-    to labels, or either for each image, whose union it tokenises."""
+    """Return the class name of each of the K texts, from `text_labels` as the processor takes them: labels, a mapping
+    of phrases to labels, or one of these for each image, of which the union is tokenised."""
     if not text_labels:
         return None
     if isinstance(text_labels, Mapping):

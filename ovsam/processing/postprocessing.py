@@ -38,7 +38,7 @@ class Asked:
 
     @classmethod
     def of(cls, text_labels: Words | Sequence[Words] | None, image: int, count: int) -> "Asked":
-        """Words as they were given to the processor; those that were not told are called by their number."""
+        """The words of an image; without names, as for embeddings alone, each is called by its number."""
         if text_labels is None:
             text_labels = [str(number) for number in range(count)]
         given: Any = text_labels
@@ -132,13 +132,9 @@ def all_phrases(text_labels: Any) -> list[str]:
 def select(
     outputs: OVSamOutput,
     image: int,
-    text_labels: Words | Sequence[Words] | None = None,
-    negative_labels: Sequence[str] | None = None,
-    prompt_count: int | None = None,
-    threshold: float = 0.3,
-    everything: bool = False,
+    text_labels: Words | Sequence[Words] | None,
+    threshold: float,
     nms: str | None = "fast",
-    nms_threshold: float = 0.6,
     per_word: bool = False,
     rescore: bool = False,
     top_k: int = 5,
@@ -147,10 +143,7 @@ def select(
     if nms is not None and nms not in NMS:
         raise InputError(f"There is no NMS {nms!r}; there are {', '.join(NMS)}, and None.")
     proposed = outputs.objectness is not None
-    valid = outputs.valid[image].clone()
-    if prompt_count is not None:
-        valid &= torch.arange(len(valid), device=valid.device) < int(prompt_count)
-    index = valid.nonzero()[:, 0]  # [I]
+    index = outputs.valid[image].nonzero()[:, 0]  # [I]
     objectness = outputs.objectness[image, index].float() if proposed else None
 
     asked, names, presence = Asked([], [], []), None, {}
@@ -168,7 +161,7 @@ def select(
 
     order, dropped = torch.arange(len(index), device=index.device), []
     if proposed:
-        rank = objectness if everything else score
+        rank = objectness if outputs.everything else score
         order = (rank >= threshold).nonzero()[:, 0]
         if outputs.negative_scores is not None:
             unwanted, like = outputs.negative_scores[image, index[order]].float().max(-1)
@@ -176,19 +169,19 @@ def select(
             columns = phrase_ids[order[lost]], score[order[lost]], like[lost], unwanted[lost]
             for phrase, own, word, other in zip(*(column.tolist() for column in columns), strict=True):
                 label = asked.labels[asked.label_ids[phrase]] if phrase >= 0 else None
-                negative = str(word) if negative_labels is None else negative_labels[word]
+                negative = outputs.negative_labels[word]
                 dropped.append({"text_label": label, "score": own, "negative": negative, "negative_score": other})
             order = order[~lost]
     logits, quality = best_masks(outputs, image, index[order])
     trust = quality.clamp(0, 1) if rescore else torch.ones_like(quality)
     score = score[order] * trust
     if proposed:
-        rank = objectness[order] * trust if everything else score
+        rank = objectness[order] * trust if outputs.everything else score
         decayed = rank * (logits > 0).flatten(1).any(1)
         if nms is not None:
             overlap = mask_overlap(logits > 0)
             overlap = within(overlap, phrase_ids[order]) if per_word else overlap
-            decayed = NMS[nms](overlap, decayed, nms_threshold)
+            decayed = NMS[nms](overlap, decayed, outputs.mask_nms_threshold or 1.0)
         keep = decayed.argsort(descending=True, stable=True)
         keep = keep[(decayed[keep] >= threshold) & (decayed[keep] > 0)]
         score = score * decayed / rank.clamp(min=1e-12)

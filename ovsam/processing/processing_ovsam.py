@@ -46,7 +46,6 @@ class OVSamProcessor(Sam2Processor):
             squash the whole picture, or pad it to a square as OWLv2's.
         max_text_length: tokens that the text tower reads; text_padding: "longest", or "max_length" for towers that were
             trained to read their padding (SigLIP).
-        mask_nms_threshold: two instances whose masks overlap more are one.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class OVSamProcessor(Sam2Processor):
         point_pad_value: int = PADDING_LABEL,
         max_text_length: int = 64,
         text_padding: str = "longest",
-        mask_nms_threshold: float = 0.6,
         **kwargs,
     ):
         # Past Sam2Processor.__init__, whose signature has no tokenizer.
@@ -68,7 +66,6 @@ class OVSamProcessor(Sam2Processor):
         self.clip_images = clip_images
         self.max_text_length = max_text_length
         self.text_padding = text_padding
-        self.mask_nms_threshold = mask_nms_threshold
 
     @property
     def pads(self) -> bool:
@@ -126,8 +123,8 @@ class OVSamProcessor(Sam2Processor):
             input_masks: logits [B, P, H/4, W/4] of the model input.
 
         Returns:
-            what OVSamModel takes, plus `original_sizes`, `text_labels`, `negative_labels` and `prompt_counts` for
-            post-processing.
+            the arguments of OVSamModel. `original_sizes` are the `target_sizes` of post-processing. Negative words are
+            tokenised after the words.
 
         Raises:
             InputError: an empty word, a phrase the text tower cannot read whole, lists of words that are not one per
@@ -155,21 +152,19 @@ class OVSamProcessor(Sam2Processor):
                 encoded["clip_window"] = self._clip_window(encoded["original_sizes"])
         if input_masks is not None:
             encoded["input_masks"] = input_masks
+        words: list[str] = []
         if text is not None:
             text_labels = [text] if isinstance(text, str) else text
             text_labels = dict(text_labels) if isinstance(text_labels, Mapping) else list(text_labels)
             if is_per_image(text_labels) and not _fits(text_labels, len(encoded["original_sizes"])):
                 raise InputError(f"Words per image are one list for each image, all of them lists; got {text_labels}.")
-            words = all_phrases(text_labels)
-            encoded.update(self.tokenize(words))
-            encoded["text_labels"] = text_labels
-            if is_per_image(text_labels):
-                encoded["text_mask"] = torch.tensor([[word in row for word in words] for row in text_labels])
+            encoded["text_labels"], words = text_labels, all_phrases(text_labels)
         if negative_text is not None:
-            negative_labels = [negative_text] if isinstance(negative_text, str) else list(negative_text)
-            tokens = self.tokenize(negative_labels)
-            encoded["negative_labels"] = negative_labels
-            encoded.update({f"negative_{name}": value for name, value in tokens.items()})
+            negatives = [negative_text] if isinstance(negative_text, str) else list(negative_text)
+            encoded["negative_labels"], words = negatives, words + negatives
+        if text is not None or negative_text is not None:
+            encoded.update(self.tokenize(words))
+        encoded.pop("reshaped_input_sizes", None)  # SAM 1's; this processor computes it from the original size
         return BatchFeature(encoded)
 
     def _clip_window(self, sizes: Tensor) -> Tensor:
@@ -212,10 +207,7 @@ class OVSamProcessor(Sam2Processor):
         mask_threshold: float = 0.5,
         target_sizes: Tensor | list[tuple[int, int]] | None = None,
         text_labels: Words | list[Words] | None = None,
-        prompt_counts: Tensor | list[int] | None = None,
-        everything: bool = False,
         top_k: int = 5,
-        negative_labels: list[str] | None = None,
         nms: str | None = "fast",
         per_word: bool = False,
         rescore: bool = False,
@@ -225,14 +217,12 @@ class OVSamProcessor(Sam2Processor):
         """
         Args:
             outputs: of OVSamModel.
-            threshold: least score of a proposal; prompts always give their mask. Default 0.3.
+            threshold: minimum score of a proposal, or minimum objectness in everything mode; prompts always give their
+                mask. By default the threshold of the checkpoint.
             mask_threshold: least probability of a pixel.
             target_sizes: (height, width) per image; the mask decoder's own grid if not given.
-            text_labels: the words, as given to the processor.
-            prompt_counts: how many prompts each image really has (from the processor).
-            everything: as in the model's call: instances are chosen by objectness, and words only name them.
+            text_labels: other names for the words; by default those of the processor's input, which the outputs carry.
             top_k: how many names per instance.
-            negative_labels: the negative words, as given to the processor.
             nms: how proposals whose masks overlap are thinned out: a key of ovsam.ops.nms.NMS, None for not at all.
             per_word: an instance of one word leaves those of other words alone.
             rescore: scores are multiplied by the predicted IoU of the mask (YOLACT++, Bolya et al. 2020, §6.1).
@@ -248,11 +238,9 @@ class OVSamProcessor(Sam2Processor):
             presence, {label: its best score}, before anything is left out; and dropped, the proposals that looked more
             like a negative word: dicts of text_label, score, negative, negative_score.
         """
-        options = {"everything": everything, "nms": nms, "per_word": per_word, "rescore": rescore, "top_k": top_k}
+        options = {"nms": nms, "per_word": per_word, "rescore": rescore, "top_k": top_k}
         results = []
-        for chosen, canvas in self._choose(
-            outputs, target_sizes, text_labels, negative_labels, prompt_counts, threshold, **options
-        ):
+        for chosen, canvas in self._choose(outputs, target_sizes, text_labels, threshold, **options):
             owners = None
             if exclusive:
                 owners, _, _ = assign(chosen.logits, chosen.scores, canvas, mask_threshold, by_pixel=False)
@@ -296,8 +284,6 @@ class OVSamProcessor(Sam2Processor):
         text_labels: Words | list[Words] | None = None,
         threshold: float | None = None,
         mask_threshold: float = 0.5,
-        negative_labels: list[str] | None = None,
-        prompt_counts: Tensor | list[int] | None = None,
         return_scores: bool = False,
     ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
         """Which label each pixel has: that of the instance whose score times the pixel's probability is the largest
@@ -309,9 +295,7 @@ class OVSamProcessor(Sam2Processor):
             `return_scores` also a list of those products [H, W], 0 where there is none.
         """
         maps, scores = [], []
-        for chosen, canvas in self._choose(
-            outputs, target_sizes, text_labels, negative_labels, prompt_counts, threshold, nms=None
-        ):
+        for chosen, canvas in self._choose(outputs, target_sizes, text_labels, threshold, nms=None):
             owners, values, _ = assign(chosen.logits, chosen.scores, canvas, mask_threshold, by_pixel=True)
             maps.append(_look_up(chosen.labels, owners, empty=-1))
             scores.append(values)
@@ -326,9 +310,6 @@ class OVSamProcessor(Sam2Processor):
         label_ids_to_fuse: set[int] | None = None,
         target_sizes: Tensor | list[tuple[int, int]] | None = None,
         text_labels: Words | list[Words] | None = None,
-        prompt_counts: Tensor | list[int] | None = None,
-        everything: bool = False,
-        negative_labels: list[str] | None = None,
         nms: str | None = "fast",
     ) -> list[dict[str, Any]]:
         """As Mask2Former's method of this name: pixels as in `post_process_semantic_segmentation`, instances apart.
@@ -346,10 +327,7 @@ class OVSamProcessor(Sam2Processor):
             outputs,
             target_sizes,
             text_labels,
-            negative_labels,
-            prompt_counts,
             threshold,
-            everything=everything,
             nms=nms,
         ):
             owners, _, areas = assign(chosen.logits, chosen.scores, canvas, mask_threshold, by_pixel=True)
@@ -368,7 +346,6 @@ class OVSamProcessor(Sam2Processor):
         threshold: float | None = None,
         target_sizes: Tensor | list[tuple[int, int]] | None = None,
         text_labels: Words | list[Words] | None = None,
-        negative_labels: list[str] | None = None,
         nms: str | None = "fast",
     ) -> list[dict[str, Any]]:
         """As the processors of OWLv2 and Grounding DINO: the boxes of `post_process_instance_segmentation`'s instances.
@@ -378,7 +355,7 @@ class OVSamProcessor(Sam2Processor):
             pixels; without target_sizes in fractions of the model input) and text_labels [n].
         """
         results = []
-        given = target_sizes, text_labels, negative_labels, None, threshold
+        given = target_sizes, text_labels, threshold
         for image, (chosen, canvas) in enumerate(self._choose(outputs, *given, nms=nms)):
             boxes = outputs.pred_boxes[image, chosen.index].float() / self.target_size
             boxes = (boxes / boxes.new_tensor(canvas.share).repeat(2)).clamp(0, 1)
@@ -395,18 +372,15 @@ class OVSamProcessor(Sam2Processor):
         return results
 
     def _choose(
-        self, outputs: OVSamOutput, target_sizes, text_labels, negative_labels, prompt_counts, threshold, **options
+        self, outputs: OVSamOutput, target_sizes, text_labels, threshold, **options
     ) -> Iterator[tuple[Selection, Canvas]]:
         """For each image the instances that are kept, and what their masks are to be enlarged to."""
         for image in range(len(outputs.pred_masks)):
             chosen = select(
                 outputs,
                 image,
-                text_labels,
-                negative_labels,
-                None if prompt_counts is None else int(prompt_counts[image]),
-                threshold=0.3 if threshold is None else threshold,
-                nms_threshold=self.mask_nms_threshold,
+                outputs.text_labels if text_labels is None else text_labels,
+                (outputs.score_threshold or 0.0) if threshold is None else threshold,
                 **options,
             )
             yield chosen, self._canvas(outputs, image, target_sizes)

@@ -366,7 +366,7 @@ def test_names_of_the_rows(given, names):
 
 
 def test_text_labels_must_be_one_for_each_word(model, features, numbers):
-    with pytest.raises(ovsam.InputError, match="there are 7; got 2"):
+    with pytest.raises(ovsam.InputError, match="There are 7 text embeddings for 2 words"):
         model(
             features=features,
             text_embeds=numbers["text_embed"][:, 0],
@@ -410,7 +410,6 @@ def test_click_and_box_are_named_as_in_the_release(model, processor, picture, nu
         input_points=[numbers["point_coords"].tolist()] if kind == "point" else None,
         input_labels=[[[1]] * 3] if kind == "point" else None,
     )
-    counts = inputs.pop("prompt_counts")
     sizes = inputs.pop("original_sizes").tolist()
     outputs = model(**inputs, text_embeds=numbers["text_embed"][:, 0], text_labels=list(WORDS))
     assert outputs.iou_scores is None
@@ -423,7 +422,7 @@ def test_click_and_box_are_named_as_in_the_release(model, processor, picture, nu
     kept = [i for i, role in enumerate(roles) if role]
     outputs.logits, outputs.scores = outputs.logits[..., kept], outputs.scores[..., kept]
     found = processor.post_process_instance_segmentation(
-        outputs, target_sizes=sizes, text_labels=[WORDS[i] for i in kept], prompt_counts=counts
+        outputs, target_sizes=sizes, text_labels=[WORDS[i] for i in kept]
     )[0]
     assert found["text_labels"] == [WORDS[i] for i in theirs[:, :-1].argmax(1)]
     p = theirs[:, :-1].amax(1).exp()

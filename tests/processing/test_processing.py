@@ -13,6 +13,7 @@ from transformers.models.mask2former.image_processing_mask2former import compute
 
 import ovsam
 from ovsam import InputError, OVSamOutput, Segmenter
+from ovsam.modeling.scoring import word_mask
 from ovsam.ops import rle
 
 BOXES = [[[10, 20, 60, 80], [70, 5, 125, 50], [1, 1, 9, 9]], [[30, 30, 100, 80]]]
@@ -20,12 +21,12 @@ BOXES = [[[10, 20, 60, 80], [70, 5, 125, 50], [1, 1, 9, 9]], [[30, 30, 100, 80]]
 
 @functools.cache
 def model():
-    return tiny_model(proposal_threshold=0.3)
+    return tiny_model(proposal_threshold=0.3, mask_nms_threshold=1.0)  # random masks overlap
 
 
 @functools.cache
 def processor():
-    return tiny_processor(mask_nms_threshold=1.0)  # random masks overlap
+    return tiny_processor()
 
 
 @functools.cache
@@ -40,9 +41,8 @@ def pictures():
 @torch.no_grad()
 def answer(inputs, **options):
     outputs = model()(**inputs)
-    riders = {n: inputs[n] for n in ("text_labels", "prompt_counts") if n in inputs}
     post_process = processor().post_process_instance_segmentation
-    return post_process(outputs, target_sizes=inputs["original_sizes"], **riders, **options)
+    return post_process(outputs, target_sizes=inputs["original_sizes"], **options)
 
 
 # ------------------------------------------------------------------------------------------------ words in
@@ -52,10 +52,9 @@ def test_words_are_tokenised_and_ride_along():
     inputs = processor()(images=picture(), text=["cat", "red ball"], negative_text="moon")
     vocabulary = processor().tokenizer.get_vocab()
     cat, red, ball, moon = (vocabulary[word] for word in ("cat", "red", "ball", "moon"))
-    assert inputs["input_ids"].tolist() == [[62, cat, 63, 0], [62, red, ball, 63]]
-    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert inputs["negative_input_ids"].tolist() == [[62, moon, 63]]
-    assert inputs["text_labels"] == ["cat", "red ball"] and "text_mask" not in inputs
+    assert inputs["input_ids"].tolist() == [[62, cat, 63, 0], [62, red, ball, 63], [62, moon, 63, 0]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
+    assert inputs["text_labels"] == ["cat", "red ball"] and inputs["negative_labels"] == ["moon"]
     padded = tiny_processor(text_padding="max_length").tokenize(["cat"])
     assert padded["input_ids"].tolist() == [[62, cat, 63] + 9 * [0]]
 
@@ -63,7 +62,7 @@ def test_words_are_tokenised_and_ride_along():
 def test_lists_per_image_share_their_words():
     inputs = processor()(images=pictures(), text=[["cat", "dog"], ["moon", "cat"]])
     assert len(inputs["input_ids"]) == 3 and inputs["text_labels"] == [["cat", "dog"], ["moon", "cat"]]
-    assert inputs["text_mask"].tolist() == [[True, True, False], [True, False, True]]
+    assert word_mask(inputs["text_labels"]).tolist() == [[True, True, False], [True, False, True]]
 
 
 @pytest.mark.parametrize(
@@ -139,11 +138,11 @@ def test_a_second_picture_for_a_clip_of_another_geometry(tmp_path):
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
-    own = tiny_processor(text_padding="max_length", mask_nms_threshold=0.25, point_pad_value=-20)
+    own = tiny_processor(text_padding="max_length", point_pad_value=-20)
     own.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is ovsam.OVSamProcessor
-    assert loaded.to_dict() == own.to_dict() and loaded.mask_nms_threshold == 0.25
+    assert loaded.to_dict() == own.to_dict()
     asked = {"images": pictures(), "text": ["cat", "red ball"], "input_points": [[[[5, 6]]], [[[7, 8]], [[9, 9]]]]}
     one, other = own(**asked), loaded(**asked)
     assert one.keys() == other.keys()
@@ -172,15 +171,16 @@ def blocks(*squares):
     return logits
 
 
-def proposals(masks, objectness, logits=None, negative=None, everything=False, **more):
-    """As the model gives them for words (or for everything): a word's score is its probability, and the objectness."""
+def proposals(masks, objectness, logits=None, negative=None, plain=False, **more):
+    """As the model returns them for words: a word's score is its probability and the objectness, or, if `plain`, the
+    probability alone."""
     objectness = torch.tensor([objectness])
 
     def scores(logits):
         if logits is None:
             return None
         score = torch.tensor([logits]).sigmoid()
-        return score if everything else (score * objectness[..., None]).sqrt()
+        return score if plain else (score * objectness[..., None]).sqrt()
 
     return OVSamOutput(
         pred_masks=masks,
@@ -188,7 +188,7 @@ def proposals(masks, objectness, logits=None, negative=None, everything=False, *
         scores=scores(logits),
         negative_scores=scores(negative),
         valid=torch.ones_like(objectness, dtype=torch.bool),
-        **more,
+        **{"score_threshold": 0.3, **more},
     )
 
 
@@ -225,29 +225,36 @@ def test_thresholds_and_sizes():
 
 def test_of_two_masks_of_one_thing_the_better_stays():
     masks = blocks((0, 0, 10, 10), (0, 0, 10, 9), (0, 0, 10, 5), (20, 20, 20, 20))
-    out = proposals(masks, [0.8, 0.9, 0.7, 0.99], [[5.0]] * 4)
     for threshold, kept in ((0.6, [1, 2]), (0.95, [1, 0, 2])):  # overlaps are 0.9, 0.56 and 0.5; one mask is empty
-        found = tiny_processor(mask_nms_threshold=threshold).post_process_instance_segmentation(out)[0]
-        assert found["prompt_ids"].tolist() == kept
+        out = proposals(masks, [0.8, 0.9, 0.7, 0.99], [[5.0]] * 4, mask_nms_threshold=threshold)
+        assert post_process(out)["prompt_ids"].tolist() == kept
 
 
 def test_what_looks_more_like_a_negative_word_goes():
     logits, negative = [[2.0], [2.0], [2.0], [2.0]], [[-5.0, 1.9], [2.1, -5.0], [2.0, 0.0], [-5.0, -5.0]]
     for everything in (False, True):
         found = post_process(
-            proposals(APART, [0.5, 0.6, 0.7, 0.8], logits, negative, everything),
+            proposals(
+                APART,
+                [0.5, 0.6, 0.7, 0.8],
+                logits,
+                negative,
+                everything,
+                everything=everything,
+                negative_labels=["moon", "sun"],
+            ),
             text_labels=["cat"],
-            everything=everything,
         )
         assert found["prompt_ids"].tolist() == [3, 0]
-    unnamed = post_process(proposals(APART, [0.5, 0.6, 0.7, 0.8], None, [[-1.0], [0.5], [1.0], [1.0]]))
+    negative = [[-1.0], [0.5], [1.0], [1.0]]
+    unnamed = post_process(proposals(APART, [0.5, 0.6, 0.7, 0.8], None, negative, negative_labels=["moon"]))
     assert unnamed["prompt_ids"].tolist() == [3, 0]  # more likely the negative word than an object at all
 
 
 def test_everything_is_ordered_by_objectness_and_scored_by_name():
     logits = [[3.0, 0.0], [-3.0, -4.0], [5.0, 5.0], [0.0, 1.0]]
-    out = proposals(APART, [0.5, 0.9, 0.2, 0.8], logits, everything=True)
-    found = post_process(out, text_labels=["cat", "dog"], everything=True)
+    out = proposals(APART, [0.5, 0.9, 0.2, 0.8], logits, plain=True, everything=True)
+    found = post_process(out, text_labels=["cat", "dog"])
     assert found["prompt_ids"].tolist() == [1, 3, 0] and found["text_labels"] == ["cat", "dog", "cat"]
     assert_close(found["scores"], torch.tensor([-3.0, 1.0, 3.0]).sigmoid())
     unnamed = post_process(proposals(APART, [0.5, 0.9, 0.2, 0.8]))
@@ -318,11 +325,11 @@ def test_phrases_stand_for_labels():
 def test_a_mapping_of_phrases_goes_through_the_processor():
     mapping = {"red ball": "ball", "cat": "cat"}
     inputs = processor()(images=pictures(), text=mapping).to("cpu")
-    assert inputs["text_labels"] == mapping and len(inputs["input_ids"]) == 2 and "text_mask" not in inputs
+    assert inputs["text_labels"] == mapping and len(inputs["input_ids"]) == 2 and word_mask(mapping) is None
     for found in answer(inputs, threshold=0.5):
         assert {mapping[phrase] for phrase in found["phrases"]} == set(found["text_labels"]) <= {"ball", "cat"}
     inputs = processor()(images=pictures(), text=[mapping, {"moon": "sky"}])
-    assert inputs["text_mask"].tolist() == [[True, True, False], [False, False, True]]
+    assert word_mask(inputs["text_labels"]).tolist() == [[True, True, False], [False, False, True]]
     assert set(answer(inputs, threshold=0.5)[1]["text_labels"]) == {"sky"}
 
 
@@ -332,9 +339,8 @@ def test_what_was_dropped_says_why():
         [[-5.0, 1.9], [2.1, -5.0], [-1.0, 4.0], [9, 9]],
     )
     found = post_process(
-        proposals(APART, [1.0, 1.0, 1.0, 1.0], logits, negative, everything=True),
+        proposals(APART, [1.0] * 4, logits, negative, plain=True, negative_labels=["moon", "star"]),
         text_labels=["cat", "dog"],
-        negative_labels=["moon", "star"],
     )
     assert found["prompt_ids"].tolist() == [0]
     probability = torch.tensor([1.0, 2.1, 2.0, 4.0]).sigmoid().tolist()
@@ -351,18 +357,17 @@ def test_a_word_and_itself_as_a_negative_are_a_tie_whatever_the_rounding():
     logits = [[2.0, 1.0]]
     for rounding in (-1e-6, 0.0, 1e-6):
         found = post_process(
-            proposals(APART[:1], [1.0], logits, [[2.0 + rounding]], everything=True),
+            proposals(APART[:1], [1.0], logits, [[2.0 + rounding]], plain=True, negative_labels=["cat"]),
             text_labels=["cat", "dog"],
-            negative_labels=["cat"],
         )
         assert len(found["scores"]) == 0 and found["dropped"][0]["negative"] == "cat"
 
 
 def test_other_kinds_of_nms():
     masks = blocks((0, 0, 10, 10), (0, 0, 10, 9), (20, 20, 20, 20))  # IoU 0.9; the last is empty
-    out = proposals(masks, [1.0, 1.0, 1.0], [[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]], everything=True)
+    out = proposals(masks, [1.0, 1.0, 1.0], [[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]], plain=True, mask_nms_threshold=0.6)
     first, second = torch.tensor([2.0, 1.0]).sigmoid().tolist()
-    own = tiny_processor(mask_nms_threshold=0.6).post_process_instance_segmentation
+    own = processor().post_process_instance_segmentation
 
     def scores(**options):
         return own(out, threshold=0.05, text_labels=["cat", "dog"], **options)[0]["scores"].tolist()
@@ -370,8 +375,8 @@ def test_other_kinds_of_nms():
     assert scores() == scores(nms="greedy") == pytest.approx([first])
     assert scores(nms="soft") == pytest.approx([first, 0.1 * second], rel=1e-4)
     assert scores(per_word=True) == scores(nms=None) == pytest.approx([first, second])
-    out.objectness = torch.tensor([[0.2, 0.6, 0.9]])
-    found = own(out, threshold=0.01, text_labels=["cat", "dog"], nms="soft", everything=True)[0]
+    out.objectness, out.everything = torch.tensor([[0.2, 0.6, 0.9]]), True
+    found = own(out, threshold=0.01, text_labels=["cat", "dog"], nms="soft")[0]
     assert found["prompt_ids"].tolist() == [1, 0] and found["objectness"].tolist() == pytest.approx([0.6, 0.2])
     assert found["scores"].tolist() == pytest.approx([second, 0.1 * first], rel=1e-4)
     with pytest.raises(InputError, match="no NMS 'best'; there are fast, greedy"):
@@ -470,7 +475,7 @@ class LargestTensor(TorchDispatchMode):
 def test_semantic_maps_by_hand():
     masks = blocks((0, 0, 10, 10), (5, 0, 20, 10), (5, 0, 20, 10), (30, 30, 32, 32))
     masks[0, 0, 0, :10, 5:10] = 0.5  # unsure where they meet: 0.62
-    out = proposals(masks, [1.0] * 4, [[2.0, -9.0], [-9.0, 1.0], [-9.0, 0.9], [-9.0, -9.0]], everything=True)
+    out = proposals(masks, [1.0] * 4, [[2.0, -9.0], [-9.0, 1.0], [-9.0, 0.9], [-9.0, -9.0]], plain=True)
     options = {"text_labels": {"a cat": "cat", "dog": "dog"}, "threshold": 0.3}
     (labels,), (values,) = processor().post_process_semantic_segmentation(out, return_scores=True, **options)
     expected = torch.full((32, 32), -1)
@@ -493,7 +498,7 @@ def test_panoptic_is_mask2formers():
     """Against transformers' own function, where it and ours mean the same."""
     torch.manual_seed(0)
     masks = torch.nn.functional.interpolate(2 * torch.randn(1, 12, 4, 4), (32, 32), mode="bicubic")
-    out = proposals(masks[:, :, None], [1.0] * 12, torch.randn(12, 3).tolist(), everything=True)
+    out = proposals(masks[:, :, None], [1.0] * 12, torch.randn(12, 3).tolist(), plain=True)
     scores, labels = out.scores[0].max(-1)
     order = scores.argsort(descending=True)
     order = order[scores[order] >= 0.3]
@@ -512,7 +517,7 @@ def test_panoptic_is_mask2formers():
 
 
 def test_panoptic_segments_may_be_fused():
-    out = proposals(APART, [1.0] * 4, [[2.0, 0.0], [1.0, 0.0], [0.0, 3.0], [-9.0, -9.0]], everything=True)
+    out = proposals(APART, [1.0] * 4, [[2.0, 0.0], [1.0, 0.0], [0.0, 3.0], [-9.0, -9.0]], plain=True)
     (found,) = processor().post_process_panoptic_segmentation(
         out, label_ids_to_fuse={0}, text_labels=["sky", "dog"], target_sizes=[(64, 64)]
     )
@@ -545,7 +550,7 @@ def test_another_word_changes_no_score():
     one, other = (model()(**inputs, everything=True) for inputs in (few, many))
     assert one.scores.shape[1] > 3
     assert (one.scores - other.scores[..., [0, 2]]).abs().max() < 1e-4
-    asked = [answer(inputs, everything=True, threshold=0.0)[0]["presence"] for inputs in (few, many)]
+    asked = [answer(inputs, threshold=0.0)[0]["presence"] for inputs in (few, many)]
     assert asked[1] | asked[0] == pytest.approx(asked[1], abs=1e-4) and asked[1].keys() > asked[0].keys()
     boxes = {"input_boxes": BOXES[:1]}
     one, other = (model()(**processor()(images=picture(), text=t, **boxes)) for t in (["cat"], ["star", "cat"]))

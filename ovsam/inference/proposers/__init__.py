@@ -6,7 +6,7 @@ A proposer is a function from a Question to Proposals; a user's own is one too: 
 from collections.abc import Callable
 
 from ovsam.errors import InputError
-from ovsam.inference.proposers.base import Proposals, Proposer, Question, decode_proposals, mask_boxes
+from ovsam.inference.proposers.base import Proposals, Proposer, Question, decode_proposals, mask_boxes, text_inputs
 from ovsam.inference.proposers.clip_dense import clip_dense
 from ovsam.inference.proposers.detector import Detector
 from ovsam.inference.proposers.grid import grid
@@ -35,4 +35,13 @@ def get_proposer(name: str, device: str = "cpu") -> Proposer:
     return LOADERS[kind](model_id, device)
 
 
-__all__ = ["NAMES", "Proposals", "Proposer", "Question", "decode_proposals", "get_proposer", "mask_boxes"]
+__all__ = [
+    "NAMES",
+    "Proposals",
+    "Proposer",
+    "Question",
+    "decode_proposals",
+    "get_proposer",
+    "mask_boxes",
+    "text_inputs",
+]

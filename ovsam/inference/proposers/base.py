@@ -1,8 +1,8 @@
 """The input and output of a proposer, and the decoding of proposals into instances."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class Question:
 
     words: K phrases, empty in everything mode without a vocabulary; text_embeds [K, D] of them;
     everything: all objects are wanted, and the words only name them; features: of the image, by `model`; labels: the
-    class name of each phrase, the phrase itself by default.
+    words as the processor takes them, such as a mapping of phrases to class names.
     """
 
     image: Image.Image
@@ -36,7 +36,7 @@ class Question:
     model: "OVSamModel"
     processor: "OVSamProcessor"
     features: "OVSamFeatures"
-    labels: list[str] | None = None
+    labels: Sequence[str] | Mapping[str, str] | None = None
 
     @property
     def extent(self) -> tuple[float, float]:
@@ -92,8 +92,30 @@ class Proposals:
 Proposer = Callable[[Question], Proposals]
 
 
+def text_inputs(
+    labels: Sequence[str] | Mapping[str, str] | None,
+    embeds: Tensor | None,
+    negatives: tuple[list[str], Tensor] | None = None,
+) -> dict[str, Any]:
+    """Return the model's arguments for words that are already embedded.
+
+    Args:
+        labels: the words as the processor takes them, or the class name of each of the K rows.
+        embeds: [K, D].
+        negatives: the negative words and their embeddings [K', D].
+    """
+    rows = [given for given in (embeds, None if negatives is None else negatives[1]) if given is not None]
+    return {
+        "text_embeds": torch.cat(rows) if rows else None,
+        "text_labels": labels,
+        "negative_labels": None if negatives is None else negatives[0],
+    }
+
+
 @torch.no_grad()
-def decode_proposals(question: Question, proposals: Proposals, negative_embeds: Tensor | None = None) -> "OVSamOutput":
+def decode_proposals(
+    question: Question, proposals: Proposals, negatives: tuple[list[str], Tensor] | None = None
+) -> "OVSamOutput":
     """Proposals -> the model's output for them: masks by the SAM side (or as proposed), names by the model (or as
     proposed), objectness as proposed. One picture, B = 1.
 
@@ -123,13 +145,12 @@ def decode_proposals(question: Question, proposals: Proposals, negative_embeds: 
         prompts = {"input_boxes": torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])}
     outputs = model(
         features=question.features,
-        text_embeds=question.text_embeds,
-        text_labels=question.labels,
-        negative_embeds=negative_embeds,
+        **text_inputs(question.labels, question.text_embeds, negatives),
         multimask_output="input_points" in prompts and "input_boxes" not in prompts,
         refine="input_masks" not in prompts,
         **{name: prompt.to(device) for name, prompt in prompts.items()},
     )
+    outputs.everything = question.everything
     if not len(proposals):
         outputs.valid = torch.zeros_like(outputs.valid)
         outputs.objectness = torch.zeros(1, 1, device=device)
