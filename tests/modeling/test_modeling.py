@@ -190,8 +190,8 @@ def test_the_adapter_has_half_a_say_on_words():
     out = ask(model, proposal_threshold=THRESHOLD, **inputs)
     assert not torch.equal(out.class_embeds, plain.class_embeds)
     with torch.no_grad():
-        words = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
-        for name, words in zip(("logits", "negative_logits"), words.split([2, 1]), strict=True):
+        rows = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).split([2, 1])
+        for name, words in zip(("logits", "negative_logits"), rows, strict=True):
             assert_close(
                 out[name], (plain[name] + model.clip2sam.logits(out.class_embeds, words)) / 2, rtol=0, atol=1e-4
             )
