@@ -19,6 +19,7 @@ from ovsam.ops.masks import deepest_point
 
 NO_CLICK = (0, 0, -10)  # x, y and the label of padding, where nothing is left to correct
 BINS = 15
+BOUNDARY = 0.02  # of the diagonal
 
 
 def rank(logits: Tensor, target: Tensor) -> Tensor:
@@ -34,15 +35,23 @@ def next_click(mask: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
     return (*deepest_point(region), int(region is missed)) if region.any() else NO_CLICK
 
 
-def boundary_iou(mask: np.ndarray, other: np.ndarray, share: float = 0.02) -> float:
-    """Boundary IoU of two masks [H, W] bool, one of which at least has pixels; boundaries are `share` of the diagonal
-    wide (Cheng et al. 2021, §4)."""
-    distance = max(1, round(share * math.hypot(*mask.shape)))
+def boundary_iou(mask: np.ndarray, other: np.ndarray, share: float = BOUNDARY) -> float:
+    """Boundary IoU of two masks [H, W] bool, one of which at least has pixels."""
+    width = _boundary_width(mask.shape, share)
     either = mask | other
     rows, columns = np.flatnonzero(either.any(1)), np.flatnonzero(either.any(0))
     window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # all around it is outside
-    one, two = (part & ~erode(part, distance) for part in (mask[window], other[window]))
+    one, two = (part & ~erode(part, width) for part in (mask[window], other[window]))
     return float((one & two).sum() / (one | two).sum())
+
+
+def boundary(mask: np.ndarray, share: float = BOUNDARY) -> np.ndarray:
+    """The pixels of a mask [H, W] bool that are at most `share` of the image's diagonal from its outside."""
+    return mask & ~erode(mask, _boundary_width(mask.shape, share))
+
+
+def _boundary_width(size: tuple[int, ...], share: float) -> int:
+    return max(1, round(share * math.hypot(*size)))
 
 
 def erode(mask: np.ndarray, distance: int) -> np.ndarray:
