@@ -16,7 +16,9 @@ from pycocotools import mask as coco_mask
 import ovsam
 from ovsam.data.scenes.drawing import SceneConfig, draw_scene
 from ovsam.data.scenes.words import all_words
-from ovsam.evaluation.evaluate import COMPARED, measure, open_coco
+from ovsam.evaluation.compare import COMPARED
+from ovsam.evaluation.datasets import open_coco
+from ovsam.evaluation.evaluate import measure
 from ovsam.training.engine import train_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from transformers import pipeline
 import ovsam
 from ovsam.data.scenes.drawing import SceneConfig, draw_scene
 from ovsam.data.scenes.words import all_words
-from ovsam.evaluation.evaluate import open_coco
+from ovsam.evaluation.datasets import open_coco
 from ovsam.ops import rle
 from ovsam.ops.masks import mask_overlap
 

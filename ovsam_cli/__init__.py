@@ -17,7 +17,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "segment": "find things in pictures by words, clicks, boxes or all at once",
-    "eval": "measure a model on a frozen test set",
+    "eval": "measure a model on a data set",
     "models": "list the presets: parts, licences, size, and whether they are here",
     "convert-labels": "make label files of one tool those of another",
     "compose": "make a whole model of a SAM, a CLIP and adapters",

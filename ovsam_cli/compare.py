@@ -17,7 +17,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Print the figures of two models side by side. Returns 1 if the second is not the better one, else 0."""
-    from ovsam.evaluation.evaluate import run_compare
+    from ovsam.evaluation.compare import run_compare
 
     better = run_compare(
         args.base,

@@ -1,20 +1,82 @@
-"""`ovsam eval`: measure a model on a frozen test set."""
+"""`ovsam eval`: measure a model on a data set."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
 
+from ovsam.errors import InputError
 from ovsam_cli import arguments
+
+PHOTOS = "tests/data/photos-val"
+TASKS = ("prompts", "words", "everything", "time")
+PARSER = {
+    "description": "Print masks, names, words and everything in figures; docs/evaluation.md defines each of them.",
+    "epilog": "examples:\n"
+    "  ovsam eval                                                    the 60 photographs of a checkout, ovsam-tiny\n"
+    "  ovsam eval instances_val2017.json --images val2017 --absent all --output runs/coco\n"
+    "  ovsam eval lvis_v1_val.json --images coco --model photo --task words --limit 500 --json lvis.json",
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "dataset",
+        metavar="DATASET",
+        nargs="?",
+        default=PHOTOS,
+        help="a COCO or LVIS json, or a folder with annotations.json (default: %(default)s, in a checkout)",
+    )
+    parser.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the json)")
     parser.add_argument("--model", metavar="PRESET|PATH|ID", default="ovsam-tiny", help="default: %(default)s")
-    parser.add_argument("--data", metavar="DIR", help="default: both frozen sets of tests/data")
-    parser.add_argument("--json", metavar="OUT.json", help="write the figures there as well")
+    parser.add_argument(
+        "--task", nargs="+", choices=TASKS, default=list(TASKS), dest="tasks", help="what to measure (default: all)"
+    )
+    parser.add_argument(
+        "--absent",
+        metavar="N|all",
+        type=_absent,
+        default=10,
+        help="absent words asked of each picture besides those it shows; all asks for every word, as published AP does "
+        "(default: %(default)s; of an LVIS json, all that a picture was searched for)",
+    )
+    parser.add_argument(
+        "--no-baselines", action="store_false", dest="baselines", help="leave out what needs no training"
+    )
     parser.add_argument("--limit", metavar="N", type=arguments.count, help="only the first N pictures")
+    parser.add_argument("--output", metavar="DIR", help="write records and results there; go on where it was stopped")
+    parser.add_argument("--json", metavar="OUT.json", help="write the results there as well")
+    arguments.add_device(parser)
+
+
+def check(args: Namespace) -> None:
+    """Refuse a data set that is not there, before torch is imported."""
+    if not Path(args.dataset).exists():
+        raise InputError(
+            f"There is no data set {args.dataset}; name a COCO or LVIS json, or a folder with annotations.json."
+        )
 
 
 def run(args: Namespace) -> int:
-    """Print the figures of a model on a test set."""
+    """Print the figures of a model on a data set."""
     from ovsam.evaluation.evaluate import run_eval
 
-    run_eval(model=args.model, data=args.data, json_path=args.json, limit=args.limit)
+    run_eval(
+        args.dataset,
+        model=args.model,
+        tasks=args.tasks,
+        images=args.images,
+        output=args.output,
+        json_path=args.json,
+        limit=args.limit,
+        absent=args.absent,
+        baselines=args.baselines,
+        device=args.device,
+    )
     return 0
+
+
+def _absent(text: str) -> int | None:
+    if text == "all":
+        return None
+    if text.isdecimal():
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is neither a whole number nor all")

@@ -5,13 +5,16 @@
   of the diagonal of the image from its outside, and the border of the image counts as outside.
 - Iterated clicks (SAM, RITM): the first click is the deepest pixel of the object, each next one the deepest pixel of
   the larger error region, positive where the mask misses the object and negative where it covers too much.
+- cgF1, pmF1 and IL_MCC (SAM 3, Carion et al. 2025, §4): of the instances above the score threshold, one query of one
+  image at a time; see `concept_f1`.
 - Calibration error: the expected one, in 15 bins of equal width (Guo et al. 2017, eq. 3).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ovsam.ops import rle
@@ -72,6 +75,33 @@ def calibration_error(scores: Sequence[float], right: Sequence[bool], bins: int 
     place = np.clip(np.ceil(score * bins).astype(int) - 1, 0, bins - 1)
     gap = np.bincount(place, score - hit, bins)  # summed over each bin
     return float(np.abs(gap).sum() / len(score))
+
+
+def concept_f1(queries: Iterable[np.ndarray]) -> dict[str, float]:
+    """cgF1, pmF1 and IL_MCC of overlaps [instances, objects], one array a query (an image and a phrase); only instances
+    that score at least the threshold are in it.
+
+    Instances are matched to objects so that the sum of their IoUs is largest. pmF1: precision and recall summed over
+    the queries that have objects, without the false positives of those where nothing was to be found; averaged over IoU
+    thresholds 0.50 to 0.95. IL_MCC: Matthews' correlation of `there is an object` and `there is an instance`. cgF1 is
+    their product; it is a share here, not per cent.
+    """
+    hits, false, missed = np.zeros(10), np.zeros(10), np.zeros(10)
+    counts = np.zeros((2, 2))  # [is there an object, is there an instance]
+    for overlap in queries:
+        found, there = overlap.shape
+        counts[int(there > 0), int(found > 0)] += 1
+        if not there:
+            continue
+        pairs = overlap[linear_sum_assignment(-overlap)]
+        right = (pairs[None] >= np.linspace(0.5, 0.95, 10)[:, None]).sum(1)
+        hits, false, missed = hits + right, false + found - right, missed + there - right
+    with np.errstate(invalid="ignore"):
+        f1 = float(np.mean(np.nan_to_num(2 * hits / (2 * hits + false + missed))))
+    (true_no, false_yes), (false_no, true_yes) = counts.tolist()
+    product = (true_yes + false_yes) * (true_yes + false_no) * (true_no + false_yes) * (true_no + false_no)
+    correlation = (true_yes * true_no - false_yes * false_no) / math.sqrt(product) if product else 0.0
+    return {"cgF1": f1 * correlation, "pmF1": f1, "IL_MCC": correlation}
 
 
 def are_right(codes: list, labels: list[str], truth: list, named: list[str]) -> list[bool]:

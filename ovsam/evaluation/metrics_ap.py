@@ -115,9 +115,9 @@ def compare(truth: Truth, detections: Iterable[Detection], overlap: Overlap = ma
     objects, found = defaultdict(list), defaultdict(list)
     for one in truth.objects:
         objects[by_image_and_class(one)].append(one)
-    for one in detections:
-        if truth.searched is None or one["category_id"] in truth.searched[one["image_id"]]:
-            found[by_image_and_class(one)].append(one)
+    for detection in detections:
+        if truth.searched is None or detection["category_id"] in truth.searched[detection["image_id"]]:
+            found[by_image_and_class(detection)].append(detection)
     cells = []
     for image, class_id in sorted(objects.keys() | found.keys()):
         some = sorted(found[image, class_id], key=lambda one: -one["score"])

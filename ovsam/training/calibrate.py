@@ -23,8 +23,8 @@ from tqdm import tqdm
 from ovsam.data import SceneDataset, SegmentationData
 from ovsam.data.words import related
 from ovsam.errors import InputError
-from ovsam.evaluation.evaluate import AP_FLOOR, ask
 from ovsam.evaluation.metrics import are_right, calibration_error
+from ovsam.evaluation.tasks import AP_FLOOR, ask
 from ovsam.inference.segmenter import EncodedImage, Segmenter, load
 from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter
 from ovsam.modeling.adapters.concepts import ConceptHead

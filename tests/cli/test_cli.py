@@ -198,17 +198,30 @@ def test_what_the_model_refuses_is_one_line_too(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == "ovsam: error: There is no model 'nonsense'.\n"
 
 
-def test_eval_and_train_hand_over(monkeypatch, capsys):
-    calls = []
+def test_eval_and_train_hand_over(monkeypatch, capsys, tmp_path):
+    calls, here = [], str(tmp_path)
     for module, function in (("ovsam.evaluation.evaluate", "run_eval"), ("ovsam.training.engine", "train_recipe")):
         stand_in = type(sys)(module)
         setattr(stand_in, function, lambda *arguments, **named: calls.append((arguments, named)))
         monkeypatch.setitem(sys.modules, module, stand_in)
-    assert run("eval --data here --json figures.json --limit 5") == 0
+    assert run(f"eval {here} --json figures.json --limit 5 --task words --absent all") == 0
     more = "--data coco.json --images pictures --set optim.workers=2"
     assert run(f"train adapters/x/recipe.toml --resume --steps 7 --output there --device cpu {more}") == 0
     assert calls == [
-        ((), {"model": "ovsam-tiny", "data": "here", "json_path": "figures.json", "limit": 5}),
+        (
+            (here,),
+            {
+                "model": "ovsam-tiny",
+                "tasks": ["words"],
+                "images": None,
+                "output": None,
+                "json_path": "figures.json",
+                "limit": 5,
+                "absent": None,
+                "baselines": True,
+                "device": None,
+            },
+        ),
         (
             ("adapters/x/recipe.toml",),
             {
@@ -226,9 +239,9 @@ def test_eval_and_train_hand_over(monkeypatch, capsys):
 
 def test_compare_fails_unless_the_tuned_model_is_better(monkeypatch):
     calls = []
-    stand_in = type(sys)("ovsam.evaluation.evaluate")
+    stand_in = type(sys)("ovsam.evaluation.compare")
     stand_in.run_compare = lambda *models, **named: calls.append((models, named)) or len(calls) == 1
-    monkeypatch.setitem(sys.modules, "ovsam.evaluation.evaluate", stand_in)
+    monkeypatch.setitem(sys.modules, "ovsam.evaluation.compare", stand_in)
     assert run("compare ovsam-tiny runs/mine --data coco.json --limit 3") == 0
     assert run("compare ovsam-tiny runs/mine --data coco.json") == 1
     named = {"data": "coco.json", "images": None, "json_path": None, "limit": 3, "device": None}

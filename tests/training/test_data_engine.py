@@ -19,7 +19,7 @@ import ovsam
 import ovsam_cli
 from ovsam.data.scenes.drawing import SceneConfig, draw_scene
 from ovsam.data.scenes.words import all_words
-from ovsam.evaluation.evaluate import DECISIVE
+from ovsam.evaluation.compare import DECISIVE
 from ovsam.ops.masks import mask_overlap
 from ovsam.results.formats import write_coco
 from ovsam.results.results import Results

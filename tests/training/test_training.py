@@ -13,7 +13,9 @@ import ovsam
 from ovsam.data import reader_keys
 from ovsam.data.words import Word
 from ovsam.errors import InputError
-from ovsam.evaluation import evaluate as evaluation
+from ovsam.evaluation import compare, metrics
+from ovsam.evaluation.datasets import open_coco
+from ovsam.evaluation.evaluate import measure
 from ovsam.modeling.scoring import calibrated
 from ovsam.training import calibrate
 from ovsam.training.engine import train_recipe
@@ -102,12 +104,12 @@ def tuned(folder, base, data):
 
 
 def test_the_tuned_model_beats_its_base_on_pictures_it_has_not_seen(base, tuned, data, capsys):
-    assert evaluation.run_compare(base, tuned, data=data[1], device="cpu")
+    assert compare.run_compare(base, tuned, data=data[1], device="cpu")
     printed = capsys.readouterr().out
     assert "The tuned model beats the base" in printed and "box: mean IoU" in printed
-    figures = evaluation.measure(ovsam.load(tuned), evaluation.open_coco(data[1]), data[1].parent)
+    figures = measure(ovsam.load(tuned), open_coco(data[1]), data[1].parent)
     assert figures["name (box): top-1"] > 0.8
-    assert not evaluation.run_compare(tuned, tuned, data=data[1], limit=2, device="cpu")
+    assert not compare.run_compare(tuned, tuned, data=data[1], limit=2, device="cpu")
 
 
 def test_the_output_is_a_whole_model_and_its_adapters(base, tuned):
@@ -196,8 +198,8 @@ def test_scores_mean_how_often_they_are_right_after_calibration(capsys):
     scores = calibrated(torch.tensor(truth), (0.25, -0.8))
     found = calibrate._platt(list(zip(scores.tolist(), right.tolist(), strict=True)), "test")
     assert found == pytest.approx([4.0, 3.2], abs=0.2)
-    assert evaluation.calibration_error(scores, right) > 0.1
-    assert evaluation.calibration_error(calibrated(scores, found), right) < 0.02
+    assert metrics.calibration_error(scores, right) > 0.1
+    assert metrics.calibration_error(calibrated(scores, found), right) < 0.02
     scale, shift = calibrate._platt([(0.2, False), (0.3, False), (0.8, True)], "separable")
     assert 0 < scale <= np.exp(calibrate.LIMIT) + 0.01 and np.isfinite(shift)
 

@@ -1,0 +1,50 @@
+"""`ovsam compare`: the figures of two models on a COCO json, side by side."""
+
+from pathlib import Path
+
+from ovsam.evaluation.datasets import open_coco
+from ovsam.evaluation.evaluate import measure, write_json
+from ovsam.inference.segmenter import load
+
+COMPARED = (
+    "box: mean IoU",
+    "click: mean IoU",
+    "name (box): top-1",
+    "name (box): top-5",
+    "words -> masks: AP50",
+    "words -> masks: AP",
+    "absent words that return anything",
+)
+DECISIVE = ("name (box): top-1", "words -> masks: AP50")
+MARGIN = 0.01  # less is no difference
+
+
+def run_compare(base, tuned, data, images=None, json_path=None, limit=None, device=None) -> bool:
+    """Measure two models on a COCO json and print their figures side by side.
+
+    Returns:
+        whether the second beats the first: it names masks better or finds words better, and does neither worse.
+
+    Raises:
+        InputError: no such model, json or folder.
+    """
+    coco = open_coco(Path(data))
+    folder = Path(images) if images is not None else Path(data).parent
+    figures = []
+    for name in (base, tuned):
+        segmenter = load(name, device=device)
+        figures.append(measure(segmenter, coco, folder, limit))
+    before, after = figures
+    print(f"\n{min(limit or 10**9, len(coco.imgs))} pictures of {data}\nbase: {base}\ntuned: {tuned}\n")
+    print(f"{'':<40}{'base':>9}{'tuned':>9}{'change':>9}")
+    for name in COMPARED:
+        print(f"{name:<40}{before[name]:>9.3f}{after[name]:>9.3f}{after[name] - before[name]:>+9.3f}")
+    changes = {name: after[name] - before[name] for name in DECISIVE}
+    gained = [name for name, change in changes.items() if change >= MARGIN]
+    lost = [name for name, change in changes.items() if change <= -MARGIN]
+    better = bool(gained) and not lost
+    print(f"\nThe tuned model {'beats' if better else 'does not beat'} the base: of {' and '.join(DECISIVE)},")
+    print(f"better is {', '.join(gained) or 'neither'}, worse is {', '.join(lost) or 'neither'} (by {MARGIN} or more).")
+    if json_path:
+        write_json(Path(json_path), {str(base): before, str(tuned): after})
+    return better

@@ -1,0 +1,173 @@
+"""Records of an evaluation -> its figures, `{name: value}`; NaN where a set has nothing to measure it on.
+
+All that is about masks is at the image's resolution.
+
+- `box`, `click`, `three clicks`: IoU and boundary IoU, averaged over instances (IoU_b and IoU_n of Open-Vocabulary SAM
+  for `base` and `novel`) and over classes. The first click is the deepest pixel of the object; all three clicks are
+  given at once, with the mask of the click before.
+- `name`: the right word is the best (top-1) or among the best five of all words of the set, or of the 1,203 words of
+  LVIS; averaged over instances, and over classes.
+- `words -> masks`: mask AP over the words that some image shows; each image is asked for the words it shows and for
+  absent words, so that an absent word's instance is a false positive.
+- `absent words that return anything`: at the model's own score threshold.
+- `everything`: the share of objects that one of the hundred most object-like masks overlaps by an IoU above one half;
+  AP of those masks by their names, out of all words of the set.
+- Calibration error of `name`: the score of a boxed mask's best word against whether it is the right one; of `words ->
+  masks`: the score of what is returned at the model's threshold, absent words included, against whether it overlaps an
+  object of its word, not taken by a higher score, by an IoU above one half.
+- A synonym finds its object if the best instance returned at the threshold overlaps one by an IoU above one half.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ovsam.evaluation import metrics_ap as ap
+from ovsam.evaluation.datasets import EvalSet
+from ovsam.evaluation.metrics import are_right, calibration_error, concept_f1
+from ovsam.evaluation.tasks import SIZES
+from ovsam.ops import rle
+
+KINDS = ("box", "click", "three clicks")
+SPLITS = ("base", "novel")
+
+Figures = dict[str, float]
+
+
+def summarise(records: Sequence[dict], data: EvalSet, threshold: float) -> Figures:
+    """The figures of the tasks that the records hold; threshold: the model's score threshold."""
+    figures: Figures = {}
+    rows = [row for record in records for row in record.get("prompts", {}).get("objects", ())]
+    if rows:
+        figures |= of_prompts(rows)
+    if any("words" in record for record in records):
+        figures |= of_words(records, data, threshold)
+    if any("everything" in record for record in records):
+        figures |= of_everything(records, data)
+    for task, title in (("encode", "encoding"), ("prompts", "boxes"), ("words", "words"), ("everything", "everything")):
+        if seconds := [record[task]["seconds"] for record in records if task in record]:
+            figures[f"seconds: {title}"] = float(np.median(seconds))
+    return figures
+
+
+def of_prompts(rows: Sequence[dict]) -> Figures:
+    figures: Figures = {}
+    for kind in KINDS:
+        figures |= _averages(f"{kind}: mean IoU", rows, [row["iou"][kind] for row in rows])
+        figures |= _averages(f"{kind}: boundary IoU", rows, [row["boundary"][kind] for row in rows])
+    for kind in ("box", "click", "feature-crop", "image-crop", "box, large"):
+        title = "name (box), 1,203 words" if kind == "box, large" else f"name ({kind})"
+        named = [row for row in rows if kind in row["rank"]]
+        for top in (1, 5):
+            if named or kind in ("box", "click"):
+                hits = [float(row["rank"][kind] < top) for row in named]
+                figures |= _averages(f"{title}: top-{top}", named, hits)
+    scores, right = [row["score"] for row in rows], [row["rank"]["box"] < 1 for row in rows]
+    return figures | {"name (box): calibration error": calibration_error(scores, right)}
+
+
+def of_words(records: Sequence[dict], data: EvalSet, threshold: float) -> Figures:
+    records = [record for record in records if "words" in record]
+    found = [one for record in records for one in record["words"]["found"]]
+    title = "words -> masks"
+    figures = _precision(records, data, found, title, boundaries=True)
+    if plain := [record["words"]["clip-dense"] for record in records if "clip-dense" in record["words"]]:
+        figures |= _precision(records, data, [one for some in plain for one in some], f"{title} (clip-dense)")
+    scores, right, fired, asked, queries = [], [], 0, 0, []
+    for record in records:
+        objects, _ = data.objects(record["image_id"])
+        codes = [data.coco.annToRLE(one) for one in objects]
+        named = [one["category_id"] for one in objects]
+        kept = [one for one in record["words"]["found"] if one["score"] >= threshold]
+        labels = [one["category_id"] for one in kept]
+        masks = [one["segmentation"] for one in kept]
+        scores += [one["score"] for one in kept]
+        right += are_right(masks, labels, codes, named)
+        absent = record["words"]["absent"]
+        fired += len(set(labels) & set(absent))
+        asked += len(absent)
+        overlap = rle.iou(masks, codes)
+        for word in record["words"]["present"] + absent:
+            queries.append(overlap[np.ix_([one == word for one in labels], [one == word for one in named])])
+    figures[f"{title}: calibration error"] = calibration_error(scores, right) if scores else 0.0
+    figures["absent words that return anything"] = fired / max(asked, 1)
+    figures |= {f"{title}: {name}": value for name, value in concept_f1(queries).items()}
+    if data.synonyms:
+        hits = defaultdict(list)
+        for record in records:
+            for synonym, hit in record["words"].get("synonyms", {}).items():
+                hits[synonym].append(float(hit))
+        figures["synonyms that find their object"] = _mean([_mean(each) for each in hits.values()])
+    return figures
+
+
+def of_everything(records: Sequence[dict], data: EvalSet) -> Figures:
+    records = [record for record in records if "everything" in record]
+    figures = {}
+    for key, title in (("everything", "everything"), ("clip-dense", "everything (clip-dense)")):
+        each = [record["everything"] if key == "everything" else record["everything"].get(key) for record in records]
+        if None in each:
+            continue
+        hits = [iou > 0.5 for one in each for iou in one["iou"]]
+        sizes = [size for one in each for size in one["size"]]
+        figures[f"{title}: recall"] = _mean(hits)
+        for size in SIZES:
+            figures[f"{title}: recall, {size}"] = _mean([h for h, s in zip(hits, sizes, strict=True) if s == size])
+        found = [one for some in each for one in some["found"]]
+        figures |= _precision(records, data, found, f"{title}, named")
+        figures[f"{title}: masks"] = _mean([len(one["found"]) for one in each])
+    return figures
+
+
+def _precision(
+    records: Sequence[dict], data: EvalSet, found: list[dict], title: str, boundaries: bool = False
+) -> Figures:
+    """Mask AP over the words that some image shows, and over the base and the novel ones."""
+    image_ids = [record["image_id"] for record in records]
+    shown = {one["category_id"] for one in data.coco.loadAnns(data.coco.getAnnIds(image_ids))}
+    truth = data.truth(image_ids)
+    cap = (ap.LVIS_CAP, ap.by_image) if data.lvis else (ap.COCO_CAP, ap.by_image_and_class)
+    kept = [one for one in ap.strongest(found, *cap) if one["category_id"] in shown]
+    cells = ap.compare(truth, kept)
+    matched = ap.match(cells)
+    value, at50, at75 = ap.mean_precision(matched.values())
+    figures = {f"{title}: AP50": at50, f"{title}: AP": value, f"{title}: AP75": at75}
+    for split in SPLITS:
+        chosen = [one for class_id, one in matched.items() if data.split[class_id] == split]
+        value, at50, _ = ap.mean_precision(chosen)
+        figures |= {f"{title}: AP50, {split}": at50, f"{title}: AP, {split}": value}
+    for size in SIZES:
+        figures[f"{title}: AP, {size}"] = ap.mean_precision(ap.match(cells, size).values())[0]
+    if not boundaries:
+        return figures
+    edges = ap.average_precision(truth, kept, ap.boundary_mask_iou)
+    figures[f"{title}: boundary AP"] = edges["AP"]
+    figures[f"{title}: AP-pool"] = ap.mean_precision([ap.pool(matched.values())])[0] if matched else math.nan
+    if data.lvis:
+        fixed = ap.strongest(found, ap.FIXED_CAP, ap.by_class)
+        figures[f"{title}: AP-fixed"] = ap.average_precision(truth, fixed)["AP"]
+    if data.frequency:
+        some = ap.frequency_precision(truth, kept, data.frequency)
+        figures |= {f"{title}: {name}": value for name, value in some.items() if "," in name}
+    return figures
+
+
+def _averages(title: str, rows: Sequence[dict], values: Sequence[float]) -> Figures:
+    """Averaged over instances, over classes, over the instances of each split and of each size."""
+    groups: dict[tuple, list[float]] = defaultdict(list)
+    for row, value in zip(rows, values, strict=True):
+        for key in ("class", "split", "size"):
+            groups[key, row[key]].append(value)
+    figures = {title: _mean(values)}
+    figures[f"{title}, class average"] = _mean([_mean(some) for (key, _), some in groups.items() if key == "class"])
+    for key, names in (("split", SPLITS), ("size", tuple(SIZES))):
+        for name in names:
+            figures[f"{title}, {name}"] = _mean(groups[key, name])
+    return figures
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return float(np.mean(values)) if values else math.nan
