@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import ovsam
 from ovsam.checkpoints.embedded import EMBEDDED, VARIANT
 from ovsam.checkpoints.presets import PRESETS
-from ovsam.processing.images import open_image
+from ovsam.processing.images import open_file, open_image
 
 try:  # on a ZeroGPU Space a GPU is lent for the length of one such call
     from spaces import GPU as on_gpu
@@ -167,7 +167,7 @@ class Upload:
 def check_pixels(path: Path, name: str) -> None:
     """Read the size in the header, before anything is decoded; files without one are for `open_image` to refuse."""
     try:
-        with Image.open(path) as picture:
+        with open_file(path) as picture:
             width, height = picture.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return

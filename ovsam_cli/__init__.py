@@ -7,9 +7,13 @@ needs no torch either has `LIGHT = True`.
 """
 
 import argparse
+import contextlib
 import difflib
+import errno
 import importlib
 import importlib.util
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -29,48 +33,93 @@ COMMANDS = {
 }
 
 
+OUT_OF_MEMORY = (
+    "There is not enough memory for this; take smaller pictures, --tile, a smaller model, a smaller --batch, or "
+    "--device cpu in place of a GPU."
+)
+
 _bare: set[str] = set()  # packages whose __init__ has not run yet
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"ovsam: error: {message} (see `{self.prog} --help`)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 if something that was passed cannot work, 130 on Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        name, rest = _choose_command(argv)
-        _import_bare("ovsam")
-        from ovsam.errors import InputError
+    """Run the command line and return its exit code.
 
-        command = importlib.import_module(f"ovsam_cli.{name.replace('-', '_')}")
-        parser = _Parser(
-            prog=f"ovsam {name}",
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **{"description": f"{COMMANDS[name].capitalize()}."} | getattr(command, "PARSER", {}),
-        )
-        command.add_arguments(parser)
-        args = parser.parse_args(_join_coordinates(rest))
-        try:
-            if hasattr(command, "check"):
-                command.check(args)
-            if not getattr(command, "LIGHT", False):
-                _finish_import("ovsam")
-            return command.run(args)
-        except InputError as error:
-            print(f"ovsam: error: {error}", file=sys.stderr)
-            return 2
+    0; 1 where a part of a batch failed; 2 if something that was passed cannot work; 130 on Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be UTF-8
+            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # or the interpreter would try to flush it once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail("The output cannot be written: its reader has closed the pipe.")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF) or error.filename:
+            raise
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(f"The output cannot be written ({error.strerror}).")
+
+
+def _run(argv: list[str]) -> int:
+    name, rest = _choose_command(argv)
+    _import_bare("ovsam")
+    from ovsam.errors import InputError
+
+    command = importlib.import_module(f"ovsam_cli.{name.replace('-', '_')}")
+    parser = Parser(
+        prog=f"ovsam {name}",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **{"description": f"{COMMANDS[name].capitalize()}."} | getattr(command, "PARSER", {}),
+    )
+    command.add_arguments(parser)
+    args = parser.parse_args(_join_coordinates(rest))
+    try:
+        if hasattr(command, "check"):
+            command.check(args)
+        if not getattr(command, "LIGHT", False):
+            _finish_import("ovsam")
+        return command.run(args)
+    except InputError as error:
+        return _fail(str(error))
+    except MemoryError:
+        return _fail(OUT_OF_MEMORY)
+    except (RuntimeError, ImportError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(OUT_OF_MEMORY)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch has an error of its own for a GPU and a plain RuntimeError for the CPU; a library may fail to be mapped."""
+    text = str(error)
+    signs = ("not enough memory", "failed to map segment", "Cannot allocate memory", "bad_alloc", "out of memory")
+    return type(error).__name__ == "OutOfMemoryError" or any(sign in text for sign in signs)
+
+
+def _fail(message: str) -> int:
+    with contextlib.suppress(OSError):  # stderr may be closed as well
+        print(f"ovsam: error: {message}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _choose_command(argv: list[str]) -> tuple[str, list[str]]:
     """The command and its arguments; ends the program for help, the version, and a word that is no command."""
     width = max(map(len, COMMANDS))
-    parser = _Parser(
+    parser = Parser(
         prog="ovsam",
         usage="ovsam [-h] [--version] COMMAND ...",
         description="Open-vocabulary segmentation.",

@@ -1,10 +1,11 @@
 """`ovsam convert-labels`: make label files of one tool those of another."""
 
+import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ovsam.errors import InputError
-from ovsam.ops.files import check_folder
+from ovsam.ops.files import check_output_folder, check_target
 from ovsam.results.formats import FORMATS, read_labels, recognise, write_labels
 
 LIGHT = True
@@ -27,10 +28,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 def check(args: Namespace) -> None:
     """Refuse what cannot be read or written; sets `args.source_format`."""
     args.source_format = args.source_format or recognise(args.source)
-    target = Path(args.target)
-    check_folder(target)
-    if FORMATS[args.format] and target.is_dir():
-        raise InputError(f"{target} is a folder; {args.format} is one file, such as {target / 'labels'}.")
+    if not FORMATS[args.format]:
+        check_output_folder(args.target)
+    elif os.path.isdir(args.target):
+        raise InputError(
+            f"{args.target} is a folder; {args.format} is one file, such as {Path(args.target) / 'labels'}."
+        )
+    else:
+        check_target(args.target)
 
 
 def run(args: Namespace) -> int:

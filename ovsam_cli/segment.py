@@ -1,6 +1,7 @@
 """`ovsam segment`: find things in pictures by words, clicks, boxes or all at once."""
 
 import math
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from PIL import Image
 
 from ovsam.errors import InputError
-from ovsam.ops.files import check_folder, write_whole
+from ovsam.ops.files import check_target, write_whole
 from ovsam.processing.images import open_image
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam_cli import arguments
@@ -226,7 +227,7 @@ def _check_question(args: Namespace) -> Vocabulary | None:
 def _plan_overlays(output: str, images: list[str]) -> dict[str, Path]:
     """Where the overlay of each picture goes; raises InputError if it cannot go there."""
     target = Path(output)
-    if target.is_dir():
+    if os.path.isdir(target):
         plan, times = {}, Counter[str]()
         for image in dict.fromkeys(images):
             stem = Path(image).stem
@@ -237,16 +238,14 @@ def _plan_overlays(output: str, images: list[str]) -> dict[str, Path]:
         raise InputError(f"-o {output} is not a folder that exists; for several pictures it must be one.")
     if Image.registered_extensions().get(target.suffix.lower()) not in Image.SAVE:
         raise InputError(f"-o {output} is neither a picture file such as out.png nor a folder that exists.")
-    check_folder(target)
+    check_target(target, "-o")
     if target.exists() and Path(images[0]).exists() and target.samefile(images[0]):
         raise InputError(f"-o {output} is the picture itself; write the overlay to another file.")
     return {images[0]: target}
 
 
 def _check_json(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(f"--json {path} is a folder; name a file in it, such as {path / 'found.json'}.")
-    check_folder(path)
+    check_target(path, "--json")
 
 
 def _try_to_open(path: str, args: Namespace) -> Image.Image | None:

@@ -16,6 +16,7 @@ from ovsam.data.base import make_words
 from ovsam.data.pictures import Header, PictureData, PictureSource, Record, check_pictures, read_header
 from ovsam.errors import InputError
 from ovsam.ops.outlines import check_outline, from_mask, is_outline
+from ovsam.processing.images import open_file
 
 IMAGES = ("image", "pixel_values", "img")
 CATEGORIES = ("category", "categories", "category_id", "label", "labels")  # in `objects`, one for each
@@ -244,7 +245,7 @@ def _source(image: dict | None) -> PictureSource:
 def _image(stored: dict) -> Image.Image:
     source = _source(stored)
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = open_file(io.BytesIO(source) if isinstance(source, bytes) else source)
         image.load()
         return image
     except Exception as error:  # each decoder has errors of its own

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from pycocotools import mask as coco
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
@@ -22,12 +22,13 @@ from ovsam.data.base import Sample, SegmentationData, pad_objects
 from ovsam.data.paste import cut_out, paste_objects
 from ovsam.data.words import Word
 from ovsam.errors import InputError
-from ovsam.ops.outlines import UPRIGHT, Rle, to_rle, turn
-from ovsam.processing.images import MIN_SIDE, open_image
+from ovsam.ops.outlines import Rle, to_rle, turn
+from ovsam.processing.images import MIN_SIDE, open_file, open_image, orientation_of
 
 logger = logging.getLogger(__name__)
 
 FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # a file without its end was cut short
+TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags of the stored size
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 CROP_TRIES = 10
 REPLACEMENTS = 8  # neighbours tried in the place of a picture that turns out to be damaged
@@ -234,14 +235,12 @@ def squash_mask(rle: Rle | None, box: tuple[int, int, int, int], size: int) -> T
 
 def open_picture(picture: PictureSource) -> Image.Image:
     """Upright RGB; raises InputError for what is no picture."""
-    if isinstance(picture, str):
-        return open_image(picture)
     try:
-        with Image.open(io.BytesIO(picture)) as image:
-            image.load()
-    except Exception as error:  # each decoder has errors of its own
-        raise InputError(f"A picture inside the data set cannot be read ({error}).") from error
-    return open_image(image)
+        return open_image(picture)
+    except InputError as error:
+        if isinstance(picture, str):
+            raise
+        raise InputError(str(error).replace("The picture", "A picture inside the data set", 1)) from error
 
 
 def upright_outlines(record: Record, size: tuple[int, int]) -> list[Rle | None]:
@@ -298,10 +297,13 @@ def read_header(picture: PictureSource) -> Header:
     """
     header, sound = None, False
     try:
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            width, height = image.size
-            header = Header(width, height, orientation if orientation in UPRIGHT else 1)
+        if isinstance(picture, str) and not os.path.isfile(picture):  # opening a pipe would wait for its writer
+            raise InputError(f"{picture} is no file.")
+        with open_file(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            orientation, (width, height) = orientation_of(image), image.size
+            if image.format == "TIFF":  # whose size Pillow gives upright, while the orientation is still to be applied
+                width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
+            header = Header(width, height, orientation)
             sound = min(image.size) >= MIN_SIDE and FILE_ENDS.get(image.format, b"") in _tail(picture)
     except Exception:  # each decoder has errors of its own; open_picture says what is wrong
         sound = False

@@ -22,7 +22,7 @@ from ovsam.evaluation.summary import Figures, summarise
 from ovsam.evaluation.tasks import Examiner
 from ovsam.evaluation.timing import measure_time
 from ovsam.inference.segmenter import Segmenter, load
-from ovsam.ops.files import write_whole
+from ovsam.ops.files import write_text
 
 QUESTIONS = ("prompts", "words", "everything")
 TASKS = (*QUESTIONS, "time")
@@ -147,7 +147,7 @@ def _read_records(file: Path, asked: dict) -> dict[int, dict]:
     """The records of an evaluation that was stopped; begins the file if there is none."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda path: path.write_text(json.dumps(asked) + "\n"))
+        write_text(file, json.dumps(asked) + "\n")
         return {}
     first, *lines = file.read_text(encoding="utf-8").splitlines() or [""]
     if first != json.dumps(asked):
@@ -162,10 +162,10 @@ def _read_records(file: Path, asked: dict) -> dict[int, dict]:
             continue
         records[record["image_id"]] = record
     whole = "".join(f"{json.dumps(one)}\n" for one in [asked, *records.values()])
-    write_whole(file, lambda path: path.write_text(whole))
+    write_text(file, whole)
     return records
 
 
 def write_json(path: Path, content) -> None:
     text = json.dumps(content, indent=1) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text))
+    write_text(path, text)

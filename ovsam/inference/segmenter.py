@@ -1,7 +1,6 @@
 """`ovsam.load(...)` -> Segmenter: text queries, prompts or everything in an image -> Results."""
 
 import hashlib
-import io
 import os
 import threading
 from collections import OrderedDict
@@ -11,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -118,7 +116,7 @@ class EncodedImage:
         return EncodedImage(self.image, _map_tensors(lambda tensor: tensor.to(device), self.features))
 
 
-OneImage = Picture | bytes | Tensor | EncodedImage
+OneImage = Picture | EncodedImage
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ class Segmenter:
         """The features of an image, to ask about it several times: pass the result in place of the image."""
         if isinstance(image, list | tuple):
             return [one for batch in self._batches(image) for one in batch]
-        return image if isinstance(image, EncodedImage) else self._encode([_open(image)])[0]
+        return image if isinstance(image, EncodedImage) else self._encode([open_image(image)])[0]
 
     @torch.no_grad()
     def _encode(self, images: list[Image.Image]) -> list[EncodedImage]:
@@ -206,7 +204,8 @@ class Segmenter:
         """The encoded images of a list, BATCH at a time, in their order."""
         for start in range(0, len(images), BATCH):
             batch = [
-                image if isinstance(image, EncodedImage) else _open(image) for image in images[start : start + BATCH]
+                image if isinstance(image, EncodedImage) else open_image(image)
+                for image in images[start : start + BATCH]
             ]
             fresh = [image for image in batch if not isinstance(image, EncodedImage)]
             encoded = iter(self._encode(fresh) if fresh else ())
@@ -429,7 +428,7 @@ class Segmenter:
         if tile:
             if isinstance(image, EncodedImage):
                 raise InputError("Tiles of an image are encoded one by one: with tile, pass the image itself.")
-            return segment_tiled(lambda part: self._propose(part, asked, None), _open(image), tile, tile // 4)
+            return segment_tiled(lambda part: self._propose(part, asked, None), open_image(image), tile, tile // 4)
         encoded = self.encode(image)
         picture, features = encoded.image, encoded.features
         config, everything = self.model.config, asked.source == "auto"
@@ -565,49 +564,6 @@ def _check_options(
 
 def _map_tensors(function: Callable[[Tensor], Tensor], features: OVSamFeatures) -> OVSamFeatures:
     return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, features)
-
-
-def _open(image: OneImage) -> Image.Image:
-    """An image of any accepted kind as upright RGB; raises InputError for anything else."""
-    if isinstance(image, bytes | bytearray):
-        try:
-            opened = Image.open(io.BytesIO(image))
-            opened.load()
-            image = opened
-        except Exception as error:  # each decoder has errors of its own
-            raise InputError(f"The {type(image).__name__} are not an image that can be read ({error}).") from error
-    elif isinstance(image, Tensor):
-        image = _from_tensor(image)
-    elif not isinstance(image, str | os.PathLike | Image.Image | np.ndarray):
-        raise InputError(
-            f"An image is a path, bytes, a PIL image, an array, a tensor or an EncodedImage, or a list of these; "
-            f"got {type(image).__name__}."
-        )
-    return open_image(image)
-
-
-def _from_tensor(tensor: Tensor) -> np.ndarray:
-    """A tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1] -> [H, W, 3] or [H, W] of uint8."""
-    real = tensor.is_floating_point()
-    if (
-        tensor.ndim != 3
-        or tensor.shape[0] not in (1, 3)
-        or not tensor.numel()
-        or not (real or tensor.dtype == torch.uint8)
-    ):
-        raise InputError(
-            f"The tensor is {list(tensor.shape)} of {tensor.dtype}; an image is [3, H, W] of uint8 or of floats."
-        )
-    if real:
-        tensor = tensor.float()
-        if not (tensor.min() >= 0 and tensor.max() <= 1):
-            raise InputError(
-                f"The tensor has values from {tensor.min():g} to {tensor.max():g}; floats of an image are in [0, 1], "
-                "not yet normalised."
-            )
-        tensor = (tensor * 255).round().to(torch.uint8)
-    array = tensor.detach().cpu().permute(1, 2, 0).numpy()
-    return array[..., 0] if array.shape[2] == 1 else array
 
 
 def _floats(rows) -> list[list[float]]:

@@ -1,29 +1,168 @@
-"""Files that are written whole or not at all."""
+"""Output: files are written whole or not at all; devices, pipes and stdout are written into."""
 
+import contextlib
+import errno
 import os
-from collections.abc import Callable
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ovsam.errors import InputError
 
+STDOUT = "-"
+READER_SECONDS = 5.0  # that a pipe waits for somebody to read it
+REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space or write elsewhere",
+    errno.EDQUOT: "the quota of the disk is used up; free some space or write elsewhere",
+    errno.EROFS: "the disk is read-only; write elsewhere",
+    errno.EACCES: "there is no permission; write elsewhere",
+    errno.EPERM: "there is no permission; write elsewhere",
+    errno.ENAMETOOLONG: "the name is too long; take a shorter one",
+    errno.ENXIO: "nobody reads the pipe; start its reader first",
+    errno.EPIPE: "its reader has closed the pipe",
+    errno.EISDIR: "it is a folder; name a file in it",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; write elsewhere",
+    errno.EILSEQ: "the name cannot be a file's; take another one",
+}
+
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file of the same ending, then rename it: the path never holds half a file.
+    """Let `write` fill a temporary file of the same ending, then put it in place: the path never holds half a file.
 
-    Raises InputError if the folder does not exist.
+    Symbolic links are followed and missing folders made. "-" is stdout. What is no regular file, such as a device or a
+    pipe, is written into and never replaced.
+
+    Raises:
+        InputError: the path cannot be written, which leaves an older file as it was.
     """
-    path = Path(path)
-    check_folder(path)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    with refused(path):
+        if os.fspath(path) == STDOUT:
+            with _scratch(write) as temporary, temporary.open("rb") as content:
+                sys.stdout.flush()
+                shutil.copyfileobj(content, sys.stdout.buffer)
+                sys.stdout.buffer.flush()
+            return
+        target = Path(os.path.realpath(path))
+        kind = _kind(target)
+        if kind is not None and stat.S_ISDIR(kind):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if kind is not None and not stat.S_ISREG(kind):
+            with (
+                _scratch(write, target.suffix) as temporary,
+                temporary.open("rb") as content,
+                _open_sink(target) as sink,
+            ):
+                shutil.copyfileobj(content, sink)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix[-40:]}")
+        try:
+            write(temporary)
+            if kind is not None:
+                shutil.copymode(target, temporary)
+            temporary.replace(target)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`write_whole` of a text in UTF-8; what of a file's name is no UTF-8 is written as a question mark."""
+    content = text.encode("utf-8", "replace")
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
+
+
+def check_target(path: str | os.PathLike[str], option: str = "") -> None:
+    """Raise InputError if it is plain that a file cannot be written, before anything is computed for it.
+
+    option: what the message calls the path, besides its name.
+    """
+    if os.fspath(path) == STDOUT:
+        return
+    with refused(path, option):
+        target = Path(os.path.realpath(path))
+        kind = _kind(target)
+        if kind is not None and stat.S_ISDIR(kind):
+            raise InputError(f"{_called(path, option)} is a folder; name a file in it.")
+        if kind is None or stat.S_ISREG(kind):
+            _check_folder(target.parent)
+            if len(os.fsencode(target.name)) > 255:
+                raise OSError(errno.ENAMETOOLONG, "")
+        elif not os.access(target, os.W_OK):
+            raise OSError(errno.EACCES, "")
+
+
+def check_output_folder(path: str | os.PathLike[str], option: str = "") -> None:
+    """Raise InputError if it is plain that no file can be written into this folder, which need not exist yet."""
+    with refused(path, option):
+        _check_folder(Path(os.path.realpath(path)))
+
+
+def _check_folder(folder: Path) -> None:
+    while (kind := _kind(folder)) is None:
+        if len(os.fsencode(folder.name)) > 255:
+            raise OSError(errno.ENAMETOOLONG, "")
+        folder = folder.parent
+    if not stat.S_ISDIR(kind):
+        raise OSError(errno.ENOTDIR, "")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        read_only = hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_RDONLY", 0)
+        raise OSError(errno.EROFS if read_only else errno.EACCES, "")
+
+
+def _open_sink(target: Path) -> IO[bytes]:
+    """Open a device or a pipe for writing; a pipe that nobody reads would be waited for without end."""
+    deadline = time.monotonic() + READER_SECONDS
+    while True:
+        try:
+            number = os.open(target, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            os.set_blocking(number, True)
+            return os.fdopen(number, "wb")
+
+
+def _kind(path: Path) -> int | None:
+    """The mode of what is at a path; None where nothing is."""
     try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _scratch(write: Callable[[Path], Any], suffix: str = "") -> Iterator[Path]:
+    """The file that `write` filled, in a folder for temporary files."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / f"output{suffix[-40:]}"
         write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield temporary
 
 
-def check_folder(path: Path) -> None:
-    """Raise InputError unless the folder of this file exists."""
-    if not path.parent.is_dir():
-        raise InputError(f"The folder {path.parent} does not exist; create it, or write {path.name} elsewhere.")
+@contextlib.contextmanager
+def refused(path: str | os.PathLike[str], option: str = "") -> Iterator[None]:
+    """Make an error of the operating system a sentence that names the path."""
+    try:
+        yield
+    except OSError as error:
+        what = REMEDIES.get(error.errno) or f"{error.strerror or error}; write elsewhere"
+        raise InputError(f"{_called(path, option)} cannot be written: {what}.") from error
+    except ValueError as error:
+        if isinstance(error, InputError) or "null" not in str(error):  # a zero byte in the path
+            raise
+        raise InputError(f"{_called(path, option)} cannot be written: the name cannot be a file's.") from error
+
+
+def _called(path: str | os.PathLike[str], option: str) -> str:
+    name = os.fspath(path)
+    shown = "stdout" if name == STDOUT else name if len(name) <= 120 else f"{name[:60]}...{name[-40:]}"
+    return f"{option} {shown}".strip()

@@ -1,6 +1,10 @@
 """Opening pictures of any kind as upright RGB, refusing with one clear sentence those that cannot be."""
 
+import io
 import os
+import stat
+import warnings
+from typing import IO, TYPE_CHECKING, Union
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -8,69 +12,203 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from ovsam.errors import InputError
 from ovsam.ops.outlines import UPRIGHT
 
+if TYPE_CHECKING:
+    import torch
+
 MIN_SIDE = 8  # px; below this there is nothing to segment
+# Others are never tried: Pillow hands PostScript, for one, to Ghostscript, whatever the file is called.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "ICO")
+URLS = ("http://", "https://")
+MAX_DOWNLOAD = 256 * 2**20  # bytes of a picture behind a URL
+DOWNLOAD_SECONDS = 30.0  # without an answer
 
-
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+Picture = Union[str, os.PathLike[str], bytes, IO[bytes], Image.Image, np.ndarray, "torch.Tensor"]
 
 
 def open_image(picture: Picture) -> Image.Image:
     """Return the picture as RGB with its EXIF orientation applied; sizes and coordinates are of the upright picture.
 
-    Palette, grey, 16-bit and CMYK pictures are converted, and transparent ones are laid on white. An array is
-    [H, W], [H, W, 3] (RGB) or [H, W, 4] (RGBA) of uint8.
+    A picture is a path, a URL (http or https), the bytes of a file, an open file, a PIL image, an array [H, W],
+    [H, W, 3] (RGB) or [H, W, 4] (RGBA), or a tensor [3, H, W] or [1, H, W]; arrays and tensors are uint8, or floats in
+    [0, 1]. Palette, grey, 16-bit and CMYK pictures are converted, and transparent ones are laid on white. Only the
+    first frame of an animation is opened.
 
-    Raises InputError for a file that is missing, empty, damaged or no picture, for more pixels than Pillow opens
-    safely (`PIL.Image.MAX_IMAGE_PIXELS`, checked before any is decoded), for a side under `MIN_SIDE`, and for an array
-    of another shape or type.
+    Raises InputError for anything else, for a file that is missing, empty, damaged or no picture, for more pixels than
+    Pillow opens safely (`PIL.Image.MAX_IMAGE_PIXELS`, checked before any is decoded) and for a side under `MIN_SIDE`.
     """
-    if isinstance(picture, np.ndarray):
-        name, image = "The array", _from_array(picture)
-    elif isinstance(picture, Image.Image):
-        name, image = "The picture", picture
-    else:
-        name, image = str(picture), _read(picture)
+    name, image = _open(picture)
     if min(image.size) < MIN_SIDE:
         width, height = image.size
         raise InputError(f"{name} is {width}x{height} pixels; each side must have at least {MIN_SIDE}.")
     try:
         return _turn_upright(image, _to_rgb(image))
-    except (OSError, ValueError) as error:  # a picture in memory may still be undecoded; some modes have no RGB
+    except MemoryError as error:
+        raise InputError(f"{name} does not fit into memory; make it smaller.") from error
+    except (OSError, ValueError, SyntaxError) as error:  # one in memory may be undecoded; some modes have no RGB
         raise InputError(f"{name} cannot be converted to RGB ({error}); save it as 8-bit RGB.") from error
 
 
-def _read(path: str | os.PathLike[str]) -> Image.Image:
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a folder; name the pictures inside it.")
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist; check the path of the picture.")
-    if os.path.getsize(path) == 0:
-        raise InputError(f"{path} is empty (0 bytes); it must be a picture.")
+def open_file(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    """`PIL.Image.open` limited to `FORMATS`: only the header is read."""
+    Image.preinit()
+    known = [name for name in FORMATS if name in Image.OPEN]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice its limit is an error
+        try:
+            return Image.open(source, formats=known)
+        except UnidentifiedImageError:
+            Image.init()
+            others = [name for name in FORMATS if name in Image.OPEN and name not in known]
+            if not others:
+                raise
+            if hasattr(source, "seek"):
+                source.seek(0)
+            return Image.open(source, formats=others)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation that is still to be applied, 1 for none; a broken EXIF block counts as none."""
     try:
-        with Image.open(path) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # each decoder has errors of its own
+        return 1
+    return orientation if orientation in UPRIGHT else 1
+
+
+def is_url(picture: object) -> bool:
+    return isinstance(picture, str) and picture.lower().startswith(URLS)
+
+
+def _open(picture: Picture) -> tuple[str, Image.Image]:
+    """What to call a picture, and the picture, decoded."""
+    if isinstance(picture, np.ndarray):
+        return "The array", _from_array(picture)
+    if isinstance(picture, Image.Image):
+        return "The picture", picture
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return "The picture", _decode("The picture", io.BytesIO(picture))
+    if is_url(picture):
+        return str(picture), _decode(str(picture), io.BytesIO(_download(str(picture))))
+    if isinstance(picture, str | os.PathLike):
+        return str(picture), _read(picture)
+    if hasattr(picture, "detach") and hasattr(picture, "numpy"):  # a tensor; torch need not be imported for a file
+        return "The tensor", _from_tensor(picture)
+    if hasattr(picture, "read"):
+        try:
+            content = picture.read()
+        except Exception as error:  # a closed file, one for writing, or anything else that has a `read`
+            raise InputError(f"The picture cannot be read from the open file ({error}).") from error
+        if not isinstance(content, bytes):
+            raise InputError("The open file gives text; open the picture in binary mode, open(path, 'rb').")
+        return "The picture", _decode("The picture", io.BytesIO(content))
+    raise InputError(
+        "A picture is a path, a URL, bytes, an open file, a PIL image, an array or a tensor, or a list of these; "
+        f"got {type(picture).__name__}."
+    )
+
+
+def _read(path: str | os.PathLike[str]) -> Image.Image:
+    shown = str(path) if len(str(path)) <= 300 else f"{str(path)[:200]}..."
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise InputError(f"{shown} cannot be read: there is no permission.") from error
+        shown = str(path) if isinstance(error, FileNotFoundError) else shown
+        raise InputError(f"{shown} does not exist; check the path of the picture.") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{path} is a folder; name the pictures inside it.")
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is a device or a pipe, not a file; save the picture first.")
+    if status.st_size == 0:
+        raise InputError(f"{path} is empty (0 bytes); it must be a picture.")
+    return _decode(str(path), path)
+
+
+def _decode(name: str, source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    try:
+        with open_file(source) as image:
             image.load()
             return image
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large to be opened safely, make it smaller first: {error}") from error
+        raise InputError(f"{name} is too large to be opened safely, make it smaller first: {error}") from error
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{path} is not a picture that can be read; JPEG, PNG, WebP, TIFF, BMP and GIF files can."
+            f"{name} is not a picture that can be read; JPEG, PNG, WebP, TIFF, BMP and GIF files can."
         ) from error
+    except MemoryError as error:
+        raise InputError(f"{name} does not fit into memory; make it smaller.") from error
     except Exception as error:  # each decoder has errors of its own
-        raise InputError(f"{path} cannot be read ({error}); it is damaged, cut short or protected.") from error
+        raise InputError(f"{name} cannot be read ({error}); it is damaged, cut short or protected.") from error
+
+
+def _download(url: str) -> bytes:
+    import httpx
+
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=DOWNLOAD_SECONDS) as answer:
+            answer.raise_for_status()
+            content = bytearray()
+            for chunk in answer.iter_bytes():
+                content += chunk
+                if len(content) > MAX_DOWNLOAD:
+                    raise InputError(f"{url} has more than {MAX_DOWNLOAD // 2**20} MB; download and shrink it first.")
+    except httpx.HTTPStatusError as error:
+        raise InputError(f"{url} cannot be downloaded: the server answers {error.response.status_code}.") from error
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{url} cannot be downloaded ({str(error).strip() or type(error).__name__}).") from error
+    if not content:
+        raise InputError(f"{url} is empty (0 bytes); it must be a picture.")
+    return bytes(content)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+    shape_fits = array.size and (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    real = array.dtype.kind == "f"
+    if not shape_fits or not (
+        real or array.dtype in (np.uint8, np.bool_) or array.dtype == np.uint16 and array.ndim == 2
+    ):
         raise InputError(
-            f"The array is {list(array.shape)} of {array.dtype}; a picture is [H, W], [H, W, 3] or [H, W, 4] of uint8."
+            f"The array is {list(array.shape)} of {array.dtype}; a picture is [H, W], [H, W, 3] or [H, W, 4] of uint8, "
+            "or of floats in [0, 1]."
         )
-    return Image.fromarray(array)
+    if array.dtype == np.uint16:
+        return Image.fromarray(np.ascontiguousarray(array))
+    if array.dtype == np.bool_:
+        array = array * np.uint8(255)
+    if real:
+        array = unit_to_uint8(array, "The array")
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array))
+
+
+def _from_tensor(tensor: "torch.Tensor") -> Image.Image:
+    """A tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1]."""
+    array = (tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()).numpy()
+    if array.ndim != 3 or array.shape[0] not in (1, 3) or not array.size or array.dtype not in (np.uint8, np.float32):
+        raise InputError(
+            f"The tensor is {list(array.shape)} of {tensor.dtype}; an image is [3, H, W] of uint8, or floats in [0, 1]."
+        )
+    if array.dtype != np.uint8:
+        array = unit_to_uint8(array, "The tensor")
+    array = array.transpose(1, 2, 0)  # [3, H, W] -> [H, W, 3]
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))
+
+
+def unit_to_uint8(array: np.ndarray, name: str) -> np.ndarray:
+    """Floats in [0, 1] -> uint8."""
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= 1):  # nor is NaN inside
+        raise InputError(
+            f"{name} has values from {low:g} to {high:g}; floats of an image are in [0, 1], not yet normalised."
+        )
+    return (array * 255).round().astype(np.uint8)
 
 
 def _turn_upright(original: Image.Image, rgb: Image.Image) -> Image.Image:
     """Turn as the original's EXIF says; `ImageOps.exif_transpose` also rewrites the EXIF, and fails where it is odd."""
-    orientation = original.getexif().get(ExifTags.Base.Orientation)
+    orientation = orientation_of(original)
     if orientation in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[orientation])
     rgb.info = {}  # or opening the result again would turn it again

@@ -31,7 +31,7 @@ from ovsam.modeling.adapters.concepts import ConceptHead
 from ovsam.modeling.scoring import calibrated
 from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes
-from ovsam.ops.files import write_whole
+from ovsam.ops.files import write_text
 from ovsam.training.checkpoint import write_model
 from ovsam.training.order import read_data
 from ovsam.training.stages.prompts import LEAST
@@ -85,7 +85,7 @@ def calibrate_recipe(recipe: dict, folder: Path, device: str | None) -> Path:
     found = calibrate(segmenter, data, recipe["seed"], **options)
     folder.mkdir(parents=True, exist_ok=True)
     write_model(segmenter, folder)
-    write_whole(folder / THRESHOLDS, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    write_text(folder / THRESHOLDS, json.dumps(found, indent=1) + "\n")
     return folder
 
 

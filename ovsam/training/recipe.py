@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ovsam.errors import InputError
-from ovsam.ops.files import write_whole
+from ovsam.ops.files import write_text
 from ovsam.training.stages import STAGES
 
 CALIBRATE = "calibrate"  # the one stage that follows no gradient (calibrate.py)
@@ -176,7 +176,7 @@ def _flat(section: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def record_recipe(folder: Path, recipe: dict) -> None:
     """Remember in the output folder what its run is, so that a continuation can be compared with it."""
-    write_whole(folder / RECORD, lambda path: path.write_text(json.dumps(recipe, indent=1, sort_keys=True) + "\n"))
+    write_text(folder / RECORD, json.dumps(recipe, indent=1, sort_keys=True) + "\n")
 
 
 def check_unchanged(folder: Path, recipe: dict) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
-from ovsam.ops.files import write_whole
+from ovsam.ops.files import write_text, write_whole
 from ovsam.results.results import Results
 from ovsam.training.stages.predictions import Found
 
@@ -45,7 +45,7 @@ def read_log(folder: Path) -> list[dict]:
 def cut_log(folder: Path, step: int) -> None:
     """Forget what was logged after the checkpoint of `step`: it will be logged again."""
     kept = "".join(json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= step)
-    write_whole(folder / LOG, lambda path: path.write_text(kept))
+    write_text(folder / LOG, kept)
 
 
 def draw_curves(folder: Path) -> bool:

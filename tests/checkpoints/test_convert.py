@@ -234,8 +234,8 @@ def test_the_command(tiny_sam, folder, capsys):
 
         assert main(["convert", source, "-o", output]) == 2
         assert "exists already; give the name of a new or empty folder" in capsys.readouterr().err
-        assert main(["convert", source, "-o", str(folder / "no" / "out")]) == 2
-        assert "does not exist" in capsys.readouterr().err
+        assert main(["convert", source, "-o", str(folder / "source.pth" / "out")]) == 2
+        assert "a part of the path is a file" in capsys.readouterr().err
         (folder / "empty").mkdir()
         assert main(["convert", source, "-o", str(folder / "empty"), "--kind", "sam", "--image-size", "128"]) == 0
         assert sorted(path.name for path in folder.iterdir()) == ["empty", "out", "source.pth"]

@@ -167,11 +167,12 @@ def test_a_bad_picture_does_not_stop_the_others(folder, loaded, capsys):
         ("segment a.png --point 5,5 --threshold 0.5", "--threshold goes with"),
         ("segment a.png --text dog --objectness 0.5", "--objectness goes with --everything"),
         ("segment a.png --text dog --threshold 1.5", "'1.5' is not a number from 0 to 1"),
-        ("segment a.png --text dog -o nowhere/out.png", "folder nowhere does not exist"),
+        ("segment a.png --text dog -o a.png/out.png", "a part of the path is a file"),
         ("segment a.png --text dog -o nowhere", "neither a picture file"),
         ("segment a.png --text dog -o a.png", "is the picture itself"),
         ("segment a.png b.jpg --text dog -o nowhere", "not a folder that exists"),
-        ("segment a.png --text dog --json nowhere/out.json", "folder nowhere does not exist"),
+        ("segment a.png --text dog --json a.png/out.json", "a part of the path is a file"),
+        (["segment", "a.png", "--text", "dog", "--json", "j" * 300 + ".json"], "the name is too long"),
         ("segment a.png --text dog --json out", "--json out is a folder"),
         ("segment --text dog", "IMAGE"),
         ("segment a.png --texts dog", "--texts"),
@@ -299,7 +300,7 @@ def test_labels_of_one_tool_become_those_of_another(tmp_path, capsys):
     for command, message in (
         ("no.json out --format yolo", "There are no labels at no.json"),
         (f"{tmp_path}/found.json {tmp_path} --format coco", "is a folder; coco is one file"),
-        (f"{tmp_path}/found.json no/a.xml --format cvat", "The folder no does not exist"),
+        (f"{tmp_path}/found.json {tmp_path}/found.json/a.xml --format cvat", "a part of the path is a file"),
     ):
         assert run(f"convert-labels {command}") == 2
         assert message in capsys.readouterr().err

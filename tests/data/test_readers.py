@@ -601,7 +601,7 @@ def test_huggingface_refuses_what_cannot_work(tmp_path):
     assert "no instance" in refused(make_rows({"category": ["cup"], "segmentation": [[]]}, segmentation=POLYGONS))
     assert "has no name" in refused(make_rows({"category": [" "], "segmentation": inside}, segmentation=POLYGONS))
     damaged = make_rows({"category": ["cup"], "segmentation": inside}, picture="damaged", segmentation=POLYGONS)
-    assert "cannot be read" in refused(damaged)
+    assert "is not a picture that can be read" in refused(damaged)
     numbers = make_rows({"category": [5], "segmentation": inside}, datasets.Value("int64"), segmentation=POLYGONS)
     assert "numbers without names" in refused(numbers)
     assert "of the class 5, which has no name" in refused(numbers, names=["cup"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ovsam.errors import InputError
-from ovsam.ops.files import check_folder
+from ovsam.ops.files import check_output_folder
 
 Renames = Sequence[tuple[str, str]]
 
@@ -188,7 +188,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists already; give the name of a new or empty folder.")
-    check_folder(path)
+    check_output_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         folder = Path(scratch) / path.name
         folder.mkdir()

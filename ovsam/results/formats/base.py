@@ -11,7 +11,6 @@ from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
-from ovsam.ops.files import write_whole
 from ovsam.results.instance import Instance
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -95,12 +94,6 @@ class Stems:
             )
         self.taken[name] = result.file_name
         return name
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole, and its folder where that is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def load_json(path: str | os.PathLike[str]) -> Any:

@@ -48,7 +48,10 @@ def write_coco(results: Iterable[Labelled], path: str | os.PathLike[str], labels
 
     def write(temporary: Path) -> None:
         numbers, models, count = Numbers(labels), set(), 0
-        with open(temporary, "w", encoding="utf-8") as file, tempfile.TemporaryFile("w+", encoding="utf-8") as images:
+        with (
+            open(temporary, "w", encoding="utf-8", errors="replace") as file,
+            tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as images,
+        ):
             file.write('{"annotations": [')
             for image_id, result in enumerate(results, start=1):
                 models.add(result.model)

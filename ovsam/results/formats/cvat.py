@@ -41,7 +41,10 @@ def write_cvat(results: Iterable[Labelled], path: str | os.PathLike[str], labels
 
     def write(temporary: Path) -> None:
         numbers = Numbers(labels)
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as images, open(temporary, "w", encoding="utf-8") as file:
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as images,
+            open(temporary, "w", encoding="utf-8", errors="replace") as file,
+        ):
             for image_id, result in enumerate(results):
                 for instance in visible(result):
                     numbers.of(instance.label)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ovsam.errors import InputError
+from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, parts
 from ovsam.results.formats.base import (
     Labelled,
@@ -18,7 +19,6 @@ from ovsam.results.formats.base import (
     files_below,
     load_json,
     visible,
-    write_text,
 )
 
 PIXELS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
-from ovsam.ops.files import write_whole
+from ovsam.ops.files import write_text, write_whole
 from ovsam.ops.polygons import fill, to_polygon
 from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, load_json, visible
 
@@ -64,7 +64,7 @@ def write_label_studio(
     numbers = Numbers(labels)
 
     def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8", errors="replace") as file:
             for place, result in enumerate(results):
                 for instance in visible(result):
                     numbers.of(instance.label)
@@ -74,7 +74,7 @@ def write_label_studio(
 
     write_whole(path, write)
     interface = labelling_interface(numbers, shape)
-    write_whole(Path(path).with_suffix(".xml"), lambda temporary: temporary.write_text(interface, encoding="utf-8"))
+    write_text(Path(path).with_suffix(".xml"), interface)
 
 
 def labelling_interface(labels: Iterable[str], shape: str = "brush") -> str:

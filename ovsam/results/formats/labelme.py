@@ -14,6 +14,7 @@ from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
+from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, to_polygon
 from ovsam.results.formats.base import (
     Labelled,
@@ -23,7 +24,6 @@ from ovsam.results.formats.base import (
     files_below,
     load_json,
     visible,
-    write_text,
 )
 
 

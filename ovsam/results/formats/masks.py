@@ -10,7 +10,7 @@ from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
-from ovsam.ops.files import write_whole
+from ovsam.ops.files import write_text, write_whole
 from ovsam.processing.images import Picture, open_image
 from ovsam.results.formats.base import (
     Labelled,
@@ -20,7 +20,6 @@ from ovsam.results.formats.base import (
     files_below,
     load_json,
     visible,
-    write_text,
 )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ovsam.errors import InputError
+from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, to_polygon
 from ovsam.results.formats.base import (
     Labelled,
@@ -22,7 +23,6 @@ from ovsam.results.formats.base import (
     picture_of,
     upright_size,
     visible,
-    write_text,
 )
 
 

@@ -1,0 +1,238 @@
+"""What users pass, checked and brought into one form before a model runs.
+
+The Segmenter, the processor, `Results`, the demo and the command line share these checks. Whatever cannot work raises
+`InputError` with one sentence. Arrays and tensors are taken wherever lists are.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ovsam.errors import InputError
+
+# What other libraries call an argument of ours.
+HABITS = {
+    "conf": "threshold",
+    "confidence": "threshold",
+    "score": "threshold",
+    "score_threshold": "threshold",
+    "box_threshold": "threshold",
+    "iou": "nms",
+    "text": "words",
+    "prompts": "words",
+    "classes": "words",
+    "candidate_labels": "words",
+    "point": "points",
+    "input_points": "points",
+    "point_coords": "points",
+    "point_labels": "labels",
+    "input_labels": "labels",
+    "box": "boxes",
+    "bboxes": "boxes",
+    "input_boxes": "boxes",
+    "mask": "masks",
+    "names": "vocabulary",
+}
+
+
+def no_others(call: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse keywords that a call does not take, with the one that was probably meant."""
+    for name in given:
+        meant = HABITS.get(name) if HABITS.get(name) in known else None
+        close = [meant] if meant else difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}."
+        raise InputError(f"{call} takes no argument {name!r}; {hint}")
+
+
+def number(name: str, value: Any, low: float, high: float, inside: bool = False) -> float:
+    """A real number from `low` to `high`; `inside`: neither of the two."""
+    if is_number(value):
+        value = float(value)
+        if low < value < high if inside else low <= value <= high:
+            return value
+    between = f"between {low:g} and {high:g}" if high < math.inf else f"a number of {low:g} or more"
+    raise InputError(f"The {name} is {short(value)}; it must be {between}.")
+
+
+def optional(check, name: str, value: Any, *how, **named):
+    """The value checked, or None."""
+    return None if value is None else check(name, value, *how, **named)
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number of `least` or more."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_) and int(value) >= least:
+        if most is None or int(value) <= most:
+            return int(value)
+    limit = f"of {least} or more" if most is None else f"from {least} to {most}"
+    raise InputError(f"The {name} is {short(value)}; it must be a whole number {limit}.")
+
+
+def flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise InputError(f"The argument {name} is {short(value)}; it must be True or False.")
+
+
+def choice(name: str, value: Any, options: Collection[str]) -> str:
+    if isinstance(value, str) and value in options:
+        return value
+    close = difflib.get_close_matches(value, options, n=1) if isinstance(value, str) else []
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(options)}."
+    raise InputError(f"There is no {name} {short(value)}; {hint}")
+
+
+def points(value: Any, name: str = "points") -> list[list[float]]:
+    """Clicks [[x, y], ...], or one, [x, y]."""
+    return rows(name, value, 2, "[x, y] in pixels, or a list of these")
+
+
+def boxes(value: Any, name: str = "boxes") -> list[list[float]]:
+    """[[x1, y1, x2, y2], ...], or one, [x1, y1, x2, y2]."""
+    return rows(name, value, 4, "[x1, y1, x2, y2] in pixels (left, top, right, bottom), or a list of these")
+
+
+def rows(name: str, value: Any, width: int, form: str) -> list[list[float]]:
+    """Rows of `width` finite numbers, or one row; None is none."""
+    if value is None:
+        return []
+    given = plain(value)
+    if is_sequence(given) and len(given) and all(is_number(one) for one in given):
+        given = [given]
+    if not is_sequence(given):
+        raise InputError(f"The {name} are {short(value)}; they must be {form}.")
+    found = []
+    for row in given:
+        row = plain(row)
+        if not is_sequence(row) or len(row) != width or not all(is_number(one) and math.isfinite(one) for one in row):
+            raise InputError(f"The {name} hold {short(row)}; each must be {width} numbers: {form}.")
+        found.append([float(one) for one in row])
+    return found
+
+
+def point_labels(value: Any, count: int) -> list[int]:
+    """One label a point: 1 on the object, 0 beside it; a single number stands for one point. None: all are 1."""
+    if value is None:
+        return [1] * count
+    given = plain(value)
+    given = [given] if is_number(given) else given
+    if not is_sequence(given) or not all(is_number(one) and one in (0, 1) for one in given):
+        raise InputError(f"The labels are {short(value)}; each is 1 (on the object) or 0 (beside it).")
+    if len(given) != count:
+        raise InputError(f"There are {len(given)} labels for {count} points; each point takes one.")
+    return [int(one) for one in given]
+
+
+def masks(value: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Masks [n, H, W], or one, [H, W], over a picture of `size` (height, width): bool, zeros and ones (or 255) of
+    integers, which become bool, or logits, which are floats."""
+    try:
+        array = np.asarray(_to_numpy(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"The masks are {short(value)}; they must be an array [n, H, W] of bool.") from error
+    array = array[None] if array.ndim == 2 else array
+    if array.ndim != 3 or not array.size or array.dtype.kind not in "buif":
+        raise InputError(
+            f"The masks are {list(array.shape)} of {array.dtype}; they must be [n, H, W] of bool, one for each object."
+        )
+    if size is not None and array.shape[1:] != tuple(size):
+        (height, width), (h, w) = size, array.shape[1:]
+        raise InputError(f"The masks are {w}x{h} pixels and the picture is {width}x{height}; they must be of one size.")
+    if array.dtype.kind in "ui":
+        if not np.isin(array, (0, 1)).all() and not np.isin(array, (0, 255)).all():
+            raise InputError("The masks are integers other than 0 and 1; they must be bool.")
+        return array.astype(bool)
+    if array.dtype.kind == "f":
+        low, high = array.min(), array.max()
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError("The masks hold NaN or infinite values; they must be bool, or finite logits.")
+        if low >= 0 and high <= 1:
+            raise InputError("The masks are floats from 0 to 1; pass `masks > 0.5`, since floats are read as logits.")
+        return array.astype(np.float32)
+    return array
+
+
+def check_inside(size: tuple[int, int], points: Sequence[Sequence[float]] = (), boxes: Sequence = ()) -> None:
+    """Points and boxes lie inside a picture of `size` (width, height)."""
+    width, height = size
+    for x, y in points:
+        if not (0 <= x < width and 0 <= y < height):
+            raise InputError(f"The point {x:g},{y:g} is outside the picture, which is {width}x{height} pixels.")
+    for x1, y1, x2, y2 in boxes:
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            raise InputError(
+                f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not left,top,right,bottom inside the picture, which is "
+                f"{width}x{height} pixels."
+            )
+
+
+def prompts(name: str, value: Any, depth: int, width: int | None, form: str) -> Any:
+    """Prompts per image as transformers' processors take them, as nested lists: `depth` levels of lists around rows of
+    `width` finite numbers (None: plain numbers). A None in place of an image's list means that it has no prompt."""
+    if value is None:
+        return None
+
+    def look(level: Any, left: int) -> Any:
+        level = plain(level)
+        if level is None and left == depth - 1:
+            return []
+        if left == 0 and width is None:
+            if is_number(level) and math.isfinite(level):
+                return level
+        elif left == 0:
+            if is_sequence(level) and len(level) == width and all(is_number(n) and math.isfinite(n) for n in level):
+                return [float(one) for one in level]
+        elif is_sequence(level):
+            return [look(one, left - 1) for one in level]
+        raise InputError(f"The {name} hold {short(level)}; they must be {form}.")
+
+    return look(value, depth)
+
+
+def is_number(value: Any) -> bool:
+    """A real number that fits into a float, and no bool; NaN and infinity are numbers."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool_):
+        return False
+    try:
+        float(value)
+    except (OverflowError, TypeError, ValueError):
+        return False
+    return True
+
+
+def is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def is_stream(value: Any) -> bool:
+    """A generator or another iterator, but no open file."""
+    return isinstance(value, Iterator) and not hasattr(value, "read")
+
+
+def plain(value: Any) -> Any:
+    """Arrays and tensors as nested lists of numbers; anything else as it is."""
+    value = _to_numpy(value)
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it."""
+    if isinstance(value, np.ndarray) or hasattr(value, "detach"):
+        return f"an array of shape {list(value.shape)}"
+    try:
+        text = repr(value).replace("\n", " ")
+    except Exception:  # of the user's own class, or too deep
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _to_numpy(value: Any) -> Any:
+    """A tensor as an array; torch need not be imported to look at anything else."""
+    if hasattr(value, "detach") and hasattr(value, "numpy"):
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()
+    return value
