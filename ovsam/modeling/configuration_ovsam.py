@@ -1,4 +1,4 @@
-"""OVSamConfig: which parts a model is composed of, and the few numbers that belong to the whole."""
+"""OVSamConfig: the parts of a model, and the settings that concern all of them."""
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -30,30 +30,34 @@ for _part in (
 
 
 class OVSamConfig(RemoteCodeConfig):
-    """A whole model. The configurations of its parts may also be given as dictionaries.
+    """Configuration of a whole model. The configurations of its parts may also be given as dictionaries.
 
-    `composition` says where image features come from:
+    `composition` is the source of the image features:
 
     - `dual`: a SAM vision encoder and a CLIP image encoder;
-    - `clip`: CLIP's alone; `sam2clip_config` turns its maps into SAM features (Open-Vocabulary SAM, the paper);
-    - `sam`: SAM's alone; the adapters read its pyramid, and CLIP keeps only its text tower.
+    - `clip`: CLIP alone; `sam2clip_config` turns its maps into SAM features (Open-Vocabulary SAM, the paper);
+    - `sam`: SAM alone; the adapters read its pyramid, and only the text tower of CLIP is kept.
 
-    `clip2sam_config` (names of prompted masks) and `concepts_config` (words to instances) may be None: the model then
-    names by CLIP's own pooling, and cannot answer words or everything.
-
-    `vocabulary` holds the words to name with when a user gives none: a list, the name of a built-in one ("lvis"), None.
-    `templates` are the sentences the text tower was trained with, `{}` standing for the word. `score_threshold` is the
-    default below which words and everything return nothing; `proposal_threshold` the lower one below which a location
-    is not even refined; `max_locations` how many locations words are compared with, 0 for all. `objectness_weight` is
-    objectness' share in the score of a word: score = p(word)^(1 - w) * objectness^w (OWLv2's own scores: 0).
-    `score_calibration` and `name_calibration`, (scale, shift), make scores mean how often they are right: a score's
-    logit is multiplied by scale, which is positive, and shift is added; the first for words, the second for the names
-    of prompted masks and of everything. `score_threshold` and `proposal_threshold` are for calibrated scores.
-    `exemplar_scale`: an exemplar is a word whose embedding has this length, since cosines between two pictures of a
-    kind run higher than those between a picture and its word (0.82 against 0.20 in ovsam-tiny). `prototype_weight`: how
-    much the ConceptHead's prototype masks have to say beside the mask decoder: their logits, times this, are added to
-    the decoder's, for words, and for single masks of boxes and clicks that come without a mask; 0 leaves all masks to
-    the decoder.
+    Args:
+        clip2sam_config: adapter that classifies prompted masks; without it the model classifies by CLIP's own pooling.
+        concepts_config: ConceptHead, which finds instances of text queries; without it the model needs prompts, unless
+            the CLIP side finds objects itself.
+        vocabulary: default class names: a list, the name of a built-in vocabulary ("lvis"), or None.
+        templates: sentences that the text tower was trained with; `{}` stands for the class name.
+        score_threshold: default lowest score of instances that are returned.
+        proposal_threshold: lowest score of locations that are refined; lower than `score_threshold`.
+        max_locations: number of locations that text queries are compared with; 0 for all.
+        objectness_weight: weight w of the objectness in the score of a text query: score = p(word)^(1 - w) *
+            objectness^w (0 for OWLv2).
+        score_calibration: (scale, shift) that calibrate the scores of text queries: the logit of a score is multiplied
+            by scale, which is positive, and shift is added. `score_threshold` and `proposal_threshold` apply to
+            calibrated scores.
+        name_calibration: (scale, shift) for the class names of prompted masks and of everything.
+        exemplar_scale: length of the embedding of an exemplar, which is used like a text query. Cosines between two
+            images of a class are higher than those between an image and its class name (0.82 against 0.20 in
+            ovsam-tiny).
+        prototype_weight: weight of the prototype logits that are added to the logits of the mask decoder, for text
+            queries and for single masks of boxes and points without a mask prompt; 0 uses the mask decoder alone.
     """
 
     model_type = "ovsam"
@@ -92,10 +96,10 @@ class OVSamConfig(RemoteCodeConfig):
             raise InputError(f"composition is {self.composition!r}; it must be one of {', '.join(COMPOSITIONS)}.")
         if self.composition == "clip" and self.sam2clip_config is None:
             raise InputError(
-                "The composition 'clip' has no SAM vision encoder: it needs sam2clip_config, which stands in."
+                "The composition 'clip' has no SAM vision encoder: it needs sam2clip_config, which replaces it."
             )
         for name in ("score_calibration", "name_calibration"):
             pair = getattr(self, name)
             if len(pair) != 2 or pair[0] <= 0:
-                raise InputError(f"{name} is {pair}; it must be a positive scale and a shift.")
+                raise InputError(f"{name} is {pair}; it must be two numbers, a positive scale and a shift.")
         super().__post_init__(**kwargs)

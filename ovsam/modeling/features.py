@@ -1,4 +1,4 @@
-"""Image -> features: the image side of the figure, and the four maps of a SAM that adapters read."""
+"""Image -> features: the image encoders of the model, and the four maps of a SAM side that adapters read."""
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def sam_maps(pyramid: tuple[Tensor, ...], image_size: tuple[int, int]) -> tuple[
 def encode_image(
     model, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
 ) -> OVSamFeatures:
-    """The image side of the figure, for the whole model and for its vision part alone."""
+    """Run the image encoders of an OVSamModel or an OVSamVisionModel."""
     pixel_values = pixel_values.to(model.dtype)
     if model.config.composition == "sam":
         sam = model.sam.encode(pixel_values)

@@ -1,7 +1,7 @@
-"""Where CLIP's picture lies in SAM's: both sides see the same picture, but each may squash, scale or pad its own way.
+"""Coordinates of CLIP's input and of the model input: both show the same image, resized or padded differently.
 
-A frame [B, 4] holds sx, sy, dx, dy of each picture: x in pixels of CLIP's input = sx * x in pixels of the model input +
-dx, and y likewise. Where both sides share their input there is no frame (None), and nothing is computed.
+A frame [B, 4] holds sx, sy, dx, dy of each image: x in pixels of CLIP's input = sx * x in pixels of the model input +
+dx, and y likewise. If both sides share their input the frame is None, and nothing is computed.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def clip_frame(window: Tensor, size: float, clip_size: tuple[int, int]) -> Tensor:
-    """window [B, 4]: the rectangle that CLIP's input covers, x1, y1, x2, y2 in fractions of the model input, which is
+    """window [B, 4]: the rectangle covered by CLIP's input, x1, y1, x2, y2 in fractions of the model input, which is
     `size` pixels wide and high; clip_size: height and width of CLIP's input in pixels -> frame [B, 4]."""
     height, width = clip_size
     x1, y1, x2, y2 = window.float().unbind(-1)
@@ -33,7 +33,7 @@ def maps_to_clip(maps: Tensor, frame: Tensor | None, size: float, clip_size: tup
     if frame is None:
         return maps
     height, width = clip_size
-    # grid_sample wants, for each cell of the result, where it lies in the source; both in [-1, 1].
+    # grid_sample takes, for each cell of the result, its position in the source; both in [-1, 1].
     kx, ky = width / (frame[:, 0] * size), height / (frame[:, 1] * size)
     tx, ty = -frame[:, 2] / (frame[:, 0] * size), -frame[:, 3] / (frame[:, 1] * size)
     return _warp(maps, kx, ky, tx, ty)
@@ -50,7 +50,7 @@ def maps_from_clip(maps: Tensor, frame: Tensor | None, size: float, clip_size: t
 
 
 def _warp(maps: Tensor, kx: Tensor, ky: Tensor, tx: Tensor, ty: Tensor) -> Tensor:
-    """A cell at fraction u of the result shows what lies at fraction k * u + t of the source. Each k, t: [B]."""
+    """Resample a map: position u of the result, as a fraction, is position k * u + t of the source. Each k, t: [B]."""
     zero = torch.zeros_like(kx)
     # u in [0, 1] is (1 + g) / 2 for g in [-1, 1]: source = k * g + (k - 1 + 2 * t)
     theta = torch.stack(
@@ -69,10 +69,10 @@ def _shift(frame: Tensor) -> Tensor:
 
 
 def square_window(height: int, width: int) -> tuple[float, float, float, float]:
-    """The rectangle that OWLv2's input covers, x1, y1, x2, y2 in fractions of a picture of height x width pixels.
+    """The rectangle covered by OWLv2's input, x1, y1, x2, y2 in fractions of an image of height x width pixels.
 
-    Owlv2ImageProcessor (of transformers 5.23, `do_pad` on) pads to the longer side in whole pixels and only then
-    resizes the square, whatever its size: nothing is rounded, so this is exact.
+    Owlv2ImageProcessor (transformers 5.23, with `do_pad`) pads to the longer side in whole pixels and then resizes the
+    square, so nothing is rounded and this is exact.
     """
     side = max(height, width)
     return 0.0, 0.0, side / width, side / height

@@ -1,4 +1,4 @@
-"""Which location of the ConceptHead means what a person points at, so that its prototype mask can help the decoder."""
+"""ConceptHead location for a box or click prompt; its prototype mask supports the mask decoder."""
 
 import torch
 from torch import Tensor
@@ -8,17 +8,19 @@ from ovsam.modeling.outputs import ConceptOutput
 
 
 def boxed_locations(concepts: ConceptOutput, boxes: Tensor) -> Tensor:
-    """boxes [B, P, 4] -> [B, P]: of each box the location whose own box fits it best, objectness breaking near ties."""
+    """boxes [B, P, 4] -> [B, P]: the location whose box has the highest IoU with each prompt, weighted by
+    objectness."""
     fit = torch.stack([box_iou(given, found) for given, found in zip(boxes, concepts.boxes.float(), strict=True)])
     return (fit * concepts.objectness.float().sigmoid().sqrt()[:, None]).argmax(-1)
 
 
 def pointed_locations(concepts: ConceptOutput, points: Tensor, labels: Tensor, stride: float) -> Tensor:
-    """Clicks -> [B, P]: the most object-like location whose mask holds the clicks inside and none of those outside.
+    """Clicks -> [B, P]: the location of highest objectness whose mask contains the positive clicks and no negative
+    ones.
 
     Args:
-        points: [B, P, N, 2] xy in pixels; labels: [B, P, N], 1 inside, 0 outside, others nothing.
-        stride: pixels of a prototype's cell.
+        points: [B, P, N, 2] xy in pixels; labels: [B, P, N], 1 inside, 0 outside; others are ignored.
+        stride: side of a prototype cell in pixels.
     """
     height, width = concepts.prototypes.shape[-2:]
     cell = (points / stride).long()

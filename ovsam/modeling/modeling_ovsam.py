@@ -5,8 +5,8 @@
       +----> CLIP side: maps ----> ConceptHead --> locations ----------+                          v
     words -> CLIP text tower ---------^------------------------------> names <---- Clip2SamAdapter
 
-Shapes: B images, P prompts per image, N points per prompt, I instances per image (P, or what was proposed), M mask
-candidates, K words, L locations, D CLIP width, C SAM width, Q prototypes.
+Shapes: B images, P prompts per image, N points per prompt, I instances per image (P, or the number of proposals), M
+mask candidates, K words, L locations, D CLIP width, C SAM width, Q prototypes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,8 +55,8 @@ class OVSamPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Fills what a checkpoint lacks of the modules that belong to no model of their own, such as timm's: whatever
-        is passed over here stays uninitialised memory, also buffers that are not saved."""
+        """Initialise the weights that a checkpoint lacks in modules that are not models of their own, such as those of
+        timm. Everything left out here stays uninitialised memory, buffers that are not saved included."""
         for parameter in module.parameters(recurse=False):
             init.normal_(parameter, std=0.02)
         super()._init_weights(module)
@@ -68,7 +68,7 @@ class OVSamPreTrainedModel(PreTrainedModel):
         """Remote code is one shim file beside the weights (see hub/); transformers must not copy our sources."""
 
 
-# What only a tracker has, as a pattern of names.
+# Pattern of the weight names that exist in trackers only.
 MEMORY_WEIGHTS = rf"^sam\.model\.({'|'.join(EdgeTamVideoSide.memory_parts)})"
 
 
@@ -77,7 +77,7 @@ def _sam_part(config: OVSamConfig, part: Literal["all", "vision", "decoder"]) ->
 
 
 class OVSamVisionModel(OVSamPreTrainedModel):
-    """Image -> OVSamFeatures, without concepts. Loads from the whole model's folder; module paths are the whole's."""
+    """Image -> OVSamFeatures, without concepts. Loads from the folder of the whole model; module paths are the same."""
 
     _keys_to_ignore_on_load_unexpected = [
         r"^clip\.(model\.)?(owlv2\.)?(text|logit)",
@@ -88,7 +88,7 @@ class OVSamVisionModel(OVSamPreTrainedModel):
 
     def __init__(self, config: OVSamConfig):
         super().__init__(config)
-        # Each composition has only the encoders it uses.
+        # Only the encoders that the composition uses are built.
         self.sam = _sam_part(config, "vision") if config.composition != "clip" else None
         self.clip = _clip_part(config, "vision") if config.composition != "sam" else None
         self.sam2clip = _sam2clip(config) if config.composition == "clip" else None
@@ -97,12 +97,13 @@ class OVSamVisionModel(OVSamPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
     ) -> OVSamFeatures:
-        """pixel_values [B, 3, H, W]; clip_pixel_values and clip_window only where CLIP has a geometry of its own."""
+        """pixel_values [B, 3, H, W]; clip_pixel_values and clip_window only if CLIP resizes or pads images
+        differently."""
         return encode_image(self, pixel_values, clip_pixel_values, clip_window)
 
 
 class OVSamMaskDecoder(OVSamPreTrainedModel):
-    """Features and prompts -> masks: prompt encoder and mask decoder. Loads from the whole model's folder."""
+    """Features and prompts -> masks: prompt encoder and mask decoder. Loads from the folder of the whole model."""
 
     main_input_name = "input_boxes"
     _keys_to_ignore_on_load_unexpected = [
@@ -134,7 +135,8 @@ def _clip2sam(config: OVSamConfig) -> nn.Module:
 
 
 class OVSamModel(OVSamPreTrainedModel):
-    """The whole. Three questions, one call: prompts (what is this?), words (where is it?), neither (what is here?)."""
+    """The whole model. One call answers three questions: prompts (what is this?), text queries (where is it?), neither
+    (what is here?)."""
 
     def __init__(self, config: OVSamConfig):
         super().__init__(config)
@@ -152,7 +154,7 @@ class OVSamModel(OVSamPreTrainedModel):
     def encode(
         self, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
     ) -> OVSamFeatures:
-        """pixel_values [B, 3, H, W] -> everything that depends on the image alone."""
+        """pixel_values [B, 3, H, W] -> all features that depend on the image alone."""
         features = encode_image(self, pixel_values, clip_pixel_values, clip_window)
         if self.concepts is not None:
             features.concepts = self.concepts(features.maps)
@@ -163,8 +165,8 @@ class OVSamModel(OVSamPreTrainedModel):
         return features
 
     def get_image_embeddings(self, pixel_values: Tensor) -> list[Tensor]:
-        """What SAM 2's own method of this name gives, maps at strides 4, 8 and 16, to be passed back in as
-        `image_embeddings` for masks without names. transformers' mask-generation pipeline works that way."""
+        """Return maps at strides 4, 8 and 16, as the method of this name in SAM 2 does. They are passed back in as
+        `image_embeddings` for masks without class names, as the mask-generation pipeline of transformers does."""
         sam = encode_image(self, pixel_values).sam
         return [*sam.high_res, sam.embedding]
 
@@ -200,33 +202,36 @@ class OVSamModel(OVSamPreTrainedModel):
     ) -> OVSamOutput:
         """
         Args:
-            pixel_values: [B, 3, H, W]; or `features` of an earlier call; or, for masks without names,
+            pixel_values: images [B, 3, H, W]; or `features` of an earlier call; or, for masks without class names,
                 `image_embeddings` from get_image_embeddings().
-            clip_pixel_values: [B, 3, H', W'], where CLIP has a geometry of its own; clip_window [B, 4] is then the
-                rectangle it covers, x1, y1, x2, y2 in fractions of the model input; the whole if not given.
-            input_ids, attention_mask: the words [K + K', T], the K' negative ones last; or `text_embeds` [K + K', D],
-                L2-normalised.
-            text_labels: the words as strings, as the processor returns them: one list for all images, or one list for
-                each, whose other words then get the lowest logit; or, with `text_embeds`, the class names of its rows.
-                They are part of the output for post-processing, and naming rules for trained words read them.
-            negative_labels: the negative words as strings; their number divides the rows above.
-            input_points: [B, P, N, 2] xy in pixels of the model input; input_labels [B, P, N]: 1 inside, 0 outside, -10
-                padding.
-            input_boxes: [B, P, 4] xyxy in pixels of the model input.
-            input_masks: [B, P, H/4, W/4] logits.
-            multimask_output: three masks for each prompt instead of the best one.
-            everything: propose whatever is an object, and let the words only name it; without words that is so anyway.
-            refine: False keeps input_masks, or else the ConceptHead's prototype masks, as they are.
-            proposal_threshold: proposals below it are dropped before refinement (default: the config's).
+            clip_pixel_values: images [B, 3, H', W'], if CLIP resizes or pads them differently; clip_window [B, 4] is
+                the rectangle they cover, x1, y1, x2, y2 in fractions of the model input (default: all of it).
+            input_ids, attention_mask: token ids [K + K', T] of the text queries, the K' negative ones last; or
+                `text_embeds` [K + K', D], L2-normalised.
+            text_labels: text queries as strings, as the processor returns them: one list for all images, or one list
+                for each image (queries of other images then get the lowest logit); or, with `text_embeds`, the class
+                names of its rows. They are returned in the output for post-processing; scoring rules that distinguish
+                trained class names read them too.
+            negative_labels: negative queries as strings; their number divides the rows above.
+            input_points: points [B, P, N, 2] xy in pixels of the model input; input_labels [B, P, N]: 1 inside, 0
+                outside, -10 padding.
+            input_boxes: boxes [B, P, 4] xyxy in pixels of the model input.
+            input_masks: mask logits [B, P, H/4, W/4].
+            multimask_output: whether to return three masks for each prompt instead of the best one.
+            everything: whether to propose all objects and use the text queries only to classify them; always so without
+                text queries.
+            refine: whether to refine masks with the mask decoder; if False, `input_masks` or else the prototype masks
+                of the ConceptHead are returned unchanged.
+            proposal_threshold: lowest score of the proposals that are refined (default: the one of the config).
             prompt_counts: number of prompts of each image; the rest of P is padding.
-            original_sizes: not used; an entry of the processor's output, so that `model(**inputs)` works.
+            original_sizes: ignored; part of the processor's output, so that `model(**inputs)` works.
 
         Raises:
-            InputError: neither pixels nor features; or no prompts and no ConceptHead.
+            InputError: neither pixels nor features are given; or no prompts are given and the model has no ConceptHead.
         """
         if features is None and image_embeddings is not None:
             *high_res, embedding = image_embeddings
-            # A ModelOutput given nothing but a dictionary takes that for its fields; maps=() is something.
+            # A ModelOutput whose only argument is a dictionary would take it for its fields, hence maps=().
             features = OVSamFeatures(sam=SamFeatures(embedding=embedding, high_res=tuple(high_res)), maps=())
         if features is None and pixel_values is None:
             raise InputError("Pass pixel_values, or features of an earlier call to encode().")
@@ -265,16 +270,16 @@ class OVSamModel(OVSamPreTrainedModel):
         decoded = self.sam.select_masks(self.sam.decode(features.sam, **prompts), multimask_output)
         if prototype_masks is not None:
             decoded.masks = decoded.masks + self.config.prototype_weight * prototype_masks[:, :, None]
-        if not refine:  # the decoder is only asked for its tokens, which naming may want
+        if not refine:  # only the tokens of the decoder are used, for classification
             if prompts["input_masks"] is None:
                 raise InputError("refine=False keeps masks as they are: pass input_masks, or refine boxes and points.")
             decoded.masks, decoded.iou = prompts["input_masks"][:, :, None], None
         score = decoded.masks.new_zeros(decoded.masks.shape[:3]) if decoded.iou is None else decoded.iou
-        best = score.argmax(-1, keepdim=True)  # [B, P, 1]; the mask that is named
+        best = score.argmax(-1, keepdim=True)  # [B, P, 1]; the mask that is classified
         masks = decoded.masks.take_along_dim(best[..., None, None], 2)[:, :, 0]  # [B, P, H/4, W/4]
         tokens = decoded.tokens.take_along_dim(best[..., None], 2)[:, :, 0]  # [B, P, C]
         boxes = masks_to_boxes(masks > 0) * self._mask_stride(masks)
-        # A person's box says better where the thing is than the box of the predicted mask.
+        # Prefer the user's box over the box of the predicted mask.
         region = boxes if prompts["input_boxes"] is None else prompts["input_boxes"].float()
         naming = self._name(features, masks, region, tokens)
         logits, negative_logits = naming.logits(query.embeds, query.mask, query.labels), naming.logits(query.negatives)
@@ -299,15 +304,15 @@ class OVSamModel(OVSamPreTrainedModel):
         refine: bool,
         proposal_threshold: float | None,
     ) -> OVSamOutput:
-        """Words, or nothing -> the ConceptHead's locations -> instances."""
+        """Text queries, or none -> locations of the ConceptHead -> instances."""
         concepts = features.concepts
         if concepts is None:
             raise InputError(
-                "This model has no ConceptHead, so it cannot find words or everything by itself: pass points, boxes or "
-                "masks, or a model with one, such as ovsam-tiny."
+                "This model has no ConceptHead, so it cannot search for text queries or everything: pass points, "
+                "boxes or masks, or a model with one, such as ovsam-tiny."
             )
         if not refine and concepts.prototypes is None:
-            raise InputError("refine=False needs prototype masks, which this model's ConceptHead does not give.")
+            raise InputError("refine=False needs prototype masks, which the ConceptHead of this model does not have.")
         threshold = self.config.proposal_threshold if proposal_threshold is None else proposal_threshold
         index, valid = self._propose(features, None if everything else query, threshold)  # [B, I]
         boxes = _take(concepts.boxes, index)  # [B, I, 4]
@@ -318,11 +323,12 @@ class OVSamModel(OVSamPreTrainedModel):
             decoded = self.sam.select_masks(decoded, multimask_output=False)
             refined, iou, tokens = decoded.masks[:, :, 0], decoded.iou, decoded.tokens[:, :, 0]
             masks = refined if masks is None else refined + self.config.prototype_weight * masks
-        elif masks is None:  # nothing was proposed, and there are no prototypes to say how large a mask is
+        elif masks is None:  # no proposals, and no prototypes that give the size of the masks
             masks = boxes.new_zeros(*index.shape, *(4 * side for side in features.sam.embedding.shape[-2:]))
         namings: list[Naming | FusedNaming] = [self._concept_naming(concepts, index)]
         if self.clip2sam is not None and tokens is not None:
-            # The adapter has seen the refined mask: it names everything, and has half a say on words.
+            # The adapter reads the refined mask. It replaces the head's logits in everything mode; else both are
+            # averaged.
             region = masks_to_boxes(masks > 0) * self._mask_stride(masks)
             seen = self._name(features, masks, region, tokens)
             namings = [seen] if everything else [*namings, seen]
@@ -348,9 +354,10 @@ class OVSamModel(OVSamPreTrainedModel):
     # ---- its steps --------------------------------------------------------------------------------------------
 
     def _propose(self, features: OVSamFeatures, query: TextQuery | None, threshold: float) -> tuple[Tensor, Tensor]:
-        """Which locations become instances: the most object-like, those that a word fits, less their duplicates.
+        """Select the locations that become instances: highest score first, duplicates removed.
 
-        Returns index [B, I] into the locations, best first, and valid [B, I]; I is the most any image has.
+        Returns:
+            index [B, I] into the locations and valid [B, I]; I is the highest number of proposals of an image.
         """
         concepts, config = features.concepts, self.config
         count = min(config.max_locations or concepts.objectness.shape[1], concepts.objectness.shape[1])
@@ -363,10 +370,10 @@ class OVSamModel(OVSamPreTrainedModel):
         score, order = score.sort(dim=1, descending=True)
         top = top.gather(1, order)
         kept = []
-        for image in range(len(top)):  # images differ in how many instances they hold
+        for image in range(len(top)):  # images have different numbers of instances
             index = top[image][score[image] > threshold]
             index = index[fast_box_nms(concepts.boxes[image, index], config.nms_threshold)][: config.max_detections]
-            if concepts.prototypes is not None and len(index) > 1:  # what is one thing by its mask is refined once
+            if concepts.prototypes is not None and len(index) > 1:  # duplicates by mask are refined once
                 rough = torch.einsum("iq,qhw->ihw", concepts.coefficients[image, index], concepts.prototypes[image])
                 rough = crop(rough, concepts.boxes[image, index] / self._mask_stride(rough))
                 index = index[suppress(mask_overlap(rough > 0), config.mask_nms_threshold)]
@@ -375,15 +382,15 @@ class OVSamModel(OVSamPreTrainedModel):
         return index.clamp(min=0), index >= 0
 
     def _move_from_clip(self, features: OVSamFeatures) -> None:
-        """Boxes and prototypes that were found in CLIP's input to where they lie in the model input, and not beyond."""
+        """Map boxes and prototypes from CLIP's input to the model input, boxes clipped to it."""
         concepts, frame = features.concepts, features.clip_frame
         concepts.boxes = boxes_from_clip(concepts.boxes, frame).clamp(0, self.sam.image_size)
         if concepts.prototypes is not None:
             concepts.prototypes = maps_from_clip(concepts.prototypes, frame, self.sam.image_size, features.clip_size)
 
     def _prototype_masks(self, features: OVSamFeatures, index: Tensor, boxes: Tensor | None = None) -> Tensor | None:
-        """Mask logits [B, I, H/4, W/4] of some locations: prototypes times coefficients (YOLACT), cut to their box, or
-        to `boxes` [B, I, 4]."""
+        """Mask logits [B, I, H/4, W/4] of some locations: prototypes times coefficients (YOLACT), cropped to the boxes
+        of the locations, or to `boxes` [B, I, 4]."""
         concepts = features.concepts
         if concepts.prototypes is None:
             return None
@@ -392,8 +399,8 @@ class OVSamModel(OVSamPreTrainedModel):
         return crop(masks, boxes / self._mask_stride(masks))
 
     def _prompted_prototypes(self, features: OVSamFeatures, prompts: dict) -> Tensor | None:
-        """What the ConceptHead takes for the prompted things: prototype masks [B, P, H/4, W/4], where it has a say. A
-        mask that is given, such as the one that further clicks correct, says more."""
+        """Prototype masks [B, P, H/4, W/4] for prompts; None if the ConceptHead has none, if their weight is 0, or if
+        the prompts include masks, which are more precise."""
         concepts, boxes, points = features.concepts, prompts["input_boxes"], prompts["input_points"]
         if not self.config.prototype_weight or concepts is None or concepts.prototypes is None:
             return None
@@ -411,8 +418,8 @@ class OVSamModel(OVSamPreTrainedModel):
         return None
 
     def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> Naming | FusedNaming:
-        """The class embedding of each mask: the adapter's, else the best-matching locations', else CLIP's own; none
-        where the features are SAM's alone."""
+        """Class embedding of each mask: from the adapter, else from the best-matching locations, else from CLIP's own
+        pooling; none if all features come from SAM."""
         if self.clip2sam is not None and features.maps:
             return self.clip2sam.name(features, masks, boxes, tokens, self.clip)
         if features.concepts is not None:
@@ -428,7 +435,7 @@ class OVSamModel(OVSamPreTrainedModel):
         return Naming(None, None, None)
 
     def _concept_naming(self, concepts: ConceptOutput, index: Tensor) -> "Naming":
-        """The class embeddings of some locations, index [B, I], each with its own scale and shift."""
+        """Class embeddings of the locations at index [B, I], each with its own scale and shift."""
         return Naming(*(_take(t, index) for t in (concepts.embeds, concepts.logit_scale, concepts.logit_shift)))
 
     def _mask_stride(self, masks: Tensor) -> float:

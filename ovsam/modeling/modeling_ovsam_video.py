@@ -1,7 +1,7 @@
-"""OVSamVideoModel: an OVSamModel whose SAM side remembers; sessions as transformers' SAM 2 has them for video.
+"""OVSamVideoModel: an OVSamModel whose SAM side has a memory, with sessions like those of SAM 2 video in transformers.
 
 `forward(session, frame_idx)` tracks every object of a session on one frame: objects whose memories have the same shape
-go through memory attention, mask decoder and memory encoder as one batch. What a session holds does not grow with the
+go through memory attention, mask decoder and memory encoder as one batch. The size of a session does not grow with the
 number of frames (see `ovsam.modeling.sam.memory`).
 """
 
@@ -25,7 +25,7 @@ from ovsam.modeling.sam.video import Sam2VideoSide
 
 @dataclass(frozen=True)
 class VideoPrompt:
-    """What selects one object on one frame: points, or a mask.
+    """Points or a mask that select one object on one frame.
 
     Attributes:
         points: [N, 2] as x, y in pixels of the model input.
@@ -40,15 +40,15 @@ class VideoPrompt:
 
 @dataclass
 class OVSamVideoOutput(ModelOutput):
-    """One frame: P objects. Objects whose first prompt lies on another frame are not among them.
+    """Output for one frame with P objects. Objects without a prompt on this frame or on a tracked one are left out.
 
     Attributes:
-        object_ids: the P ids.
+        object_ids: ids of the P objects.
         pred_masks: logits [P, 1, H/4, W/4].
-        object_score_logits: is the object in the picture, [P, 1].
+        object_score_logits: logits that the object is in the image, [P, 1].
         iou_scores: predicted IoU of the masks, [P].
         frame_idx: number of the frame.
-        features: of the frame, to ask further questions about it without encoding it again.
+        features: features of the frame, which can be reused without encoding it again.
     """
 
     object_ids: list[int] | None = None
@@ -60,11 +60,11 @@ class OVSamVideoOutput(ModelOutput):
 
 
 class OVSamVideoSession:
-    """A video and the objects that are tracked in it.
+    """A video and its tracked objects.
 
     Args:
-        video: the frames, as images; None where they come one by one. Any sequence: a frame is read when it is needed.
-        prepare: what makes model inputs of a frame, a mapping with `pixel_values` and whatever else `encode` takes.
+        video: frames as images, in any sequence (a frame is read when it is needed); None for a stream.
+        prepare: function from a frame to model inputs: a mapping with `pixel_values` and other arguments of `encode`.
         video_height, video_width: size of the frames in pixels.
     """
 
@@ -81,7 +81,7 @@ class OVSamVideoSession:
         self.prompts: dict[int, dict[int, VideoPrompt]] = {}
         self.next_frame = 0  # of a stream
         self._encoded: tuple[int, OVSamFeatures] | None = None  # the last frame's features
-        # Masks that were answered to prompts, so that they are not decoded again when tracking passes by.
+        # Masks returned for prompts; tracking reuses them instead of decoding them again.
         self._answers: dict[tuple[int, int], TrackedMasks] = {}
 
     @property
@@ -93,26 +93,26 @@ class OVSamVideoSession:
         return list(self.objects)
 
     def add_prompt(self, object_id: int, frame_idx: int, prompt: VideoPrompt) -> None:
-        """Prompt an object, a new one or a known one; it takes effect when the model is next given that frame."""
+        """Prompt a new or an existing object; takes effect the next time the model is called with that frame."""
         self.objects.setdefault(object_id, ObjectMemory())
         self.prompts.setdefault(object_id, {})[frame_idx] = prompt
 
     def remove_object(self, object_id: int) -> None:
-        """Forget an object; other ids stay as they are. Raises InputError: there is no such object."""
+        """Remove an object; other ids do not change. Raises InputError: there is no such object."""
         if object_id not in self.objects:
-            raise InputError(f"There is no object {object_id}; there are {self.obj_ids or 'none'}.")
+            raise InputError(f"There is no object {object_id}; objects of this session: {self.obj_ids or 'none'}.")
         del self.objects[object_id]
         self.prompts.pop(object_id, None)
         self._answers = {key: answer for key, answer in self._answers.items() if key[0] != object_id}
 
     def reset_tracking_data(self) -> None:
-        """Forget all objects."""
+        """Remove all objects."""
         self.objects.clear()
         self.prompts.clear()
         self._answers.clear()
 
     def nbytes(self) -> int:
-        """Bytes of the memories of all objects."""
+        """Size of the memories of all objects in bytes."""
         return sum(memory.nbytes() for memory in self.objects.values())
 
 
@@ -142,18 +142,17 @@ class OVSamVideoModel(OVSamModel):
         reverse: bool = False,
         **image_inputs: Any,
     ) -> OVSamVideoOutput | OVSamOutput:
-        """Track the objects of a session on one frame. Without a session it answers about images, as OVSamModel does.
+        """Track the objects of a session on one frame. Without a session this is the forward of OVSamModel, for images.
 
         Args:
             inference_session: from `OVSamProcessor.init_video_session`.
-            frame_idx: number of the frame; of a stream, the next one if it is not given.
-            frame: the frame itself, of a stream: pixel_values [1, 3, H, W] or [3, H, W], or all that the processor made
-                of it.
-            features: what `encode` made of the frame, in place of `frame`.
-            reverse: the frames come last first.
+            frame_idx: number of the frame (default for a stream: the next one).
+            frame: the frame of a stream: pixel_values [1, 3, H, W] or [3, H, W], or the output of the processor.
+            features: output of `encode` for the frame, in place of `frame`.
+            reverse: whether frames are tracked from the last to the first.
 
         Raises:
-            InputError: no frame, or no object to track.
+            InputError: there is no frame or no object to track.
         """
         if inference_session is None:
             return super().forward(features=features, **image_inputs)
@@ -175,15 +174,15 @@ class OVSamVideoModel(OVSamModel):
         reverse: bool = False,
         show_progress_bar: bool = False,
     ) -> Iterator[OVSamVideoOutput]:
-        """Track through a session's video, one output a frame.
+        """Track through the video of a session; yields one output for each frame.
 
         Args:
-            start_frame_idx: the first frame; by default the earliest one with a prompt.
-            max_frame_num_to_track: how many frames after it; by default all.
-            reverse: towards the beginning.
+            start_frame_idx: the first frame (default: the earliest one with a prompt).
+            max_frame_num_to_track: number of frames after the first one (default: all).
+            reverse: whether to track towards the beginning of the video.
 
         Raises:
-            InputError: the session has no video, or no object.
+            InputError: the session has no video or no object.
         """
         session, frames = inference_session, inference_session.num_frames
         if frames is None:
@@ -225,7 +224,7 @@ class OVSamVideoModel(OVSamModel):
         self, session: OVSamVideoSession, frame: int, features: OVSamFeatures, reverse: bool
     ) -> OVSamVideoOutput:
         found: dict[int, TrackedMasks] = {}
-        masks, first, later = [], [], []  # objects with a mask, with a first prompt of points, and all others
+        masks, first, later = [], [], []  # objects with a mask; with points as first prompt; all others
         for number, memory in session.objects.items():
             prompt = session.prompts.get(number, {}).get(frame)
             if prompt is None and (number, frame) in session._answers:
@@ -266,7 +265,7 @@ class OVSamVideoModel(OVSamModel):
         )
 
     def _segment(self, session, group, frame, sam, recalled, first: bool) -> dict[int, TrackedMasks]:
-        """Objects with equally many points."""
+        """Segment objects that have the same number of points."""
         config, points, labels = self.sam.model.config, None, None
         count = _points(session, group[0], frame)
         if count:
@@ -293,7 +292,7 @@ class OVSamVideoModel(OVSamModel):
             prompted = [session.prompts.get(number, {}).pop(frame, None) is not None for number in group]
             spatial = self.sam.memorise(sam, together, torch.tensor(prompted, device=self.device))[0]  # [P, T, 64]
             for place, number in enumerate(group):
-                # Clones: a view would keep the memories of the whole batch alive.
+                # Clone: a view would keep the memories of the whole batch in memory.
                 memory = FrameMemory(spatial[place].clone(), fresh[number].pointers[0, 0].clone())
                 kept, new = session.objects[number], number in conditioned
                 kept.store(frame, memory, new, self.sam.model.config)
@@ -303,13 +302,13 @@ class OVSamVideoModel(OVSamModel):
 
 
 def _points(session: OVSamVideoSession, number: int, frame: int) -> int:
-    """How many points an object's prompt on a frame has."""
+    """Number of points in the prompt of an object on a frame."""
     prompt = session.prompts.get(number, {}).get(frame)
     return 0 if prompt is None or prompt.labels is None else len(prompt.labels)
 
 
 def _alike(numbers: Iterable[int], key: Callable[[int], Any]) -> list[list[int]]:
-    """Objects in groups of one key."""
+    """Group objects by key."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for number in numbers:
         groups[key(number)].append(number)
@@ -317,7 +316,7 @@ def _alike(numbers: Iterable[int], key: Callable[[int], Any]) -> list[list[int]]
 
 
 def _each(numbers: Sequence[int], tracked: TrackedMasks) -> dict[int, TrackedMasks]:
-    """The masks of P objects on one image, each for itself [1, 1, ...]."""
+    """Split the masks of P objects on one image into one TrackedMasks each, [1, 1, ...]."""
     return {
         number: TrackedMasks(**{name: tensor[:, place : place + 1] for name, tensor in tracked.items()})
         for place, number in enumerate(numbers)

@@ -14,8 +14,7 @@ class ClipFeatures(ModelOutput):
     """Image features of a CLIP side, reusable for any number of prompts and words.
 
     Attributes:
-        maps: dense maps, high resolution first, each [B, Ci, hi, wi]; channels and strides are the side's
-            `channels` and `strides`.
+        maps: dense maps, high resolution first, each [B, Ci, hi, wi]; see the side's `channels` and `strides`.
         pool_map: the map that the side's `pool` reads, [B, Cp, hp, wp].
     """
 
@@ -28,11 +27,12 @@ class SamFeatures(ModelOutput):
     """Image features of a SAM side, reusable for any number of prompts.
 
     Attributes:
-        embedding: what the mask decoder reads, [B, C, h, w] at stride 16; `no_memory_embedding` is in it.
-        high_res: what it adds while upscaling: [B, C/8, 4h, 4w] and [B, C/4, 2h, 2w] of a pyramid (SAM 2, EdgeTAM,
-            SAM 3's tracker), [B, C/8, 4h, 4w] alone of SAM-HQ, nothing of SAM 1 and EfficientTAM.
-        pyramid: the maps of the vision encoder as they are, high resolution first, each [B, Ci, hi, wi]; channels and
-            strides are the side's `pyramid_channels` and `pyramid_strides`. One map where there is no pyramid.
+        embedding: input of the mask decoder, [B, C, h, w] at stride 16; `no_memory_embedding` is already added.
+        high_res: finer maps that the mask decoder adds while upscaling: [B, C/8, 4h, 4w] and [B, C/4, 2h, 2w] for
+            families with a pyramid (SAM 2, EdgeTAM, SAM 3's tracker), [B, C/8, 4h, 4w] for SAM-HQ, none for SAM 1 and
+            EfficientTAM.
+        pyramid: output maps of the vision encoder, high resolution first, each [B, Ci, hi, wi]; see the side's
+            `pyramid_channels` and `pyramid_strides`. One map if there is no pyramid.
     """
 
     embedding: Tensor | None = None
@@ -42,13 +42,14 @@ class SamFeatures(ModelOutput):
 
 @dataclass
 class DecodedMasks(ModelOutput):
-    """What the mask decoder says of every prompt.
+    """Output of the mask decoder for every prompt.
 
     Attributes:
         masks: logits at stride 4, [B, P, M, 4h, 4w].
         iou: predicted IoU of each mask, [B, P, M].
         tokens: the decoder's output token of each mask, [B, P, M, C].
-        object_logits: is there an object at all, [B, P, 1]; None where the decoder does not say (SAM 1, SAM-HQ).
+        object_logits: logits that an object is present, [B, P, 1]; None if the decoder has no object token (SAM 1,
+            SAM-HQ).
     """
 
     masks: Tensor | None = None
@@ -59,14 +60,14 @@ class DecodedMasks(ModelOutput):
 
 @dataclass
 class TrackedMasks(ModelOutput):
-    """What a frame of a video shows of P objects.
+    """Masks of P objects on one frame of a video.
 
     Attributes:
-        masks: logits at stride 4, [B, P, 4h, 4w]; the least there is where the object is not in the picture.
-        iou: predicted IoU, [B, P]; 1 where the mask was given.
-        object_logits: is the object in the picture, [B, P, 1].
+        masks: logits at stride 4, [B, P, 4h, 4w]; the lowest value everywhere if the object is not in the image.
+        iou: predicted IoU, [B, P]; 1 if the mask was given.
+        object_logits: logits that the object is in the image, [B, P, 1].
         pointers: object pointers, [B, P, C].
-        full: logits at the size of the model input, [B, P, H, W], of given masks alone.
+        full: logits at the size of the model input, [B, P, H, W], for given masks only.
     """
 
     masks: Tensor | None = None
@@ -96,11 +97,11 @@ class ConceptOutput(ModelOutput):
 
 @dataclass
 class OVSamFeatures(ModelOutput):
-    """Everything computed from the image alone; pass it back in as `features` to ask again without encoding again.
+    """All that is computed from the image alone; pass it back as `features` to reuse it without encoding again.
 
-    sam: SamFeatures; clip: ClipFeatures, or None in the `sam` composition; maps: what the adapters read, strides 4, 8,
-    16, 32; concepts: the ConceptHead's locations, in pixels of the model input, or None without one. clip_frame [B, 4]
-    and clip_size (height, width) say where CLIP's input lies, if it is not the model's own.
+    sam: SamFeatures; clip: ClipFeatures, or None in the `sam` composition; maps: input of the adapters, at strides 4,
+    8, 16, 32; concepts: locations of the ConceptHead, in pixels of the model input, or None without one. clip_frame [B,
+    4] and clip_size (height, width) map between CLIP's input and the model input where they differ.
     """
 
     sam: SamFeatures | None = None
@@ -113,18 +114,18 @@ class OVSamFeatures(ModelOutput):
 
 @dataclass
 class OVSamOutput(ModelOutput):
-    """I instances per image: the P prompts, or, without prompts, what the ConceptHead proposed.
+    """I instances per image: the P prompts, or, without prompts, the proposals of the ConceptHead.
 
-    pred_masks [B, I, M, H/4, W/4] logits; iou_scores [B, I, M], the decoder's own estimate, None without refinement;
-    pred_boxes [B, I, 4] xyxy in pixels of the model input; class_embeds [B, I, D], L2-normalised;
-    logits [B, I, K]: per-word logits, None without words; negative_logits [B, I, K'] for the negative words;
-    objectness [B, I] probabilities, None for prompts; scores [B, I, K] and negative_scores [B, I, K']: how likely an
-    instance is what the word says, in [0, 1]: the word's probability, and for a proposal of words its objectness too,
-    calibrated by the config's name_calibration or, for proposals of words, score_calibration;
-    valid [B, I] bool: False where a proposal only fills up a batch; features: the reusable OVSamFeatures.
+    pred_masks [B, I, M, H/4, W/4] logits; iou_scores [B, I, M]: IoU predicted by the mask decoder, None without
+    refinement; pred_boxes [B, I, 4] xyxy in pixels of the model input; class_embeds [B, I, D], L2-normalised; logits
+    [B, I, K]: logit of each text query, None without queries; negative_logits [B, I, K'] for negative queries;
+    objectness [B, I] probabilities, None for prompts; scores [B, I, K] and negative_scores [B, I, K'] in [0, 1]:
+    calibrated probability that the instance has the class name, by the config's name_calibration or, for proposals of
+    text queries, score_calibration; the latter include the objectness; valid [B, I] bool: False for padding of the
+    batch; features: the reusable OVSamFeatures.
 
-    For post-processing: text_labels and negative_labels, the words as they were given to the processor; everything:
-    whether instances are chosen by objectness; score_threshold and mask_nms_threshold, those of the checkpoint.
+    For post-processing: text_labels and negative_labels, as given to the processor; everything: whether instances are
+    selected by objectness; score_threshold and mask_nms_threshold of the checkpoint.
     """
 
     pred_masks: Tensor | None = None

@@ -1,7 +1,7 @@
-"""What lets a folder load with `trust_remote_code=True` in a process that never imported ovsam.
+"""Support for loading a folder with `trust_remote_code=True` in a process that has not imported ovsam.
 
-Beside the weights lies one line of code that imports this package; where the package is missing, transformers reads
-that line and says `pip install ovsam`. (Its own way, copying our sources there, works for flat packages only.)
+The folder holds one file of one line that imports this package. If the package is missing, transformers reads that line
+and asks for `pip install ovsam`. (Copying sources into the folder, as transformers does, works for flat packages only.)
 """
 
 import os
@@ -18,7 +18,7 @@ def write_shim(folder: str | os.PathLike) -> None:
 
 
 def auto_map(**classes: str) -> dict[str, str]:
-    """Names of Auto classes and of the classes of this package that they load from the folder."""
+    """Return the `auto_map` of a configuration: Auto class -> class of this package, loaded through the shim."""
     return {auto_class: f"{SHIM.removesuffix('.py')}.{name}" for auto_class, name in classes.items()}
 
 
@@ -31,8 +31,8 @@ class RemoteCodeConfig(PreTrainedConfig):
         write_shim(save_directory)
         self.auto_map = auto_map(AutoConfig=type(self).__name__, **self.auto_classes)
         super().save_pretrained(save_directory, *args, **kwargs)
-        del self.auto_map  # it belongs to the folder, not to this configuration as a part of another
+        del self.auto_map  # it belongs to the folder, not to this configuration inside another one
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
-        """Nothing: what this would make transformers copy into the folder is what the shim is for."""
+        """Does nothing: the shim replaces the sources that transformers would copy into the folder."""

@@ -1,4 +1,4 @@
-"""Class embeddings and words -> logits and scores."""
+"""Class embeddings and text embeddings -> logits and scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 from ovsam.errors import InputError
 
 SOFTMAX_SHIFT = -0.25
-CHUNK = 4096  # words that many locations are compared with at a time
-TRAINED, UNTRAINED = 0.1, 0.9  # CLIP's share in the name of a mask, Open-Vocabulary SAM
+CHUNK = 4096  # text queries that are compared with all locations at a time
+TRAINED, UNTRAINED = 0.1, 0.9  # weight of CLIP's probability in Open-Vocabulary SAM
 
 
 @dataclass
@@ -23,8 +23,8 @@ class Naming:
     shift: Tensor | None
 
     def best_logit(self, words: Tensor, asked: Tensor | None = None) -> Tensor:
-        """The largest of `logits`, [B, I], in memory that does not grow with K: scale and shift are the same for all
-        words and keep their order, so that they come after the maximum."""
+        """Highest value of `logits`, [B, I], in memory that does not grow with K: scale and shift are the same for all
+        queries and preserve their order, so they are applied after the maximum."""
         best = self.embeds.new_full((*self.embeds.shape[:2], 1), torch.finfo(self.embeds.dtype).min)
         for start in range(0, len(words), CHUNK):
             some = slice(start, start + CHUNK)
@@ -37,8 +37,8 @@ class Naming:
     def logits(
         self, words: Tensor | None, asked: Tensor | None = None, labels: Sequence[str] | None = None
     ) -> Tensor | None:
-        """words [K, D] -> [B, I, K]: (cosine + shift) * scale, each word by itself; asked [B, K] bool, all if None.
-        What the words are called, their K `labels`, does not matter here."""
+        """words [K, D] -> [B, I, K]: (cosine + shift) * scale, independently for each query; asked [B, K] bool selects
+        the queries of each image, all if None. `labels` are ignored here."""
         if words is None or self.embeds is None:
             return None
         logits = (self.embeds @ words.to(self.embeds.dtype).T + self.shift) * self.scale
@@ -47,12 +47,13 @@ class Naming:
 
 @dataclass
 class FusedNaming:
-    """Class embeddings of an adapter and of CLIP itself, both [B, I, D], and the rule of Open-Vocabulary SAM (Yuan et
-    al. 2024): p = p_adapter^(1 - a) * p_clip^a.
+    """Class embeddings of an adapter and of CLIP itself, both [B, I, D], fused by the rule of Open-Vocabulary SAM (Yuan
+    et al. 2024): p = p_adapter^(1 - a) * p_clip^a.
 
-    Each p is a softmax over all words asked about and a background whose cosine is zero, with `scale` times the cosine;
-    of synonyms the best counts. a is 0.1 for `trained_words`, which the adapter has seen, and 0.9 for others; 0 where
-    `clip_sees` [B, I] says that CLIP's last map is too coarse for the mask.
+    Each p is a softmax of `scale` times the cosine over all queried class names and a background of cosine zero; the
+    highest cosine of several queries for one class name counts. a is 0.1 for `trained_words`, the class names of the
+    adapter's training, and 0.9 for others; 0 where `clip_sees` [B, I] is False: CLIP's last map is too coarse for the
+    mask.
     """
 
     embeds: Tensor
@@ -64,13 +65,14 @@ class FusedNaming:
     def logits(
         self, words: Tensor | None, asked: Tensor | None = None, labels: Sequence[str] | None = None
     ) -> Tensor | None:
-        """words [K, D] -> [B, I, K], whose sigmoid is p; asked [B, K] bool, all if None. `labels` are the K names that
-        the words stand for: synonyms share one, and all of them get its logit; without labels no word was trained."""
+        """words [K, D] -> [B, I, K], whose sigmoid is p; asked [B, K] bool selects the queries of each image, all if
+        None. `labels` are the K class names; queries for the same class name get the same logit. Without labels all
+        class names count as untrained."""
         if words is None:
             return None
         labels = [str(k) for k in range(len(words))] if labels is None else list(labels)
         if len(labels) != len(words):
-            raise InputError(f"text_labels are one for each word, of which there are {len(words)}; got {len(labels)}.")
+            raise InputError(f"text_labels must hold one label for each of {len(words)} queries; got {len(labels)}.")
         names = list(dict.fromkeys(labels))
         place = {name: index for index, name in enumerate(names)}
         name_of = torch.tensor([place[label] for label in labels], device=words.device)  # [K]
@@ -83,7 +85,7 @@ class FusedNaming:
         return logits if asked is None else logits.masked_fill(~asked[:, None], torch.finfo(logits.dtype).min)
 
     def _log_p(self, embeds: Tensor, words: Tensor, asked: Tensor | None, name_of: Tensor) -> Tensor:
-        """log p of each name, [B, I, N]; name_of [K] says which name each word belongs to."""
+        """log p of each class name, [B, I, N]; name_of [K] is the index of the class name of each query."""
         cosine = embeds.float() @ words.float().T  # [B, I, K]
         if asked is not None:
             cosine = cosine.masked_fill(~asked[:, None], -1e4)
@@ -98,10 +100,10 @@ def _plain(word: str) -> str:
 
 @dataclass
 class TextQuery:
-    """The words of a call.
+    """The text queries of a call.
 
-    embeds [K, D] and negatives [K', D], L2-normalised, None without any; mask [B, K] bool, the words that each image is
-    asked about, None for all; labels: the K class names, None where only embeddings were given.
+    embeds [K, D] and negatives [K', D], L2-normalised, None without any; mask [B, K] bool: the queries of each image,
+    None if all images have the same; labels: the K class names, None if only embeddings were given.
     """
 
     embeds: Tensor | None
@@ -111,18 +113,18 @@ class TextQuery:
 
     @classmethod
     def of(cls, embeds: Tensor | None, text_labels: Any, negative_labels: Sequence[str] | None) -> "TextQuery":
-        """Divide the rows of `embeds` [K + K', D] into words and, last, negative words.
+        """Divide the rows of `embeds` [K + K', D] into queries and, last, negative queries.
 
         Raises:
-            InputError: there are fewer rows than negative words, or not one row for each word.
+            InputError: the number of rows is not the number of queries plus that of negative queries.
         """
         if embeds is None:
             return cls(None, None, None, None)
         labels, count = row_labels(text_labels), len(embeds) - len(negative_labels or ())
         if count < 0 or (labels is not None and len(labels) != count):
             raise InputError(
-                f"There are {len(embeds)} text embeddings for {len(labels or ())} words in text_labels and "
-                f"{len(negative_labels or ())} in negative_labels; pass one row for each, negative words last."
+                f"There are {len(embeds)} text embeddings for {len(labels or ())} entries of text_labels and "
+                f"{len(negative_labels or ())} in negative_labels; pass one row for each, negative queries last."
             )
         words, negatives = embeds.split([count, len(embeds) - count])
         mask = word_mask(text_labels)
@@ -135,8 +137,8 @@ class TextQuery:
 
 
 def word_mask(text_labels: Any) -> Tensor | None:
-    """Words per image, as the processor takes them -> [B, K] bool, the words of the union that each image is asked
-    about; None where all images are asked about the same words."""
+    """text_labels -> [B, K] bool: which text queries of the union over all images belong to each image; None if all
+    images have the same."""
     if not text_labels or isinstance(text_labels, Mapping) or isinstance(text_labels[0], str):
         return None
     union = list(dict.fromkeys(phrase for words in text_labels for phrase in words))
@@ -144,8 +146,8 @@ def word_mask(text_labels: Any) -> Tensor | None:
 
 
 def row_labels(text_labels: Sequence | Mapping[str, str] | None) -> list[str] | None:
-    """Return the class name of each of the K texts, from `text_labels` as the processor takes them: labels, a mapping
-    of phrases to labels, or one of these for each image, of which the union is tokenised."""
+    """Return the class names of the K text queries, given `text_labels` as the processor takes them: class names, a
+    mapping of phrases to class names, or one of these for each image, of which the union is tokenised."""
     if not text_labels:
         return None
     if isinstance(text_labels, Mapping):
@@ -160,9 +162,9 @@ def row_labels(text_labels: Sequence | Mapping[str, str] | None) -> list[str] | 
 
 
 def clip_scale_shift(clip) -> tuple[Tensor | float, Tensor | float]:
-    """Scale and shift of a CLIP side's own cosines. A tower that was trained by a softmax over words says only which
-    word is better, not whether it is right; its cosines are read as if a quarter were the even chance, which lies
-    between those of right and wrong words for released CLIPs (ranks do not depend on it)."""
+    """Scale and shift of a CLIP side's own cosines. The logits of a tower trained with a softmax over texts are
+    comparable with each other only; the shift maps cosine 0.25 to probability 0.5, which lies between the cosines of
+    right and wrong class names for released CLIPs (ranks do not depend on it)."""
     return clip.logit_scale, SOFTMAX_SHIFT if clip.softmax else clip.logit_shift
 
 
@@ -172,21 +174,21 @@ def mean_logits(
     asked: Tensor | None = None,
     labels: Sequence[str] | None = None,
 ) -> Tensor | None:
-    """The mean of what several namings of the same instances say, [B, I, K]."""
+    """Mean of the logits of several namings of the same instances, [B, I, K]."""
     if words is None:
         return None
     return torch.stack([naming.logits(words, asked, labels) for naming in namings]).mean(0)
 
 
 def instance_scores(logits: Tensor, objectness: Tensor | None, weight: float = 0.5) -> Tensor:
-    """How likely an instance is what the word says: for a proposal, the weighted geometric mean of "is it this word"
-    and "is it a thing, and is this box its box". Any shape, each in [0, 1]."""
+    """Probability that an instance has the class name: for a proposal, the weighted geometric mean of the probability
+    of the class name and the objectness. Any shape, each in [0, 1]."""
     score = logits.sigmoid()
     return score if objectness is None or weight == 0 else score ** (1 - weight) * objectness**weight
 
 
 def calibrated(scores: Tensor, calibration: Sequence[float]) -> Tensor:
-    """Scores in [0, 1] of any shape, their logits times the first number of the calibration plus the second (Platt
-    1999): their order stays, 0 and 1 stay, and no score depends on another."""
+    """Platt scaling (Platt 1999) of scores in [0, 1] of any shape: the logit of each score is multiplied by the first
+    number of the calibration and the second is added. Order is preserved, and 0 and 1 stay."""
     scale, shift = calibration
     return scores if (scale, shift) == (1, 0) else torch.sigmoid(scale * torch.logit(scores) + shift)

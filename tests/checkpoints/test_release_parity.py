@@ -366,7 +366,7 @@ def test_names_of_the_rows(given, names):
 
 
 def test_text_labels_must_be_one_for_each_word(model, features, numbers):
-    with pytest.raises(ovsam.InputError, match="There are 7 text embeddings for 2 words"):
+    with pytest.raises(ovsam.InputError, match="There are 7 text embeddings for 2 entries"):
         model(
             features=features,
             text_embeds=numbers["text_embed"][:, 0],

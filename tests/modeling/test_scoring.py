@@ -1,4 +1,4 @@
-"""Class embeddings and words -> logits and scores."""
+"""Class embeddings and text embeddings -> logits and scores."""
 
 import pytest
 import torch
