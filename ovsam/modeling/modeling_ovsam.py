@@ -31,7 +31,7 @@ from ovsam.modeling.sam import SAM_SIDES, DecodedMasks, SamFeatures
 from ovsam.modeling.sam.base import check_prompts
 from ovsam.modeling.sam.video import EdgeTamVideoSide
 from ovsam.modeling.scoring import (
-    FusedNaming,
+    AnyNaming,
     Naming,
     TextQuery,
     calibrated,
@@ -325,7 +325,7 @@ class OVSamModel(OVSamPreTrainedModel):
             masks = refined if masks is None else refined + self.config.prototype_weight * masks
         elif masks is None:  # no proposals, and no prototypes that give the size of the masks
             masks = boxes.new_zeros(*index.shape, *(4 * side for side in features.sam.embedding.shape[-2:]))
-        namings: list[Naming | FusedNaming] = [self._concept_naming(concepts, index)]
+        namings: list[AnyNaming] = [self._concept_naming(concepts, index)]
         if self.clip2sam is not None and tokens is not None:
             # The adapter reads the refined mask. It replaces the head's logits in everything mode; else both are
             # averaged.
@@ -417,7 +417,7 @@ class OVSamModel(OVSamPreTrainedModel):
             return self._prototype_masks(features, index)
         return None
 
-    def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> Naming | FusedNaming:
+    def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> AnyNaming:
         """Class embedding of each mask: from the adapter, else from the best-matching locations, else from CLIP's own
         pooling; none if all features come from SAM."""
         if self.clip2sam is not None and features.maps:

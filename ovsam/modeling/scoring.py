@@ -19,8 +19,8 @@ class Naming:
     """Class embeddings [B, I, D] with the scale and shift that turn a cosine into a logit (broadcast to [B, I, 1])."""
 
     embeds: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
+    scale: Tensor | float | None
+    shift: Tensor | float | None
 
     def best_logit(self, words: Tensor, asked: Tensor | None = None) -> Tensor:
         """Highest value of `logits`, [B, I], in memory that does not grow with K: scale and shift are the same for all
@@ -42,6 +42,36 @@ class Naming:
         if words is None or self.embeds is None:
             return None
         logits = (self.embeds @ words.to(self.embeds.dtype).T + self.shift) * self.scale
+        return logits if asked is None else logits.masked_fill(~asked[:, None], torch.finfo(logits.dtype).min)
+
+
+@dataclass
+class BlendedNaming:
+    """Class embeddings of an adapter and of CLIP itself, and the shares of Open-Vocabulary SAM (Yuan et al. 2024) as a
+    blend of logits, so that the score of a word does not depend on the other words.
+
+    A word's logit is (1 - a) * adapter + a * CLIP. a is 0.1 for `trained_words`, on which the adapter was trained, and
+    0.9 for others, and for words without a label.
+    """
+
+    adapter: Naming
+    clip: Naming
+    trained_words: frozenset[str]
+
+    @property
+    def embeds(self) -> Tensor | None:
+        return self.adapter.embeds
+
+    def logits(
+        self, words: Tensor | None, asked: Tensor | None = None, labels: Sequence[str] | None = None
+    ) -> Tensor | None:
+        """words [K, D] -> [B, I, K]; asked [B, K] bool, all if None; labels: the K class names."""
+        if words is None:
+            return None
+        labels = [""] * len(words) if labels is None else labels
+        share = [TRAINED if _plain(label) in self.trained_words else UNTRAINED for label in labels]
+        share = torch.tensor(share, device=words.device)  # [K]
+        logits = (1 - share) * self.adapter.logits(words) + share * self.clip.logits(words)
         return logits if asked is None else logits.masked_fill(~asked[:, None], torch.finfo(logits.dtype).min)
 
 
@@ -92,6 +122,9 @@ class FusedNaming:
         best = cosine.new_zeros(*cosine.shape[:2], int(name_of.max()) + 2)  # the last one is the background
         best = best.scatter_reduce(-1, name_of.expand_as(cosine), cosine, "amax", include_self=False)
         return (self.scale * best).log_softmax(-1)[..., :-1]
+
+
+AnyNaming = Naming | BlendedNaming | FusedNaming
 
 
 def _plain(word: str) -> str:
@@ -169,7 +202,7 @@ def clip_scale_shift(clip) -> tuple[Tensor | float, Tensor | float]:
 
 
 def mean_logits(
-    namings: Sequence[Naming | FusedNaming],
+    namings: Sequence[AnyNaming],
     words: Tensor | None,
     asked: Tensor | None = None,
     labels: Sequence[str] | None = None,

@@ -50,6 +50,7 @@ class TestImageNet(ClipSideTester):
     @torch.no_grad()
     def test_regions_and_locations_equal_a_slow_loop(self, side):
         features, masks = side.encode_image(torch.randn(1, 3, SIZE, SIZE)), torch.zeros(1, 2, SIZE, SIZE)
+        assert features.maps[-1] is features.pool_map  # the map that the classifier pools
         masks[0, 0, 32:96, 64:128] = 1
         masks[0, 1, 0:64, 0:32] = 1
         dense = side.dense(features)[0]

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ovsam.modeling.scoring import CHUNK, Naming, calibrated, instance_scores, mean_logits
+from ovsam.modeling.scoring import CHUNK, BlendedNaming, Naming, calibrated, instance_scores, mean_logits
 
 
 def naming(batch=2, instances=5, width=16) -> Naming:
@@ -70,3 +70,20 @@ def test_calibration_keeps_order_and_ends_and_leaves_scores_alone_by_default():
     assert moved[0] == 0 and moved[-1] == 1 and (moved.diff() > 0).all()
     assert_close(moved[10], torch.tensor(2.0).sigmoid())  # a logit of zero becomes the shift
     assert_close(calibrated(torch.tensor(3.0).sigmoid(), (0.5, -1.0)), torch.tensor(0.5).sigmoid())
+
+
+def test_the_adapter_names_trained_words_and_clip_the_others():
+    torch.manual_seed(0)
+    own, of_clip, words = (normalize(torch.randn(*shape), dim=-1) for shape in ((1, 2, 8), (1, 2, 8), (3, 8)))
+    adapter, clip = Naming(own, 10.0, -0.5), Naming(of_clip, 20.0, -0.25)
+    blended = BlendedNaming(adapter, clip, frozenset(["red ball"]))
+    found = blended.logits(words, labels=["Red_ball", "cat", "dog"])
+    first, second = adapter.logits(words), clip.logits(words)
+    assert_close(found[..., 0], 0.9 * first[..., 0] + 0.1 * second[..., 0])
+    assert_close(found[..., 1:], 0.1 * first[..., 1:] + 0.9 * second[..., 1:])
+    alone = blended.logits(words[1:2], labels=["cat"])
+    assert_close(alone[..., 0], found[..., 1])  # the other words change nothing
+    assert_close(blended.logits(words)[..., 0], 0.1 * first[..., 0] + 0.9 * second[..., 0])  # without class names
+    asked = torch.tensor([[True, False, True]])
+    assert blended.logits(words, asked)[0, 0, 1] == torch.finfo(torch.float32).min
+    assert blended.logits(None) is None and blended.embeds is own

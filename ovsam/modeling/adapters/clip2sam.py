@@ -10,14 +10,24 @@ from ovsam.modeling.adapters.common import AdapterModel, RegionProjection, TopDo
 from ovsam.modeling.clip.base import mask_pool
 from ovsam.modeling.geometry import boxes_to_clip, maps_to_clip
 from ovsam.modeling.remote_code import RemoteCodeConfig
-from ovsam.modeling.scoring import Naming
+from ovsam.modeling.scoring import BlendedNaming, Naming
 
 ROI = 7
 
 
 class Clip2SamConfig(RemoteCodeConfig):
-    """`token_dim` is the mask decoder's width C, or 0 to leave its tokens out (as the released Open-Vocabulary SAM
-    does, whose label token is multiplied by zero)."""
+    """Configuration of Clip2SamAdapter.
+
+    Args:
+        in_channels: channels of CLIP's maps at strides 4, 8, 16, 32.
+        embed_dim: D.
+        width: width of the adapter.
+        token_dim: the mask decoder's width C, or 0 to leave its tokens out (as the released Open-Vocabulary SAM does,
+            whose label token is multiplied by zero).
+        trained_words: the class names of training. If there are any, the names of masks are a blend of the adapter and
+            of CLIP itself, whose share is small for these words and large for others.
+        clip_scale, clip_shift: scale and shift of CLIP's own cosines in that blend.
+    """
 
     model_type = "ovsam_clip2sam"
     auto_classes = {"AutoModel": "Clip2SamAdapter"}
@@ -26,6 +36,9 @@ class Clip2SamConfig(RemoteCodeConfig):
     embed_dim: int = 384
     width: int = 128
     token_dim: int = 0
+    trained_words: list | tuple = ()
+    clip_scale: float = 100.0
+    clip_shift: float = -0.25
 
 
 class Clip2SamAdapter(AdapterModel):
@@ -87,7 +100,7 @@ class Clip2SamAdapter(AdapterModel):
             hidden = hidden + F.relu(self.token(tokens))
         return F.normalize(pooled + self.embedding(hidden), dim=-1)
 
-    def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor, clip) -> Naming:
+    def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor, clip) -> Naming | BlendedNaming:
         """The naming of masks in a whole model.
 
         Args:
@@ -100,7 +113,14 @@ class Clip2SamAdapter(AdapterModel):
         frame, size = features.clip_frame, features.clip_size
         seen = maps_to_clip(masks.sigmoid(), frame, 4 * masks.shape[-1], size)
         embeds = self(features.maps, boxes_to_clip(boxes, frame), seen, tokens)
-        return Naming(embeds, self.log_scale.exp(), self.logit_shift)
+        adapter = Naming(embeds, self.log_scale.exp(), self.logit_shift)
+        config = self.config
+        if not config.trained_words or features.clip is None:
+            return adapter
+        own = clip.pool(features.clip, boxes=boxes_to_clip(boxes, frame))  # [B, P, D]
+        return BlendedNaming(
+            adapter, Naming(own, config.clip_scale, config.clip_shift), frozenset(config.trained_words)
+        )
 
     def logits(self, embeds: Tensor, words: Tensor) -> Tensor:
         """embeds [B, P, D], words [K, D] -> [B, P, K]"""

@@ -39,7 +39,9 @@ class ImageNetConfig(PreTrainedConfig):
 
 
 class ImageNetSide(ClipSide):
-    """Image -> maps of the classifier's last four stages and its last feature map; class names -> [K, D].
+    """Image -> maps of the classifier's last four stages; class names -> [K, D].
+
+    The last map is the one that the classifier pools, after its last convolution and normalisation.
 
     `class_embeds` [N, D] holds the text embeddings of the classifier's own class names; it is a buffer, so that it is
     saved with the classifier. `part` is "all", "vision" or "text"; names of weights are the same in all three.
@@ -59,7 +61,7 @@ class ImageNetSide(ClipSide):
         stages = len(info) if isinstance(info, list) else len(info.channels())
         stages_are_blocks = hasattr(classifier, "patch_embed") and hasattr(classifier, "blocks")
         self.map_stages = map_blocks(stages) if stages_are_blocks else list(range(stages))[-4:]
-        self.channels = tuple(info[i]["num_chs"] for i in self.map_stages)
+        self.channels = (*(info[i]["num_chs"] for i in self.map_stages[:-1]), classifier.num_features)
         self.strides = tuple(info[i]["reduction"] for i in self.map_stages)
         self.embed_dim, self.top = config.embed_dim, min(config.top, config.num_classes)
         self.image_size = config.image_size
@@ -72,7 +74,8 @@ class ImageNetSide(ClipSide):
 
     def encode_image(self, pixel_values: Tensor) -> ClipFeatures:
         last, maps = self.vision_model.forward_intermediates(pixel_values, indices=self.map_stages, output_fmt="NCHW")
-        return ClipFeatures(maps=tuple(maps), pool_map=self._to_map(last, maps[-1].shape[-2:]))
+        pool_map = self._to_map(last, maps[-1].shape[-2:])
+        return ClipFeatures(maps=(*maps[:-1], pool_map), pool_map=pool_map)
 
     def _to_map(self, last: Tensor, size: Sequence[int]) -> Tensor:
         """The classifier's last features as [B, C, h, w]; tokens before those of the locations are left out."""
