@@ -1,21 +1,56 @@
-"""The pipeline task finds the instances that the Segmenter finds."""
+"""The pipeline task answers as the model does, and finds the instances that the Segmenter finds."""
 
-from pathlib import Path
-
+import numpy as np
 import pytest
+import torch
+from common import picture
+from torch.testing import assert_close
 from transformers import pipeline
 
 import ovsam
-from ovsam.checkpoints.embedded import find_checkpoint
 
-SCENE = Path(__file__).parents[1] / "data" / "emojiscenes-val" / "images" / "028.jpg"
-WORDS = ["car", "saxophone", "dog face"]
+IMAGE = picture(1, width=200, height=90)
+BOX = [30, 30, 100, 80]
 
 
-@pytest.mark.parametrize("threshold", [0.001, 0.3])
-def test_a_low_threshold_lowers_that_of_proposals(threshold):
-    asked = pipeline(ovsam.TASK, model=str(find_checkpoint()), device="cpu")
-    found = asked(str(SCENE), text=WORDS, threshold=threshold)
-    want = ovsam.load("ovsam-tiny", device="cpu").where(SCENE, WORDS, threshold=threshold)
-    assert [one["label"] for one in found] == want.labels
-    assert [one["score"] for one in found] == pytest.approx(list(want.scores), abs=1e-5)
+@pytest.fixture
+def segment(tiny_folder):
+    return pipeline(ovsam.TASK, model=str(tiny_folder), device="cpu")
+
+
+@pytest.mark.parametrize("threshold", [0.001, 0.5])
+def test_it_finds_what_the_segmenter_finds(segment, tiny_folder, threshold):
+    """A low threshold lowers that of proposals, too."""
+    found = segment(IMAGE, text=["cat", "dog"], threshold=threshold)
+    expected = ovsam.load(tiny_folder, device="cpu").where(IMAGE, ["cat", "dog"], threshold=threshold)
+    assert [one["label"] for one in found] == expected.labels and len(found) > 3
+    assert [one["score"] for one in found] == pytest.approx(list(expected.scores), abs=1e-5)
+    assert (np.stack([one["mask"] for one in found]) == expected.masks).mean() > 0.9999
+    sides = [[one["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")] for one in found]
+    assert np.abs(np.array(sides) - np.array([one.box for one in expected])).max() <= 1
+
+
+def test_prompts_and_everything(segment, tiny_folder):
+    segmenter = ovsam.load(tiny_folder, device="cpu")
+    (named,) = segment(IMAGE, text=["cat", "dog"], input_boxes=[[BOX]])
+    expected = segmenter.what(IMAGE, boxes=[BOX], vocabulary=["cat", "dog"])[0]
+    assert named["label"] == expected.label
+    assert_close(
+        torch.tensor([named["score"], named["mask_score"]]), torch.tensor([expected.score, expected.mask_score])
+    )
+    assert len(segment(IMAGE)) == len(segmenter.everything(IMAGE)) > 3
+
+
+def test_images_come_as_lists_and_paths(segment, tmp_path):
+    assert len(segment([IMAGE, picture()], text="cat")) == 2
+    IMAGE.save(tmp_path / "picture.png")
+    by_path = segment(str(tmp_path / "picture.png"), text="cat")
+    assert [one["score"] for one in by_path] == [one["score"] for one in segment(IMAGE, text="cat")]
+    with pytest.raises(TypeError, match="words"):
+        segment(IMAGE, words=["cat"])
+
+
+def test_thresholds_are_those_of_the_model(segment):
+    segment.model.config.score_threshold, segment.model.config.objectness_threshold = 0.6, 0.7
+    named, unnamed = segment(picture(), text=["cat", "dog"]), segment(picture())
+    assert 0.6 <= min(one["score"] for one in named) < 0.7 <= min(one["score"] for one in unnamed)

@@ -1,4 +1,4 @@
-"""The three questions as a person asks them, of the embedded checkpoint, about a held-out scene."""
+"""The Segmenter on a tiny random model: the three questions give the model's own answers in pixels of the image."""
 
 from functools import partial
 from pathlib import Path
@@ -6,97 +6,208 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from common import SIZE, WORDS, picture, tiny_model, tiny_processor
+from torch.testing import assert_close
 
 import ovsam
-from ovsam import InputError
+from ovsam import InputError, Segmenter
 
-SCENE = "tests/data/emojiscenes-val/images/028.jpg"
+BOXES = [[10, 20, 60, 80], [70, 5, 125, 50], [1, 1, 9, 9]]
+WIDE = picture(1, width=200, height=90)
+LOW = {"threshold": 0.0}  # scores of random models lie anywhere
 
 
 @pytest.fixture(scope="module")
 def segmenter():
-    return ovsam.load("ovsam-tiny")
+    """Masks of a random model overlap: only equal ones are suppressed."""
+    model = tiny_model(proposal_threshold=0.3, mask_nms_threshold=1.0)
+    return Segmenter(model, tiny_processor(), "tiny")
 
 
 @pytest.fixture(scope="module")
 def scene(segmenter):
-    return segmenter.encode(SCENE)
+    return segmenter.encode(picture())
 
 
-def overlap(one, other) -> float:
-    return float((one & other).sum() / (one | other).sum())
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scene") / "scene.png"
+    picture().save(path)
+    return path
+
+
+def scores(results):
+    return torch.tensor([one.score for one in results])
+
+
+def same(one, other):
+    assert one.labels == other.labels and len(one) > 0
+    assert [each.segmentation for each in one] == [each.segmentation for each in other]
+
+
+@torch.no_grad()
+def answer(segmenter, image, threshold=None, **asked):
+    """What the model and the processor answer, by themselves."""
+    inputs = segmenter.processor(images=image, **asked)
+    post_process = segmenter.processor.post_process_instance_segmentation
+    return post_process(segmenter.model(**inputs), target_sizes=inputs["original_sizes"], threshold=threshold)[0]
+
+
+# ---- where
+
+
+def test_where_is_the_model_and_the_processor(segmenter):
+    found = segmenter.where(WIDE, ["cat", "dog"], threshold=0.5)
+    expected = answer(segmenter, WIDE, text=["cat", "dog"], threshold=0.5)
+    assert found.labels == expected["text_labels"] and len(found) > 3
+    assert_close(scores(found), expected["scores"].float(), rtol=0, atol=1e-4)
+    assert found.size == (90, 200) and found.model == "tiny"
 
 
 def test_phrases_stand_for_labels_and_each_instance_keeps_its_own(segmenter, scene):
-    words = {"automobile": "vehicle", "car": "vehicle", "saxophone": "instrument"}
-    found = segmenter.where(scene, words)
-    assert {"vehicle", "instrument"} == set(found.labels)
+    words = {"cat": "animal", "dog": "animal", "cup": "vessel"}
+    found = segmenter.where(scene, words, **LOW)
+    assert set(found.labels) == {"animal", "vessel"}
     for one in found:
         assert words[one.prompt] == one.label and one.topk[0][0] == one.label
-    both = {word: segmenter.where(scene, [word]) for word in ("automobile", "car")}
-    best = max(one.score for results in both.values() for one in results)
-    assert next(one for one in found if one.label == "vehicle").score == pytest.approx(best, abs=1e-4)
+    best = max(one.score for word in ("cat", "dog") for one in segmenter.where(scene, [word], **LOW))
+    assert next(one for one in found if one.label == "animal").score == pytest.approx(best, abs=1e-4)
 
 
-def test_what_looks_more_like_a_negative_word_is_dropped_and_named(segmenter, scene):
-    plain = segmenter.where(scene, ["dog"])
-    told = segmenter.where(scene, ["dog"], negative=["dog face"])
-    assert len(plain) == 1 and len(told) == 0 and not plain.dropped
-    (dropped,) = told.dropped
-    assert dropped["text_label"] == "dog" and dropped["negative"] == "dog face"
-    assert dropped["negative_score"] > dropped["score"] == pytest.approx(plain[0].score)
+def test_negative_words_drop_what_matches_them_better(segmenter, scene):
+    plain = segmenter.where(scene, ["cat", "dog"], **LOW)
+    told = [segmenter.where(scene, ["cat", "dog"], negative=[word], **LOW) for word in WORDS[2:]]
+    assert not plain.dropped and min(map(len, told)) < len(plain)
+    for word, found in zip(WORDS[2:], told, strict=True):
+        expected = answer(segmenter, scene.image, text=["cat", "dog"], negative_text=[word], threshold=0.0)
+        assert_close(scores(found), expected["scores"].float(), rtol=0, atol=1e-4)
+        for dropped in found.dropped:
+            assert dropped["negative"] == word and dropped["negative_score"] > dropped["score"]
+    assert len(segmenter.where(scene, ["cat"], negative=["cat"], **LOW)) == 0
 
 
-def test_presence_says_how_sure_each_word_is(segmenter, scene):
-    found = segmenter.where(scene, ["car", "saxophone"], threshold=0.99)
-    assert len(found) == 0 and 0.8 < found.presence["car"] < 0.99 and found.presence["saxophone"] < 0.6
+def test_presence_is_the_highest_score_of_each_word(segmenter, scene):
+    found = segmenter.where(scene, ["cat", "moon"], threshold=1.0)
+    assert len(found) == 0
+    for word, score in found.presence.items():
+        alone = segmenter.where(scene, [word], nms=None, **LOW)
+        assert score == pytest.approx(alone.scores.max(), abs=1e-4)
 
 
-def test_an_exemplar_finds_its_kind_alone_and_beside_words(segmenter, scene):
-    car = segmenter.where(scene, ["car"])[0]
-    alone = segmenter.where(scene, exemplars=[car.box])
-    assert alone[0].label == "exemplar" and overlap(alone[0].mask, car.mask) > 0.8
-    elsewhere = segmenter.where(SCENE, exemplars=[(scene, car.box)])
-    assert [one.segmentation for one in elsewhere] == [one.segmentation for one in alone]
-    as_array = segmenter.where(scene, exemplars=[np.array(car.box, dtype=np.int64)])
-    assert [one.segmentation for one in as_array] == [one.segmentation for one in alone]
-    both = segmenter.where(scene, ["dog face"], exemplars={"mine": [car.box]})
-    assert {"dog face", "mine"} <= set(both.labels)
+def test_exemplars_alone_and_beside_words(segmenter, scene):
+    box = BOXES[0]
+    alone = segmenter.where(scene, exemplars=[box], **LOW)
+    assert set(alone.labels) == {"exemplar"}
+    same(segmenter.where(picture(), exemplars=[(scene, box)], **LOW), alone)
+    same(segmenter.where(scene, exemplars=[np.array(box, dtype=np.int64)], **LOW), alone)
+    both = segmenter.where(scene, ["cat"], exemplars={"mine": [box], "cat": [box]}, **LOW)
+    assert set(both.labels) == {"cat", "mine"}
     with pytest.raises(InputError, match="words, or exemplars"):
         segmenter.where(scene)
 
 
+def test_unrefined_masks_cost_no_decoding(segmenter, scene, monkeypatch):
+    refined = segmenter.where(scene, ["cat"], **LOW)
+    monkeypatch.setattr(segmenter.model.sam, "decode", None)
+    rough = segmenter.where(scene, ["cat"], refine=False, **LOW)
+    assert len(rough) > 1 and rough[0].segmentation != refined[0].segmentation
+
+
+def test_without_a_concept_head_there_are_prompts_only(segmenter):
+    bare = Segmenter(tiny_model(adapters=False), segmenter.processor)
+    assert len(bare.what(picture(), boxes=BOXES, vocabulary=["cat", "dog"])) == 3
+    with pytest.raises(InputError, match="no ConceptHead"):
+        bare.where(picture(), ["cat"], proposer="concepts")
+
+
+# ---- what
+
+
+def test_prompts_are_named(segmenter, scene):
+    words = ["cat", "dog", "moon"]
+    found = segmenter.what(scene, boxes=BOXES, vocabulary=words)
+    expected = answer(segmenter, scene.image, input_boxes=[BOXES], text=words)
+    assert found.labels == expected["text_labels"] and len(found) == 3
+    assert_close(scores(found), expected["scores"].float(), rtol=0, atol=1e-4)
+    assert [list(one.prompt) for one in found] == BOXES and {one.source for one in found} == {"box"}
+    (click,) = segmenter.what(scene, points=[[20, 30], [90, 90]], labels=[1, 0], vocabulary=words)
+    points = {"input_points": [[[[20, 30], [90, 90]]]], "input_labels": [[[1, 0]]]}
+    expected = answer(segmenter, scene.image, text=words, **points)
+    assert click.label == expected["text_labels"][0] and click.source == "point"
+    assert click.score == pytest.approx(float(expected["scores"]), abs=1e-4)
+    (unnamed,) = segmenter.what(scene, points=[[20, 30]])
+    assert unnamed.label == "object" and unnamed.score == 1
+
+
 def test_a_mask_is_a_prompt(segmenter, scene):
-    """A rough mask gives the exact one, and the same name as its box."""
-    car = segmenter.where(scene, ["car"])[0]
-    rough = torch.from_numpy(car.mask).float()[None, None]
-    rough = torch.nn.functional.max_pool2d(rough, 9, 1, 4)[0] > 0  # four pixels too large all around
-    found = segmenter.what(scene, masks=rough, vocabulary=["car", "dog face", "saxophone"])
-    assert found[0].source == "mask" and found[0].label == "car"
-    assert overlap(found[0].mask, car.mask) > overlap(rough[0].numpy(), car.mask)
-    with pytest.raises(InputError, match="2 boxes for 1 masks"):
-        segmenter.what(scene, boxes=[car.box, car.box], masks=rough)
+    masks = np.zeros((2, SIZE, SIZE), bool)
+    masks[0, 20:80, 10:60] = masks[1, 5:50, 70:125] = True
+    for given in (masks, torch.from_numpy(masks)):
+        first, second = segmenter.what(scene, masks=given, vocabulary=["cat", "dog"])
+        assert first.source == second.source == "mask" and first.segmentation != second.segmentation
+    with pytest.raises(InputError, match="1 boxes for 2 masks"):
+        segmenter.what(scene, boxes=BOXES[:1], masks=masks)
 
 
 def test_prompts_may_be_arrays(segmenter, scene):
-    box = [145, 37, 215, 89]
-    plain = segmenter.what(scene, boxes=[box], vocabulary=["car", "dog face"])
-    for boxes in (np.array([box], dtype=np.int64), torch.tensor([box])):
-        assert segmenter.what(scene, boxes=boxes, vocabulary=["car", "dog face"])[0] == plain[0]
-    clicked = segmenter.what(scene, points=np.array([[180, 60]]), vocabulary=["car", "dog face"])
-    assert clicked[0].label == "car"
+    plain = segmenter.what(scene, boxes=BOXES, vocabulary=["cat", "dog"])
+    for boxes in (np.array(BOXES, dtype=np.int64), torch.tensor(BOXES)):
+        assert list(segmenter.what(scene, boxes=boxes, vocabulary=["cat", "dog"])) == list(plain)
+    clicked = segmenter.what(scene, points=np.array([[20, 30]]), vocabulary=["cat"])
+    assert list(clicked) == list(segmenter.what(scene, points=[[20, 30]], vocabulary=["cat"]))
 
 
-def test_edges_run_along_the_things(segmenter, scene):
-    edges = segmenter.edges(scene)
-    assert edges.shape == (512, 512) and edges.max() <= 1
-    car = torch.from_numpy(segmenter.where(scene, ["car"])[0].mask).float()[None, None]
-    rim = torch.nn.functional.max_pool2d(car, 9, 1, 4) + torch.nn.functional.max_pool2d(-car, 9, 1, 4) > 0
-    # Far more than anywhere, up to the strongest; edges of its parts lie inside.
-    assert edges[rim[0, 0]].mean() > 4 * edges.mean() and edges[rim[0, 0]].max() > 0.9
-    corner = edges[440:, :120]  # nothing lies there
-    assert corner.max() < 0.01
+def test_the_best_of_synonyms_counts(segmenter, scene):
+    separate = segmenter.what(scene, boxes=BOXES, vocabulary=["cat", "moon", "dog"])
+    joined = segmenter.what(scene, boxes=BOXES, vocabulary={"cat": "animal", "dog": "animal", "moon": "moon"})
+    for one, other in zip(separate, joined, strict=True):
+        by_word = dict(one.topk)
+        best = {"animal": max(by_word["cat"], by_word["dog"]), "moon": by_word["moon"]}
+        assert dict(other.topk) == pytest.approx(best, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ({}, "Pass points, boxes"),
+        ({"points": [[128, 5]]}, "point 128,5 is outside the picture, which is 128x128"),
+        ({"points": [[-1, 5]]}, "point -1,5 is outside"),
+        ({"boxes": [[50, 5, 10, 60]]}, "box 50,5,10,60 is not left,top,right,bottom"),
+        ({"boxes": [[0, 0, SIZE + 1, 60]]}, "inside the picture"),
+        ({"points": [[5, 5]], "labels": [1, 0]}, "2 labels for 1 points"),
+        ({"points": [[5, 5]], "boxes": [[0, 0, 5, 5], [5, 5, 9, 9]]}, "one box"),
+    ],
+)
+def test_prompts_that_make_no_sense_are_refused(segmenter, prompt, message):
+    with pytest.raises(InputError, match=message):
+        segmenter.what(picture(), **prompt)
+
+
+# ---- everything, edges
+
+
+def test_everything_is_found_by_objectness_whatever_the_words(segmenter, scene):
+    found, other = (segmenter.everything(scene, words, objectness=0.5) for words in (["cat", "dog"], ["moon", "star"]))
+    unnamed = segmenter.everything(scene, objectness=0.5)
+    assert len(found) == len(other) == len(unnamed) > 3
+    assert sorted(one.bbox for one in found) == sorted(one.bbox for one in unnamed)
+    assert set(found.labels) <= {"cat", "dog"} and set(unnamed.labels) == {"object"}
+
+
+@pytest.mark.parametrize("tile", [None, 96])
+def test_one_score_in_every_mode(segmenter, scene, tile):
+    """A threshold of `everything` is that of `filter`, the class name's; objectness is an option of its own."""
+    ask = partial(segmenter.everything, WIDE if tile else scene, ["cat", "dog", "moon"], tile=tile)
+    found = ask()
+    assert np.all(np.diff(found.scores) <= 0) and [one.id for one in found] == list(range(1, len(found) + 1))
+    middle = float(np.median(found.scores))
+    fewer = ask(threshold=middle)
+    assert 0 < len(fewer) < len(found) and list(fewer) == list(found.filter(score=middle))
+    if not tile:
+        middle = float(np.median([one.objectness for one in found]))
+        strict = ask(objectness=middle)
+        assert 0 < len(strict) < len(found) and all(one.objectness >= middle for one in strict)
+        assert {one.box for one in strict} <= {one.box for one in found}
 
 
 def test_exclusive_masks_share_no_pixel(segmenter, scene):
@@ -106,73 +217,67 @@ def test_exclusive_masks_share_no_pixel(segmenter, scene):
     assert np.array_equal(apart.masks.any(0), shared.masks.any(0))
 
 
-def test_unrefined_masks_cost_no_decoding(segmenter, scene, monkeypatch):
-    refined = segmenter.where(scene, ["car"])[0]
-    monkeypatch.setattr(segmenter.model.sam, "decode", None)
-    rough = segmenter.where(scene, ["car"], refine=False)[0]
-    assert 0.7 < overlap(rough.mask, refined.mask) < 1
-
-
-def test_a_thing_across_the_seams_of_tiles_is_found_once(segmenter, scene):
-    expected = segmenter.where(scene, ["car"])[0]
-    large = Image.new("RGB", (1024, 640), "gray")
-    x, y = 380, 90  # the car lies across columns 525 to 595: seams are at 512 and 640
-    large.paste(Image.open(SCENE), (x, y))
-    found = segmenter.where(large, ["car"], tile=512)
-    there = np.zeros((640, 1024), dtype=bool)
-    there[y : y + 512, x : x + 512] = expected.mask
-    assert sum(overlap(one.mask, there) > 0.5 for one in found) == 1
-    with pytest.raises(InputError, match="pass the image itself"):
-        segmenter.where(scene, ["car"], tile=512)
-
-
 def test_filtering_again_runs_no_model(segmenter, scene, monkeypatch):
-    found = segmenter.everything(scene, objectness=0.2)
+    found = segmenter.everything(scene, ["cat", "dog"], objectness=0.2)
     monkeypatch.setattr(segmenter, "model", None)
-    fewer = found.filter(score=0.45, min_area=1000)
+    score, area = float(np.median(found.scores)), int(np.median([one.area for one in found]))
+    fewer = found.filter(score=score, min_area=area)
     assert 0 < len(fewer) < len(found)
-    assert all(one.score >= 0.45 and one.area >= 1000 for one in fewer)
+    assert all(one.score >= score and one.area >= area for one in fewer)
 
 
-def same(one, other):
-    assert one.labels == other.labels and len(one) > 0
-    assert [each.segmentation for each in one] == [each.segmentation for each in other]
+def test_edges_have_the_size_of_the_image(segmenter):
+    edges = segmenter.edges(WIDE)
+    assert edges.shape == (90, 200) and 0 <= edges.min() < edges.max() <= 1
 
 
-def test_encode_returns_the_image_and_its_features(segmenter, scene):
-    assert isinstance(scene, ovsam.EncodedImage) and scene.image.size == (512, 512)
+# ---- images in, options, devices
+
+
+def test_encode_returns_the_image_and_its_features(segmenter, scene, path, monkeypatch):
+    assert isinstance(scene, ovsam.EncodedImage) and scene.image.size == (SIZE, SIZE)
     assert segmenter.encode(scene) is scene
-    same(segmenter.where(scene, ["car"]), segmenter.where(SCENE, ["car"]))
+    same(segmenter.where(scene, ["cat"]), segmenter.where(path, ["cat"]))
+    monkeypatch.setattr(segmenter.model, "encode", None)  # no question encodes it again
+    for results in (
+        segmenter.where(scene, ["cat"], **LOW),
+        segmenter.everything(scene, ["cat", "dog"]),
+        segmenter.what(scene, boxes=BOXES, vocabulary=["cat", "dog"]),
+    ):
+        assert len(results)
+    with pytest.raises(InputError, match="pass the image itself"):
+        segmenter.where(scene, ["cat"], tile=96)
 
 
-def test_images_of_every_kind(segmenter, scene):
-    expected = segmenter.where(scene, ["car"])
+def test_images_of_every_kind(segmenter, scene, path):
+    expected = segmenter.where(scene, ["cat"])
     array = np.asarray(scene.image)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    for image in (scene.image, array, tensor, tensor / 255, Path(SCENE), Path(SCENE).read_bytes()):
-        same(segmenter.where(image, ["car"]), expected)
+    for image in (scene.image, array, tensor, tensor / 255, Path(path), str(path), path.read_bytes()):
+        same(segmenter.where(image, ["cat"]), expected)
 
 
-def test_a_list_of_images_gives_a_list_of_results(segmenter, scene, monkeypatch):
-    other, words = SCENE.replace("028", "029"), ["car", "dog face", "pizza"]
-    singles = [segmenter.everything(image, words) for image in (scene, other, SCENE)]
+def test_a_list_of_images_gives_a_list_of_results(segmenter, scene, path, monkeypatch):
+    words = ["cat", "dog", "moon"]
+    singles = [segmenter.everything(image, words) for image in (scene, WIDE, path)]
     calls, own = [], segmenter.model.encode
     monkeypatch.setattr(segmenter.model, "encode", lambda *pixels: (calls.append(len(pixels)), own(*pixels))[1])
-    encoded = segmenter.encode([scene, other, SCENE])
+    encoded = segmenter.encode([scene, WIDE, path])
     assert len(calls) == 1 and encoded[0] is scene and encoded[1].features.sam.embedding.shape[0] == 1
     for found, single in zip(segmenter.everything(encoded, words), singles, strict=True):
         assert found.labels == single.labels and np.mean(found.masks == single.masks) > 0.999
     assert len(calls) == 1
-    boxes = [[[145, 37, 215, 89]], [[20, 20, 120, 120], [60, 60, 200, 200]]]
-    named = segmenter.what([scene, other], boxes=boxes, vocabulary=words)
+    boxes = [BOXES[:1], BOXES[1:]]
+    named = segmenter.what([scene, picture(2)], boxes=boxes, vocabulary=words)
     assert [len(each) for each in named] == [1, 2]
     same(named[0], segmenter.what(scene, boxes=boxes[0], vocabulary=words))
-    same(segmenter.where([scene], exemplars=[(scene, boxes[0][0])])[0], segmenter.where(scene, exemplars=boxes[0]))
-    assert segmenter.where([], ["car"]) == [] and len(segmenter.edges([scene, other])) == 2
+    listed = segmenter.where([scene], exemplars=[(scene, BOXES[0])], **LOW)[0]
+    same(listed, segmenter.where(scene, exemplars=boxes[0], **LOW))
+    assert segmenter.where([], ["cat"]) == [] and len(segmenter.edges([scene, WIDE])) == 2
     with pytest.raises(InputError, match="2 images and 1 boxes"):
-        segmenter.what([scene, other], boxes=boxes[:1])
+        segmenter.what([scene, WIDE], boxes=boxes[:1])
     with pytest.raises(InputError, match="an exemplar is \\(image, box\\)"):
-        segmenter.where([scene, other], exemplars=boxes[0])
+        segmenter.where([scene, WIDE], exemplars=boxes[0])
 
 
 @pytest.mark.parametrize(
@@ -180,40 +285,25 @@ def test_a_list_of_images_gives_a_list_of_results(segmenter, scene, monkeypatch)
     [
         (3, "got int"),
         (None, "got NoneType"),
-        ({"image": SCENE}, "got dict"),
-        ([SCENE, 3.5], "got float"),
+        ({"image": "scene.png"}, "got dict"),
+        ([picture(), 3.5], "got float"),
         (b"no image", "bytes are not an image"),
         (torch.zeros(512, 512, 3), "an image is \\[3, H, W\\]"),
         (torch.zeros(3, 64, 64, dtype=torch.int64), "of torch.int64"),
         (torch.full((3, 64, 64), 255.0), "floats of an image are in \\[0, 1\\]"),
     ],
 )
-def test_what_is_no_image_is_one_sentence(segmenter, image, message):
+def test_something_that_is_no_image_is_refused_in_one_sentence(segmenter, image, message):
     with pytest.raises(InputError, match=message) as error:
-        segmenter.where(image, ["car"])
+        segmenter.where(image, ["cat"])
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("tile", [None, 384])
-def test_one_score_in_every_mode(segmenter, scene, tile):
-    """A threshold of `everything` is that of `filter`, the class name's; objectness is an option of its own."""
-    image = SCENE if tile else scene
-    found = segmenter.everything(image, tile=tile)
-    assert np.all(np.diff(found.scores) <= 0) and [one.id for one in found] == list(range(1, len(found) + 1))
-    middle = float(np.median(found.scores))
-    fewer = segmenter.everything(image, tile=tile, threshold=middle)
-    assert 0 < len(fewer) < len(found) and list(fewer) == list(found.filter(score=middle))
-    if not tile:
-        strict = segmenter.everything(image, objectness=0.6)
-        assert 0 < len(strict) < len(found) and all(one.objectness >= 0.6 for one in strict)
-        assert {one.box for one in strict} <= {one.box for one in found}
 
 
 @pytest.mark.parametrize("question", ["where", "everything", "what"])
 def test_options_are_checked_before_the_model_runs(segmenter, monkeypatch, question):
     monkeypatch.setattr(segmenter, "model", None)
-    prompt = {"where": {"words": ["car"]}, "everything": {}, "what": {"points": [[180, 60]]}}[question]
-    ask = partial(getattr(segmenter, question), SCENE, **prompt)
+    prompt = {"where": {"words": ["cat"]}, "everything": {}, "what": {"points": [[18, 60]]}}[question]
+    ask = partial(getattr(segmenter, question), picture(), **prompt)
     with pytest.raises(TypeError, match="mask_treshold"):
         ask(mask_treshold=0.5)
     with pytest.raises(InputError, match="mask_threshold is 1.5; it must be between 0 and 1"):
@@ -227,32 +317,49 @@ def test_options_are_checked_before_the_model_runs(segmenter, monkeypatch, quest
             ask(threshold=40)
 
 
+def test_device_and_dtype(tiny_folder, scene):
+    half = ovsam.load(tiny_folder, device="cpu", dtype="bfloat16")
+    assert half.dtype == torch.bfloat16 and half.device == torch.device("cpu")
+    assert repr(half).startswith(f"Segmenter({str(tiny_folder)!r}: composition ") and "bfloat16 on cpu" in repr(half)
+    assert len(half.where(picture(), ["cat"], **LOW))
+    assert len(half.to(dtype=torch.float32).where(scene, ["cat"], **LOW))
+    assert half.dtype == torch.float32 and half.to("cpu") is half
+    with pytest.raises(InputError, match="dtype is 'int8'; it must be float32"):
+        ovsam.load(tiny_folder, dtype="int8")
+    with pytest.raises(InputError, match="device 'warp' cannot be used here"):
+        half.to("warp")
+
+
+# ---- embeddings of words
+
+
 def test_embeddings_of_the_last_vocabularies_stay_in_memory(segmenter, monkeypatch):
     encoded, own = [], segmenter._encode_words
     monkeypatch.setattr(segmenter, "_encode_words", lambda phrases: (encoded.append(phrases), own(phrases))[1])
     segmenter._embeds.clear()
-    _, embeds = segmenter.embed(["car", "dog"])
-    assert segmenter.embed(["car", "dog"])[1] is embeds and len(encoded) == 1
-    vocabulary, again = segmenter.embed({"car": "vehicle", "dog": "animal"})
+    _, embeds = segmenter.embed(["cat", "dog"])
+    assert segmenter.embed(["cat", "dog"])[1] is embeds and len(encoded) == 1
+    vocabulary, again = segmenter.embed({"cat": "vehicle", "dog": "animal"})
     assert vocabulary.labels == ["vehicle", "animal"] and again is embeds and len(encoded) == 1
     for number in range(8):
         segmenter.embed([f"word {number}"])
-    segmenter.embed(["car", "dog"])
+    segmenter.embed(["cat", "dog"])
     assert len(encoded) == 10 and len(segmenter._embeds) == 8
     with torch.no_grad():
         next(segmenter.model.clip.parameters()).mul_(1)
-    segmenter.embed(["car", "dog"])
+    segmenter.embed(["cat", "dog"])
     assert len(encoded) == 11
 
 
-def test_device_and_dtype(scene):
-    half = ovsam.load("ovsam-tiny", device="cpu", dtype="bfloat16")
-    assert half.dtype == torch.bfloat16 and half.device == torch.device("cpu")
-    assert repr(half).startswith("Segmenter('ovsam-tiny': composition ") and "bfloat16 on cpu" in repr(half)
-    expected = half.to(dtype=torch.float32).where(scene, ["car"])
-    assert half.dtype == torch.float32 and half.to("cpu") is half
-    assert overlap(half.to(dtype="bfloat16").where(SCENE, ["car"])[0].mask, expected[0].mask) > 0.9
-    with pytest.raises(InputError, match="dtype is 'int8'; it must be float32"):
-        ovsam.load("ovsam-tiny", dtype="int8")
-    with pytest.raises(InputError, match="device 'warp' cannot be used here"):
-        half.to("warp")
+def test_long_vocabularies_are_cached_on_disk_by_tower(tmp_path, monkeypatch):
+    monkeypatch.setattr(ovsam.inference.segmenter, "CACHE", tmp_path)
+    many = [f"{one} {other} {third}" for one in WORDS for other in WORDS for third in WORDS]
+    plain = Segmenter(tiny_model(), tiny_processor())
+    _, embeds = plain.embed(many)
+    assert len(list(tmp_path.iterdir())) == 1
+    _, again = plain.embed(many)
+    assert torch.equal(embeds, again)
+    words = plain.model.clip.text_model.embeddings.word_embeddings.weight.data
+    words.add_(torch.randn_like(words))
+    _, changed = Segmenter(plain.model, plain.processor).embed(many)
+    assert len(list(tmp_path.iterdir())) == 2 and (changed - embeds).abs().max() > 0.01

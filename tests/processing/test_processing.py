@@ -1,18 +1,18 @@
-"""The processor, the pipeline and the Segmenter: pictures, words and prompts in, named masks out."""
+"""The processor: images, words and prompts to tensors, outputs to named masks."""
 
 import functools
 
 import numpy as np
 import pytest
 import torch
-from common import SIZE, WORDS, picture, tiny_model, tiny_processor
+from common import picture, tiny_model, tiny_processor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoProcessor, CLIPImageProcessor, pipeline
+from transformers import AutoProcessor, CLIPImageProcessor
 from transformers.models.mask2former.image_processing_mask2former import compute_segments
 
 import ovsam
-from ovsam import InputError, OVSamOutput, Segmenter
+from ovsam import InputError, OVSamOutput
 from ovsam.modeling.scoring import word_mask
 from ovsam.ops import rle
 
@@ -27,11 +27,6 @@ def model():
 @functools.cache
 def processor():
     return tiny_processor()
-
-
-@functools.cache
-def segmenter():
-    return Segmenter(model(), processor(), "tiny")
 
 
 def pictures():
@@ -555,161 +550,3 @@ def test_another_word_changes_no_score():
     boxes = {"input_boxes": BOXES[:1]}
     one, other = (model()(**processor()(images=picture(), text=t, **boxes)) for t in (["cat"], ["star", "cat"]))
     assert (one.scores[..., 0] - other.scores[..., 1]).abs().max() < 1e-4
-
-
-# ------------------------------------------------------------------------------------------------ pipeline
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    model().save_pretrained(folder)
-    processor().save_pretrained(folder)
-    return folder
-
-
-def test_pipeline_answers_as_the_model_does(folder):
-    segment = pipeline("open-vocabulary-segmentation", model=str(folder))
-    image = pictures()[1]
-    for asked in ({"text": ["cat", "dog"]}, {"text": ["cat"], "input_boxes": [BOXES[1]]}, {}):
-        limits = {} if "input_boxes" in asked else {"threshold": 0.5}
-        found = segment(image, **asked, **limits)
-        (expected,) = answer(processor()(images=image, **asked), **limits)
-        assert len(found) == len(expected["scores"]) > 0
-        assert [one["label"] for one in found] == expected["text_labels"]
-        assert_close(torch.tensor([one["score"] for one in found]), expected["scores"], rtol=0, atol=1e-5)
-        assert_close(torch.tensor([one["mask_score"] for one in found]), expected["mask_scores"], rtol=0, atol=1e-4)
-        assert (np.stack([one["mask"] for one in found]) == expected["masks"].numpy()).mean() > 0.9999
-        sides = [[one["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")] for one in found]
-        assert np.abs(np.array(sides) - expected["boxes"].numpy()).max() <= 1
-    assert len(segment([image, picture()], text="cat")) == 2
-    path = folder / "picture.png"
-    image.save(path)
-    assert [one["score"] for one in segment(str(path), text="cat")] == [
-        one["score"] for one in segment(image, text="cat")
-    ]
-    with pytest.raises(TypeError, match="words"):
-        segment(image, words=["cat"])
-
-
-def test_pipeline_thresholds_are_the_models(folder):
-    segment = pipeline("open-vocabulary-segmentation", model=str(folder))
-    segment.model.config.score_threshold, segment.model.config.objectness_threshold = 0.6, 0.7
-    named, unnamed = segment(picture(), text=["cat", "dog"]), segment(picture())
-    assert 0.6 <= min(one["score"] for one in named) < 0.7 <= min(one["score"] for one in unnamed)
-
-
-# ------------------------------------------------------------------------------------------------ Segmenter
-
-
-def scores(results):
-    return torch.tensor([one.score for one in results])
-
-
-def test_segmenter_where_is_the_model_and_the_processor():
-    image = pictures()[1]
-    found = segmenter().where(image, ["cat", "dog"], threshold=0.5)
-    (expected,) = answer(processor()(images=image, text=["cat", "dog"]), threshold=0.5)
-    assert [one.label for one in found] == expected["text_labels"] and len(found) > 3
-    assert_close(scores(found), expected["scores"].float(), rtol=0, atol=1e-4)
-    assert found.size == (90, 200) and found.model == "tiny"
-    without = segmenter().where(image, ["cat"], negative=["cat"], threshold=0.5)
-    assert len(without) == 0
-    # With random weights nearly everything looks like nearly every word: ask which single word takes some, not all.
-    counts = []
-    for word in WORDS[2:]:
-        kept = segmenter().where(image, ["cat", "dog"], negative=[word], threshold=0.5)
-        asked = processor()(images=image, text=["cat", "dog"], negative_text=[word])
-        (expected,) = answer(asked, threshold=0.5)
-        assert_close(scores(kept), expected["scores"].float(), rtol=0, atol=1e-4)
-        counts.append(len(kept))
-    assert min(counts) < len(found)
-
-
-def test_segmenter_encodes_a_picture_once(monkeypatch):
-    calls = []
-    own = model().encode
-    monkeypatch.setattr(model(), "encode", lambda *inputs: (calls.append(1), own(*inputs))[1])
-    pair = segmenter().encode(picture())
-    answers = [
-        segmenter().where(pair, ["cat"]),
-        segmenter().everything(pair, ["cat", "dog"]),
-        segmenter().what(pair, boxes=[[5, 5, 60, 60]], vocabulary=["cat", "dog"]),
-    ]
-    assert len(calls) == 1
-    assert_close(scores(segmenter().where(picture(), ["cat"])), scores(answers[0]), rtol=0, atol=1e-5)
-
-
-def test_segmenter_names_prompts():
-    words = ["cat", "dog", "moon"]
-    found = segmenter().what(picture(), boxes=BOXES[0], vocabulary=words)
-    (expected,) = answer(processor()(images=picture(), input_boxes=BOXES[:1], text=words))
-    assert [one.label for one in found] == expected["text_labels"] and len(found) == 3
-    assert_close(scores(found), expected["scores"].float(), rtol=0, atol=1e-4)
-    assert [list(one.prompt) for one in found] == BOXES[0] and {one.source for one in found} == {"box"}
-    (click,) = segmenter().what(picture(), points=[[20, 30], [90, 90]], labels=[1, 0], vocabulary=words)
-    points = {"input_points": [[[[20, 30], [90, 90]]]], "input_labels": [[[1, 0]]]}
-    (expected,) = answer(processor()(images=picture(), text=words, **points))
-    assert click.label == expected["text_labels"][0] and click.source == "point"
-    assert click.score == pytest.approx(float(expected["scores"]), abs=1e-4)
-    (unnamed,) = segmenter().what(picture(), points=[[20, 30]])
-    assert unnamed.label == "object" and unnamed.score == 1
-
-
-def test_segmenter_takes_the_best_of_synonyms():
-    separate = segmenter().what(picture(), boxes=BOXES[0], vocabulary=["cat", "moon", "dog"])
-    joined = segmenter().what(picture(), boxes=BOXES[0], vocabulary={"cat": "animal", "dog": "animal", "moon": "moon"})
-    for one, other in zip(separate, joined, strict=True):
-        by_word = dict(one.topk)
-        assert dict(other.topk) == pytest.approx(
-            {"animal": max(by_word["cat"], by_word["dog"]), "moon": by_word["moon"]}, abs=1e-3
-        )
-
-
-def test_segmenter_finds_everything_by_objectness():
-    found, other = (
-        segmenter().everything(picture(), words, objectness=0.5) for words in (["cat", "dog"], ["moon", "star"])
-    )
-    unnamed = segmenter().everything(picture(), objectness=0.5)
-    assert len(found) == len(other) == len(unnamed) > 3
-    assert sorted(one.bbox for one in found) == sorted(one.bbox for one in unnamed)
-    assert {one.label for one in found} <= {"cat", "dog"} and {one.label for one in unnamed} == {"object"}
-
-
-@pytest.mark.parametrize(
-    "prompt, said",
-    [
-        ({}, "Pass points, boxes"),
-        ({"points": [[128, 5]]}, "point 128,5 is outside the picture, which is 128x128"),
-        ({"points": [[-1, 5]]}, "point -1,5 is outside"),
-        ({"boxes": [[50, 5, 10, 60]]}, "box 50,5,10,60 is not left,top,right,bottom"),
-        ({"boxes": [[0, 0, SIZE + 1, 60]]}, "inside the picture"),
-        ({"points": [[5, 5]], "labels": [1, 0]}, "2 labels for 1 points"),
-        ({"points": [[5, 5]], "boxes": [[0, 0, 5, 5], [5, 5, 9, 9]]}, "one box"),
-    ],
-)
-def test_segmenter_refuses_prompts_that_make_no_sense(prompt, said):
-    with pytest.raises(InputError, match=said):
-        segmenter().what(picture(), **prompt)
-
-
-def test_segmenter_without_a_concept_head_says_so():
-    bare = Segmenter(tiny_model(adapters=False), processor())
-    assert len(bare.what(picture(), boxes=BOXES[0], vocabulary=["cat", "dog"])) == 3
-    with pytest.raises(InputError, match="no ConceptHead"):
-        bare.where(picture(), ["cat"], proposer="concepts")
-
-
-def test_long_vocabularies_are_cached_by_tower(tmp_path, monkeypatch):
-    monkeypatch.setattr(ovsam.inference.segmenter, "CACHE", tmp_path)
-    many = [f"{one} {other} {third}" for one in WORDS for other in WORDS for third in WORDS]
-    plain = Segmenter(tiny_model(), processor())
-    _, embeds = plain.embed(many)
-    assert len(list(tmp_path.iterdir())) == 1
-    _, again = plain.embed(many)
-    assert torch.equal(embeds, again)
-    words = plain.model.clip.text_model.embeddings.word_embeddings.weight.data
-    words.add_(torch.randn_like(words))
-    other = Segmenter(plain.model, plain.processor)
-    _, changed = other.embed(many)
-    assert len(list(tmp_path.iterdir())) == 2 and (changed - embeds).abs().max() > 0.01
