@@ -36,6 +36,8 @@ import ovsam
 from ovsam.modeling.clip import DualEncoderConfig, OpenClipConfig, OpenClipSide
 from ovsam.modeling.sam import EfficientTamConfig
 
+ROOT = Path(__file__).resolve().parents[1]
+VAL = ROOT / "tests" / "data" / "emojiscenes-val"  # frozen images; the fixture `val` holds their annotations
 SIZE, GRID, C, D = 128, 8, 32, 32
 WORDS = ("cat", "dog", "car", "tree", "red ball", "cup", "moon", "star")
 

@@ -21,14 +21,13 @@ from transformers.utils import logging  # noqa: E402
 
 import ovsam  # noqa: E402
 
-VAL = Path(__file__).parent / "data" / "emojiscenes-val"
 logging.disable_progress_bar()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "ovsam_tiny" in item.fixturenames:
+        if not {"ovsam_tiny", "page"}.isdisjoint(item.fixturenames):  # `page` is the demo, served with it
             item.add_marker("weights")
 
 
@@ -40,8 +39,8 @@ def ovsam_tiny() -> ovsam.Segmenter:
 
 @pytest.fixture(scope="session")
 def val() -> COCO:
-    """The annotations of the frozen EmojiScenes; their images lie in the folder `VAL`."""
-    return COCO(str(VAL / "annotations.json"))
+    """The annotations of the frozen EmojiScenes; their images lie in the folder `common.VAL`."""
+    return COCO(str(common.VAL / "annotations.json"))
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,8 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.weights
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["transformers"], ["load", "more"]], ids="+".join)
 def test_python_snippet(names, tmp_path):
     code = "\n".join(snippet(name) for name in names)
@@ -33,6 +35,8 @@ def test_python_snippet(names, tmp_path):
         assert (tmp_path / "overlay.png").stat().st_size > 1000
 
 
+@pytest.mark.weights
+@pytest.mark.slow
 def test_command_line_snippet(tmp_path, monkeypatch):
     monkeypatch.setenv("OVSAM_MODEL", "ovsam-tiny")  # with a network, `auto` would fetch another
     folder = checkout(tmp_path)

@@ -179,6 +179,7 @@ def test_sdist_carries_the_shard():
     assert artifacts == [f"{hatch_build.CHECKPOINT}/{SHARD}"]
 
 
+@pytest.mark.weights
 def test_embedded_shard_is_the_pinned_one():
     shard = find_checkpoint() / SHARD
     assert sha256(shard.read_bytes()) == hatch_build.SHARD_SHA256

@@ -171,6 +171,7 @@ def test_open_clips_layout(parts):
     assert processor.tokenizer("a cat")["input_ids"] == [49406, 320, 2368, 49407]
 
 
+@pytest.mark.weights
 @torch.no_grad()
 def test_a_whole_model_is_a_source_of_every_part():
     """ovsam-tiny taken apart, and its adapters as they lie beside it, make ovsam-tiny again."""
@@ -382,6 +383,7 @@ def test_a_stand_in_gives_as_many_maps_as_the_decoder_reads(parts):
         ovsam.from_parts(parts["sam"], parts["clip"], sam2clip=adapter)
 
 
+@pytest.mark.weights
 def test_what_is_no_part_is_one_sentence(parts, tmp_path):
     head = ovsam.ConceptHead(ovsam.ConceptHeadConfig(in_channels=CHANNELS["clip"], embed_dim=D, **HEADS))
     head.save_pretrained(tmp_path / "head")

@@ -53,6 +53,7 @@ ASKING = {
 }
 
 
+@pytest.mark.slow
 def test_a_cold_cache_is_one_sentence(cut_off):
     for ask in ASKING.values():
         for name, command in (("org/name", "org/name"), ("org/name@v1.0", "org/name --revision v1.0")):
@@ -66,6 +67,7 @@ def test_a_cold_cache_is_one_sentence(cut_off):
         ovsam.load("photo-large", "cpu")
 
 
+@pytest.mark.weights
 def test_auto_does_without(cut_off, capsys):
     start = time.perf_counter()
     segmenter = ovsam.load(choose_auto(), device="cpu")
@@ -147,6 +149,7 @@ def test_names(tmp_path, monkeypatch):
         ovsam.load(tmp_path / "sam", "cpu")
 
 
+@pytest.mark.slow
 def test_the_hub_is_asked_once(silent, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", silent + "/once")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -157,6 +160,7 @@ def test_the_hub_is_asked_once(silent, monkeypatch):
     assert first - start < 4 and time.perf_counter() - first < 0.1
 
 
+@pytest.mark.slow
 def test_the_command_line_from_a_fresh_process(silent, tmp_path):
     """As a user meets it: nothing is patched."""
     picture(0).save(tmp_path / "a.png")

@@ -114,6 +114,7 @@ def test_auto_is_photo_where_it_is_cached(cached_photo, capsys):
     assert segmenter.model.config.score_threshold == 0.2 and segmenter.model.config.vocabulary == "lvis"
 
 
+@pytest.mark.weights
 def test_auto_is_embedded_where_nothing_else_is(cache, capsys):
     segmenter = ovsam.load(device="cpu")
     assert segmenter.name == "ovsam-tiny"
@@ -146,6 +147,7 @@ def test_auto_is_downloaded_once_where_the_hub_answers(cache, tmp_path, monkeypa
     assert "downloaded" not in capsys.readouterr().err
 
 
+@pytest.mark.weights
 def test_the_environment_chooses(cached_photo, monkeypatch):
     monkeypatch.setenv("OVSAM_MODEL", "ovsam-tiny")
     assert ovsam.load(device="cpu").name == "ovsam-tiny"

@@ -136,6 +136,7 @@ def wrong_header(path: Path, header: dict | None = None, length: int | None = No
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + content[end:])
 
 
+@pytest.mark.slow
 def test_push_and_load(hub, client, source):
     """From a folder to the Hub by the command line, and from the Hub to equal outputs by ovsam.load's way and by
     transformers'."""
@@ -167,6 +168,7 @@ def test_push_and_load(hub, client, source):
         torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapter_as_pull_request_branch_and_private(hub, client, head):
     """An adapter's folder, built once and sent in every way there is."""
     built = head.parent / "built-head"
@@ -433,12 +435,14 @@ def script(path: str):
 PUBLISHED = ["hub/ovsam-tiny", "adapters/clip2sam-tiny", "adapters/concepts-tiny"]
 
 
+@pytest.mark.weights
 def test_mirrors_are_what_they_are_made_of():
     """As `python hub/build.py --check` says."""
     builder = script("hub/build.py")
     assert builder.differences() == []
 
 
+@pytest.mark.weights
 def test_what_is_sent_of_a_mirror_is_the_mirror(tmp_path, monkeypatch):
     """To the byte, so that --check speaks of what is on the Hub too."""
     monkeypatch.setattr(pushing, "answers", lambda *a: {})
@@ -449,6 +453,7 @@ def test_what_is_sent_of_a_mirror_is_the_mirror(tmp_path, monkeypatch):
     assert all((built.folder / name).read_bytes() == (mirror / name).read_bytes() for name in built.files())
 
 
+@pytest.mark.weights
 def test_drift_is_found(tmp_path):
     """Each kind by a sentence of its own."""
     builder = script("hub/build.py")
@@ -512,6 +517,8 @@ def test_published_cards(published):
     assert metrics is None or list(metrics) == [result.metric_name for result in data.eval_results]
 
 
+@pytest.mark.slow
+@pytest.mark.weights
 @pytest.mark.parametrize(
     "card", ["model_card.md", "adapters/clip2sam-tiny/README.md", "adapters/concepts-tiny/README.md"]
 )

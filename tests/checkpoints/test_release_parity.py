@@ -6,26 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from official_ovsam import written_out_decoder, written_out_neck
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import TextTransformer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor, SamConfig
+from transformers import AutoModel, AutoProcessor
 
 import ovsam
 from ovsam.checkpoints.convert import convert_checkpoint, map_tensors
 from ovsam.checkpoints.convert.open_vocabulary_sam import RENAMES, TEMPLATES, UNUSED, read_config
 from ovsam.modeling.adapters import Clip2SamFpnAdapter, Sam2ClipVitAdapter, Sam2ClipVitConfig
-from ovsam.modeling.sam import SAM_SIDES, SamFeatures
-from ovsam.modeling.sam.sam1 import Sam1Side
+from ovsam.modeling.sam import SAM_SIDES, DecodedMasks
 from ovsam.modeling.scoring import FusedNaming, row_labels
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.processing.vocabulary import Vocabulary
 
 HERE = Path(__file__).parents[1] / "data" / "ovsam_vectors"
-SHARED = Path(__file__).parents[3] / "shared" / "reference" / "ovsam_vectors"
-ALL = SHARED.is_dir()
-needs_all = pytest.mark.skipif(not ALL, reason="needs ../shared/reference/ovsam_vectors")
 
 TOLERANCE = 1e-5
 # Words of COCO with the roles of the vectors' classes: 1 was trained on, 2 was not, 0 is of neither split.
@@ -39,10 +36,13 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def numbers() -> dict[str, torch.Tensor]:
-    names = ("inputs", "outputs", "extra/probes")
-    files = [SHARED / f"{name}.safetensors" for name in names] if ALL else [HERE / "numbers.safetensors"]
     # .clone(): mapped memory is not aligned, and kernels then take other paths
-    return {key: tensor.clone() for file in files for key, tensor in load_file(file).items()}
+    return {key: tensor.clone() for key, tensor in load_file(HERE / "numbers.safetensors").items()}
+
+
+def official_weights(source: Path, name: str, table: str | None = "state_dict") -> dict[str, torch.Tensor]:
+    weights = torch.load(source / name, weights_only=True)
+    return weights[table] if table else weights
 
 
 def random_tensors(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
@@ -56,8 +56,7 @@ def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("release")
     kept, shapes = load_file(HERE / "weights.safetensors"), json.loads((HERE / "keys.json").read_text())["small"]
     for name, file in (("sam2clip", "sam2clip_small.pth"), ("clip2sam", "clip2sam_coco_small.pth")):
-        state = torch.load(SHARED / f"{name}.pth", weights_only=True)["state_dict"] if ALL else None
-        state = state or random_tensors(shapes[name]) | {k: v.clone() for k, v in kept.items() if k in shapes[name]}
+        state = random_tensors(shapes[name]) | {k: v.clone() for k, v in kept.items() if k in shapes[name]}
         torch.save({"meta": {"epoch": 12}, "state_dict": state}, folder / file)
     torch.save({k: v.clone() for k, v in kept.items() if k.startswith("prompt_encoder.")}, folder / "sam_small.pth")
     torch.manual_seed(0)
@@ -117,21 +116,22 @@ def test_maps_of_the_tower(features, numbers):
     assert features.maps[3].shape == numbers["feat_3"].shape
 
 
-@needs_all
-def test_picture_as_the_network_sees_it(processor, picture, numbers):
-    assert distance(processor(images=picture)["pixel_values"], numbers["net_input"]) < TOLERANCE
+def test_pixels(processor, picture, numbers):
+    """Normalised, and padded with zeros after that."""
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[:, :, None, None]
+    expected = F.pad((numbers["image_rgb_u8"] - mean) / std, (0, 0, 0, 32))
+    assert distance(processor(images=picture)["pixel_values"][0], expected) < TOLERANCE
 
 
-@needs_all
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_neck(model, numbers, attention):
+@torch.no_grad()
+def test_neck(source, model, features, attention):
     config = Sam2ClipVitConfig.from_dict(model.sam2clip.config.to_dict())
     config._attn_implementation = attention
     adapter = Sam2ClipVitAdapter(config).eval()
     adapter.load_state_dict(model.sam2clip.state_dict())
-    with torch.no_grad():
-        sam = adapter(tuple(numbers[f"feat_{i}"] for i in range(4)))
-    assert distance(sam.embedding, numbers["neck_out"]) < TOLERANCE
+    expected = written_out_neck(official_weights(source, "sam2clip_small.pth"), features.maps)
+    assert distance(adapter(features.maps).embedding, expected) < TOLERANCE
 
 
 def test_neck_refuses_another_size(model):
@@ -169,51 +169,30 @@ def test_prompt_embeddings_of_several_points_and_with_boxes(model, numbers):
     assert distance(both[0], numbers["pe_probe.sparse_points_boxes"]) < TOLERANCE
 
 
-@needs_all
+@torch.no_grad()
+def test_position_of_the_cells(source, model):
+    name = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+    matrix = official_weights(source, "sam_small.pth", None)[name].float()
+    y, x = torch.meshgrid(*[(torch.arange(16) + 0.5) / 16] * 2, indexing="ij")
+    angle = 2 * torch.pi * (2 * torch.stack([x, y], -1) - 1) @ matrix
+    expected = torch.cat([angle.sin(), angle.cos()], -1).permute(2, 0, 1)[None]  # [h, w, C] -> [1, C, h, w]
+    assert distance(model.sam._position(), expected) < TOLERANCE
+
+
 @KINDS
 @torch.no_grad()
-def test_masks(model, numbers, kind):
-    read_out = []
+def test_masks(source, model, features, numbers, kind):
+    tokens = []
     norm = model.sam.model.mask_decoder.transformer.layer_norm_final_attn
-    handle = norm.register_forward_hook(lambda module, args, output: read_out.append(output.flatten(0, -3)))
-    decoded = model.sam.decode(SamFeatures(embedding=numbers["neck_out"], high_res=()), **prompts(numbers, kind))
+    handle = norm.register_forward_hook(lambda module, args, output: tokens.append(output.flatten(0, -3)))
+    decoded = model.sam.decode(features.sam, **prompts(numbers, kind))
     handle.remove()
-    assert distance(decoded.masks[0], numbers[f"{kind}.low_res_masks"]) < TOLERANCE
-    assert decoded.iou is None
-    queries = torch.cat(read_out)  # [P, T, C]
-    assert distance(queries, numbers[f"{kind}.queries"]) < TOLERANCE
-    assert torch.equal(decoded.tokens[0, :, 0], queries[:, 1])
-    # The label token's read-out is right too, though the release multiplies it by zero.
-    state = torch.load(SHARED / "clip2sam.pth", weights_only=True)["state_dict"]
-    hidden = queries[:, 0]
-    for i in range(3):
-        layer = [state[f"mask_decoder.label_mlp.layers.{i}.{name}"].float() for name in ("weight", "bias")]
-        hidden = F.linear(hidden.relu() if i else hidden, *layer)
-    assert distance(hidden, numbers[f"{kind}.label_mlp_out"]) < TOLERANCE
-
-
-@needs_all
-@torch.no_grad()
-def test_position_of_the_cells(model, numbers):
-    assert distance(model.sam._position(), numbers["image_pe"]) < TOLERANCE
-
-
-@needs_all
-@torch.no_grad()
-def test_decoder_of_sam_itself(model, numbers):
-    """SAM 1's own decoder, four masks and their IoU, in the same files: the label token's is not mistaken for it."""
-    state = {f"sam/{k}": v for k, v in torch.load(SHARED / "extra" / "sam_full.pth", weights_only=True).items()}
-    config = SamConfig(**model.sam.model.config.to_dict() | {"model_type": "sam"})
-    config.mask_decoder_config.num_multimask_outputs = 3
-    side = Sam1Side(config, "decoder").eval()
-    renames = ((r"^sam/mask_decoder\.", "mask_decoder."), *RENAMES, (r"(^| )sam\.model\.", r"\1model."))
-    mapped, unused = map_tensors(state, side.state_dict(), renames)
-    side.load_state_dict(mapped)
-    features = SamFeatures(embedding=numbers["neck_out"], high_res=())
-    decoded = side.decode(features, input_boxes=numbers["boxes"][None, :2])
-    assert not unused
-    assert distance(decoded.masks[0], numbers["sam_decoder.masks"]) < TOLERANCE
-    assert distance(decoded.iou[0], numbers["sam_decoder.iou"]) < TOLERANCE
+    dense, sparse = numbers[f"{kind}.dense_embed"][0], numbers[f"{kind}.sparse_embed"]
+    weights = official_weights(source, "clip2sam_coco_small.pth")
+    masks, queries = written_out_decoder(weights, features.sam.embedding, model.sam._position(), sparse, dense)
+    assert distance(decoded.masks[0, :, 0], masks) < TOLERANCE and decoded.iou is None
+    assert distance(torch.cat(tokens), queries) < TOLERANCE  # [P, T, C]
+    assert torch.equal(decoded.tokens[0, :, 0], torch.cat(tokens)[:, 1])
 
 
 def test_no_vision_encoder(model):
@@ -235,8 +214,6 @@ def test_head(model, features, numbers, kind):
     rois = head.roi_features(head.levels(features.maps), boxes)
     assert distance(rois, numbers[f"{kind}.roi_feats"]) < TOLERANCE
     convolved = head.roi_conv(rois).relu()
-    if ALL:
-        assert distance(convolved, numbers[f"{kind}.roi_conv_feats"]) < TOLERANCE
     assert distance(convolved.mean((2, 3)), numbers[f"{kind}.roi_vec"]) < TOLERANCE
     embeds = head(features.maps, masks.sigmoid())
     logits = embeds[0] @ numbers["text_embed"][:, 0].T * torch.tensor(head.config.log_scale).exp()
@@ -250,8 +227,6 @@ def test_head_on_boxes_at_the_edges(model, features, numbers):
     head, boxes = model.clip2sam, numbers["roi_probe.boxes"]
     assert torch.equal(head.box_level(boxes), numbers["roi_probe.level"])
     rois = head.roi_features(head.levels(features.maps), boxes[None])
-    if ALL:
-        assert distance(rois, numbers["roi_probe.feats"]) < TOLERANCE
     vectors = head.roi_conv(rois).relu().mean((2, 3))
     assert distance(vectors, numbers["roi_probe.vec"]) < TOLERANCE
     assert vectors[:2].abs().max() == 0
@@ -400,10 +375,13 @@ def test_tokenizer_is_clips(processor):
 # ---- the whole folder ------------------------------------------------------------------------------------------
 
 
-@needs_all
 @KINDS
 @torch.no_grad()
-def test_click_and_box_are_named_as_in_the_release(model, processor, picture, numbers, kind):
+def test_click_and_box_are_named_as_in_the_release(model, processor, picture, numbers, kind, monkeypatch):
+    """From the masks of the official decoder to names, scores and the final masks."""
+    masks = numbers[f"{kind}.low_res_masks"]
+    decoded = DecodedMasks(masks=masks[None], tokens=torch.zeros(1, len(masks), 1, 256))
+    monkeypatch.setattr(model.sam, "decode", lambda features, **prompts: decoded)
     inputs = processor(
         images=picture,
         input_boxes=[numbers["boxes"].tolist()] if kind == "box" else None,
@@ -412,9 +390,8 @@ def test_click_and_box_are_named_as_in_the_release(model, processor, picture, nu
     )
     sizes = inputs.pop("original_sizes").tolist()
     outputs = model(**inputs, text_embeds=numbers["text_embed"][:, 0], text_labels=list(WORDS))
-    assert outputs.iou_scores is None
-    assert distance(outputs.pred_masks[0], numbers[f"{kind}.low_res_masks"]) < TOLERANCE
-    # The official evaluation lets CLIP see the true boxes; of a click there is only the mask's.
+    assert outputs.iou_scores is None and torch.equal(outputs.pred_masks[0], masks)
+    # The official evaluation gives CLIP the true boxes; of a click there is only the mask's.
     theirs = numbers[f"{kind}.fused_logits" if kind == "box" else "point.fused_logits_maskbox"]
     roles = numbers["base_novel_indicator"]
     check_fused(outputs.logits[0], theirs, roles)
@@ -427,22 +404,7 @@ def test_click_and_box_are_named_as_in_the_release(model, processor, picture, nu
     assert found["text_labels"] == [WORDS[i] for i in theirs[:, :-1].argmax(1)]
     p = theirs[:, :-1].amax(1).exp()
     assert distance(found["scores"], p) < 10 * TOLERANCE  # exp of a logarithm
-    ours, finals = found["masks"], numbers[f"{kind}.final_masks"].bool()
-    assert (ours != finals).sum() <= 2
-    assert (ours.flatten(1).sum(1) - numbers[f"{kind}.mask_area"]).abs().max() <= 2
-
-
-@needs_all
-@torch.no_grad()
-def test_masks_of_a_picture_of_another_size(model, processor, features, numbers):
-    outputs = model(features=features, **prompts(numbers, "box"))
-    size, theirs = numbers["post_probe.size"].tolist(), numbers["post_probe.masks"].bool()
-    # A picture of this shape would fill 225 rows of the canvas, where the probe says 224; SAM's own processor is told.
-    content, canvas = [numbers["image_hw"].tolist()], {"height": 256, "width": 256}
-    enlarge = processor.image_processor.post_process_masks
-    stock = enlarge(outputs.pred_masks, [size], content, binarize=False, pad_size=canvas)[0]
-    assert distance(stock[0, 0], numbers["post_probe.logits_0"]) < TOLERANCE
-    assert torch.equal(stock[:, 0] > 0, theirs)
+    assert (found["masks"].flatten(1).sum(1) - numbers[f"{kind}.mask_area"]).abs().max() <= 2
 
 
 def test_segmenter_tells_which_words_were_trained_on(model, processor, picture, features):

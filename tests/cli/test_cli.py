@@ -275,6 +275,21 @@ def test_help_and_mistakes_do_not_wait_for_torch(arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "no-such-model", "--text", "cat"], "There is no model 'no-such-model'"),
+        (["--device", "warp9", "--text", "cat"], "device 'warp9' cannot be used here"),
+        (["--text", "cat " * 20], "tokens where this model reads at most 12"),
+    ],
+)
+def test_mistakes_that_only_the_model_finds_are_one_line_too(folder, tiny_folder, capsys, arguments, sentence):
+    model = [] if "--model" in arguments else ["--model", str(tiny_folder)]
+    assert run(["segment", "a.png", *arguments, *model]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ovsam: error: ") and error.count("\n") == 1 and sentence in error
+
+
 def test_no_command_prints_the_help(capsys):
     assert run([]) == 0
     out = capsys.readouterr().out

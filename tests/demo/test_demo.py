@@ -292,6 +292,7 @@ def test_only_uploads_are_opened(client, page):  # noqa: F811
     assert not page.asked
 
 
+@pytest.mark.weights
 def test_on_a_space_models_come_from_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "ON_SPACE", True)
     with pytest.raises(InputError, match="preset or a Hub id"):
@@ -299,6 +300,7 @@ def test_on_a_space_models_come_from_the_hub(monkeypatch, tmp_path):
     assert engine.models.get("ovsam-tiny").name == "ovsam-tiny"
 
 
+@pytest.mark.slow
 def test_twenty_visitors_at_once_get_their_own_pictures(page, tmp_path, monkeypatch):  # noqa: F811
     """Each has a part of another size of the example by the same file name, and some ask again."""
     monkeypatch.setattr(engine.features, "size", 100_000_000)  # three pictures: most are encoded again

@@ -105,6 +105,7 @@ def test_windows_cover_the_picture_and_overlap():
             tiles((500, 500), 64, overlap)
 
 
+@pytest.mark.slow
 def test_a_photo_of_300_small_and_two_huge_things():
     picture, truth = scene(4000, 3000, 300)
     seen = []

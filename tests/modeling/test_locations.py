@@ -1,19 +1,13 @@
-"""Prototype masks help the decoder: which location a prompt means, and what that gains on held-out scenes."""
+"""The location of a prompt, and the prototype mask of that location beside the mask of the decoder."""
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from pycocotools import mask as rle
+from common import SIZE, tiny_model
 
-import ovsam
 from ovsam.errors import InputError
 from ovsam.modeling.locations import boxed_locations, pointed_locations
 from ovsam.modeling.outputs import ConceptOutput
-
-VAL = Path(__file__).parents[1] / "data" / "emojiscenes-val"
+from ovsam.ops.masks import crop
 
 
 @pytest.fixture
@@ -44,46 +38,41 @@ def test_clicks_at_the_edge_are_no_error(concepts):
 
 
 @pytest.fixture(scope="module")
-def segmenter():
-    return ovsam.load("ovsam-tiny")
+def model():
+    return tiny_model(prototype_weight=0.5)
 
 
-def test_prototypes_make_masks_of_boxes_better(segmenter):
-    """On four held-out scenes, against the decoder alone; and the question is refused before anything is computed."""
-    data = json.loads((VAL / "annotations.json").read_text())
-    model, weight = segmenter.model, segmenter.model.config.prototype_weight
-    assert weight > 0
-    overlap = {0.0: [], weight: []}
-    for image in data["images"][:4]:
-        objects = [a for a in data["annotations"] if a["image_id"] == image["id"]]
-        truth = np.stack([rle.decode(a["segmentation"]).astype(bool) for a in objects])
-        features = segmenter.encode(VAL / image["file_name"]).features
-        boxes = torch.tensor([[[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in objects)]])
-        for value in overlap:
-            model.config.prototype_weight = value
-            masks = model(features=features, input_boxes=boxes).pred_masks[:, :, 0].detach()
-            found = torch.nn.functional.interpolate(masks, truth.shape[1:], mode="bilinear")[0].numpy() > 0
-            overlap[value] += ((found & truth).sum((1, 2)) / (found | truth).sum((1, 2))).tolist()
-    model.config.prototype_weight = weight
-    assert np.mean(overlap[weight]) > np.mean(overlap[0.0]) + 0.005
-    with pytest.raises(InputError, match=r"input_boxes \[B, P, 4\]"):
+@pytest.fixture
+def features(model):
+    with torch.no_grad():
+        return model.encode(torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
+
+
+@torch.no_grad()
+def test_prototypes_are_added_to_the_masks_of_prompts(model, features):
+    boxes = torch.tensor([[[10.0, 20, 60, 90], [70, 5, 125, 50]]])
+    masks = model(features=features, input_boxes=boxes).pred_masks
+    at = boxed_locations(features.concepts, boxes)[0]
+    prototypes = torch.einsum("pq,qhw->phw", features.concepts.coefficients[0, at], features.concepts.prototypes[0])
+    prompts = {"input_boxes": boxes, "input_masks": crop(prototypes[None], boxes / 4)}
+    decoded = model.sam.select_masks(model.sam.decode(features.sam, **prompts), False).masks
+    torch.testing.assert_close(masks, decoded + 0.5 * prompts["input_masks"][:, :, None], rtol=0, atol=1e-3)
+    with pytest.raises(InputError, match=r"input_boxes \[B, P, 4\]"):  # before anything is computed
         model(features=features, input_boxes=boxes[0])
 
 
-def test_a_mask_that_is_given_says_more_than_a_prototype(segmenter):
-    model = segmenter.model
-    features = segmenter.encode(VAL / "images/028.jpg").features
-    click = {"features": features, "input_points": torch.tensor([[[[85.0, 212.0]]]])}
+@torch.no_grad()
+def test_a_given_mask_takes_the_place_of_a_prototype(model, features):
+    click = {"features": features, "input_points": torch.tensor([[[[85.0, 12.0]]]])}
     first = model(**click).pred_masks[:, :, 0]
     decoded = model.sam.decode(features.sam, input_points=click["input_points"], input_masks=first)
     again = model(**click, input_masks=first).pred_masks
     assert torch.equal(again, model.sam.select_masks(decoded, False).masks)
 
 
-def test_three_masks_of_an_ambiguous_click_stay_the_decoders(segmenter):
-    model = segmenter.model
-    features = segmenter.encode(VAL / "images/028.jpg").features
-    click = {"features": features, "input_points": torch.tensor([[[[85.0, 212.0]]]]), "multimask_output": True}
+@torch.no_grad()
+def test_three_masks_of_a_click_are_those_of_the_decoder(model, features):
+    click = {"features": features, "input_points": torch.tensor([[[[85.0, 12.0]]]]), "multimask_output": True}
     plain = model(**click).pred_masks
     decoded = model.sam.decode(features.sam, input_points=click["input_points"])
     assert plain.shape[2] == 3 and torch.equal(plain, model.sam.select_masks(decoded, True).masks)

@@ -79,6 +79,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_process_that_never_imported_ovsam(folder, tmp_path):
     """What it saves is such a folder again; and where ovsam is not installed, the user is told what to do."""
     image = picture(3)

@@ -107,6 +107,8 @@ def corrected(tmp_path_factory):
     return folder
 
 
+@pytest.mark.weights
+@pytest.mark.slow
 def test_corrections_from_the_demo_make_a_better_model(corrected, monkeypatch, capfd):
     merged = json.loads((corrected / "corrected.json").read_text(encoding="utf-8"))
     truth = json.loads((corrected / "truth.json").read_text(encoding="utf-8"))
@@ -135,6 +137,8 @@ def per_picture(coco):
     return sorted((one["image_id"], names[one["category_id"]]) for one in coco["annotations"])
 
 
+@pytest.mark.weights
+@pytest.mark.slow
 def test_an_adapter_of_ones_own_is_built_and_trained_as_the_readme_says(corrected):
     # In the first step of a warm-up nothing moves.
     shorter = """

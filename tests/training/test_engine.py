@@ -238,6 +238,7 @@ MOMENTS = {  # and the step after which the run goes on
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_resumes_to_the_same_result(whole, server, tmp_path, monkeypatch, moment):
     path, expected = whole
@@ -261,6 +262,7 @@ def test_a_killed_run_resumes_to_the_same_result(whole, server, tmp_path, monkey
     assert logged(resumed, "eval_loss", "eval_loss") == pytest.approx(logged(expected, "eval_loss", "eval_loss"))
 
 
+@pytest.mark.slow
 def test_another_recipe_is_refused_with_what_changed(whole, tmp_path):
     path, _ = whole
     training_run.train_recipe(path, output=tmp_path / "run", device="cpu")
@@ -292,6 +294,7 @@ def train_as(rank, port, path, output):
     (output / f"steps-of-{rank}").write_text(str(len(steps)))
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does_with_twice_the_batch(server, tmp_path):
     """Noise is drawn for each process by itself, hence none here."""
     common = {"stage_args": {"noise": 0.0}, "eval": {"every": 3, "pictures": 5, "data": SCENES}}
@@ -317,6 +320,7 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(server, tmp_path
     assert {path.name for path in (double / "checkpoint-6").glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
+@pytest.mark.slow
 def test_accumulated_batches_make_the_same_step(tmp_path):
     args = {"noise": 0.0, "coin": 0.0}
     whole = write_recipe(tmp_path / "a", stage_args=args, optim={"batch_size": 4})

@@ -163,6 +163,7 @@ def test_a_recipe_for_released_towers_says_what_it_costs(name):
     assert math.isfinite(gigabytes) and gigabytes <= 24
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("name", ["clip-tiny", "sam-tiny-512", "concepts-tiny", "clip2sam-tiny"])
 def test_the_published_weights_are_those_of_their_recipe(name):
     """What hub/ovsam-tiny carries fits the towers and the adapters that the recipes describe, number for number."""

@@ -103,6 +103,7 @@ def tuned(folder, base, data):
     return train_recipe(folder / "recipe.toml", output=output, data=data[0], images=data[0].parent, device="cpu")
 
 
+@pytest.mark.slow
 def test_the_tuned_model_beats_its_base_on_pictures_it_has_not_seen(base, tuned, data, capsys):
     assert compare.run_compare(base, tuned, data=data[1], device="cpu")
     printed = capsys.readouterr().out
@@ -112,6 +113,7 @@ def test_the_tuned_model_beats_its_base_on_pictures_it_has_not_seen(base, tuned,
     assert not compare.run_compare(tuned, tuned, data=data[1], limit=2, device="cpu")
 
 
+@pytest.mark.slow
 def test_the_output_is_a_whole_model_and_its_adapters(base, tuned):
     whole, before = ovsam.OVSamModel.from_pretrained(tuned), ovsam.OVSamModel.from_pretrained(base)
     changed = {name.split(".")[0] for name, t in whole.state_dict().items() if not t.equal(before.state_dict()[name])}
@@ -125,6 +127,7 @@ def test_the_output_is_a_whole_model_and_its_adapters(base, tuned):
     assert {one.label for one in found} <= {"cat", "dog"}
 
 
+@pytest.mark.slow
 def test_curves_and_samples_are_drawn(tuned):
     with Image.open(tuned / "samples.png") as sheet:
         assert sheet.size == (2 * (2 * 384 + 6) + 18, 2 * 384 + 6)  # three pairs, two a row
@@ -133,6 +136,7 @@ def test_curves_and_samples_are_drawn(tuned):
         assert curves.width > 1000
 
 
+@pytest.mark.slow
 def test_rehearsal_is_on_unless_a_recipe_says_no(folder, base, data, capsys):
     """And the small CLIP tower can learn too; the text tower stays as it is."""
     numbers = {"base": json.dumps(str(base)), "held_out": json.dumps(str(data[1])), "steps": 2, "share": 0.5}
@@ -149,6 +153,7 @@ def test_rehearsal_is_on_unless_a_recipe_says_no(folder, base, data, capsys):
     assert not any(name.startswith(("clip.text_model", "sam.")) for name in changed)
 
 
+@pytest.mark.slow
 def test_calibration_chooses_thresholds_and_writes_a_whole_model(folder, tuned, data):
     (folder / "calibrate.toml").write_text(
         f'stage = "calibrate"\nseed = 1\n[model]\nbase = {json.dumps(str(tuned))}\n'
