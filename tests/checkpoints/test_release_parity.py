@@ -135,7 +135,7 @@ def test_neck(source, model, features, attention):
 
 
 def test_neck_refuses_another_size(model):
-    with pytest.raises(ovsam.InputError, match="sees square images of 256 x 256 pixels; got 128 x 256"):
+    with pytest.raises(ovsam.InputError, match="takes square images of 256 x 256 pixels; got 128 x 256"):
         model.encode(torch.zeros(1, 3, 128, 256))
 
 
@@ -196,7 +196,7 @@ def test_masks(source, model, features, numbers, kind):
 
 
 def test_no_vision_encoder(model):
-    with pytest.raises(ovsam.InputError, match="composition 'clip' alone"):
+    with pytest.raises(ovsam.InputError, match="use it with the composition"):
         SAM_SIDES["ovsam_label_token_sam"](model.config.sam_config, part="all")
 
 

@@ -1,4 +1,4 @@
-"""The adapters between the sides: what is trained over released towers, each a model of its own."""
+"""The adapters between the sides: modules that are trained over released towers, each a model of its own."""
 
 from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter, Clip2SamConfig
 from ovsam.modeling.adapters.clip2sam_fpn import Clip2SamFpnAdapter, Clip2SamFpnConfig

@@ -1,4 +1,5 @@
-"""Clip2SamAdapter: the name of a prompted mask, from CLIP's maps (Open-Vocabulary SAM, Yuan et al. 2024, §3.2)."""
+"""Clip2SamAdapter: class embedding of a prompted mask, from CLIP's maps (Open-Vocabulary SAM, Yuan et al. 2024,
+§3.2)."""
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,10 @@ class Clip2SamConfig(RemoteCodeConfig):
         in_channels: channels of CLIP's maps at strides 4, 8, 16, 32.
         embed_dim: D.
         width: width of the adapter.
-        token_dim: the mask decoder's width C, or 0 to leave its tokens out (as the released Open-Vocabulary SAM does,
-            whose label token is multiplied by zero).
-        trained_words: the class names of training. If there are any, the names of masks are a blend of the adapter and
-            of CLIP itself, whose share is small for these words and large for others.
+        token_dim: the mask decoder's width C, or 0 to ignore its tokens (as in the released Open-Vocabulary SAM, which
+            multiplies its label token by zero).
+        trained_words: class names of the training data. If there are any, masks are classified by a blend of the
+            adapter and CLIP itself, in which CLIP has a small weight for these class names and a large one for others.
         clip_scale, clip_shift: scale and shift of CLIP's own cosines in that blend.
     """
 
@@ -42,9 +43,9 @@ class Clip2SamConfig(RemoteCodeConfig):
 
 
 class Clip2SamAdapter(AdapterModel):
-    """Light FPN + RoIAlign on the box, weighed by the mask, plus the mask token; added to CLIP's own pooled embedding.
+    """Light FPN + RoIAlign on the box, weighted by the mask, plus the mask token; added to CLIP's own pooled embedding.
 
-    A word's logit is (cosine + logit_shift) * exp(log_scale); both are stored with the weights, calibrated.
+    The logit of a text query is (cosine + logit_shift) * exp(log_scale); both are calibrated and stored as weights.
     """
 
     config: Clip2SamConfig
@@ -78,7 +79,7 @@ class Clip2SamAdapter(AdapterModel):
             maps: CLIP's maps at strides 4, 8, 16, 32, each [B, Ci, hi, wi].
             boxes: [B, P, 4] xyxy in pixels of the model input.
             masks: probabilities [B, P, H/4, W/4].
-            tokens: the mask decoder's mask tokens [B, P, C]; needed if and only if the config's `token_dim` says so.
+            tokens: the mask decoder's mask tokens [B, P, C]; required if `token_dim` is not 0.
 
         Returns:
             class embeddings [B, P, D], L2-normalised.
@@ -93,7 +94,7 @@ class Clip2SamAdapter(AdapterModel):
 
         hidden = F.relu(self.roi_conv(torch.cat([features, inside - 0.5], 1)))
         hidden = F.relu(self.roi_out(hidden))
-        weight = inside + 0.05  # context still counts a little, and an empty mask divides by no zero
+        weight = inside + 0.05  # context has a small weight, which also avoids division by zero for an empty mask
         hidden = (hidden * weight).sum((2, 3)) / weight.sum((2, 3))  # [B*P, width]
         hidden = hidden.view(b, p, self.config.width)
         if self.token is not None:
@@ -101,14 +102,14 @@ class Clip2SamAdapter(AdapterModel):
         return F.normalize(pooled + self.embedding(hidden), dim=-1)
 
     def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor, clip) -> Naming | BlendedNaming:
-        """The naming of masks in a whole model.
+        """Return the naming of masks in a whole model.
 
         Args:
             features: the model's OVSamFeatures.
             masks: logits [B, P, H/4, W/4] over the model input.
             boxes: [B, P, 4] xyxy in pixels of the model input.
             tokens: the mask decoder's mask tokens [B, P, C].
-            clip: the model's CLIP side, for adapters that ask it.
+            clip: the model's CLIP side, for adapters that use it.
         """
         frame, size = features.clip_frame, features.clip_size
         seen = maps_to_clip(masks.sigmoid(), frame, 4 * masks.shape[-1], size)
@@ -127,7 +128,7 @@ class Clip2SamAdapter(AdapterModel):
         return (embeds @ words.T + self.logit_shift) * self.log_scale.exp()
 
     def _roi_features(self, levels: list[Tensor], rois: Tensor) -> Tensor:
-        """RoIAlign on the level whose stride suits the box: about 7 cells across (Lin et al. 2017, eq. 1)."""
+        """RoIAlign on the level on which the box is about 7 cells wide (Lin et al. 2017, eq. 1)."""
         side = (rois[:, 3:] - rois[:, 1:3]).clamp(min=1).prod(1).sqrt()
         level = torch.floor(torch.log2(side / (ROI * 8) + 1e-6)).clamp(0, len(levels) - 1)
         pooled = rois.new_zeros(len(rois), levels[0].shape[1], ROI, ROI)

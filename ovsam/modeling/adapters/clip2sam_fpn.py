@@ -1,4 +1,4 @@
-"""Clip2SamFpnAdapter: the CLIP2SAM adapter as Open-Vocabulary SAM released it (Yuan et al. 2024, §3.2): a feature
+"""Clip2SamFpnAdapter: the CLIP2SAM adapter of the Open-Vocabulary SAM release (Yuan et al. 2024, §3.2): a feature
 pyramid, RoIAlign on the box of the mask, and one linear layer."""
 
 import math
@@ -14,14 +14,14 @@ from ovsam.modeling.remote_code import RemoteCodeConfig
 from ovsam.modeling.scoring import FusedNaming
 from ovsam.ops.boxes import masks_to_boxes
 
-EMPTY = -20.0  # the logit of a pixel that is certainly not in the mask
+EMPTY = -20.0  # logit of a pixel outside the model input
 
 
 class Clip2SamFpnConfig(RemoteCodeConfig):
-    """`in_channels` are those of CLIP's maps at strides 4, 8, 16, 32; `roi_size` is 12 in the release for COCO and 7 in
-    the one for LVIS; a box less than twice `finest_size` pixels across is read at stride 4, one less than four times at
-    stride 8, and so on. `log_scale` is that of the softmax. `trained_words` are those the adapter has seen in training,
-    in lower case and without underscores. The defaults are the released sizes."""
+    """`in_channels` are the channels of CLIP's maps at strides 4, 8, 16, 32; `roi_size` is 12 in the release for COCO
+    and 7 in the one for LVIS; a box less than twice `finest_size` pixels wide is read at stride 4, less than four times
+    at stride 8, and so on. `log_scale` is the scale of the softmax. `trained_words` are the class names of the training
+    data, in lower case and without underscores. The defaults are the released sizes."""
 
     model_type = "ovsam_clip2sam_fpn"
     auto_classes = {"AutoModel": "Clip2SamFpnAdapter"}
@@ -36,9 +36,9 @@ class Clip2SamFpnConfig(RemoteCodeConfig):
 
 
 class Clip2SamFpnAdapter(AdapterModel):
-    """The class embedding of a mask, from the box around it; CLIP's own embedding comes in only with its probability.
+    """The class embedding of a mask, from the box around it; CLIP's own embedding enters only through its probability.
 
-    The released decoder's label token has no say: it enters the class embedding multiplied by zero.
+    The label token of the released decoder is unused: it is multiplied by zero.
     """
 
     config: Clip2SamFpnConfig
@@ -68,12 +68,12 @@ class Clip2SamFpnAdapter(AdapterModel):
         return F.normalize(embeds, dim=-1).unflatten(0, boxes.shape[:2])
 
     def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor, clip) -> FusedNaming:
-        """The naming of masks in a whole model, together with CLIP's own; arguments as in `Clip2SamAdapter.name`.
+        """Return the naming of masks in a whole model, fused with CLIP's own; arguments as in `Clip2SamAdapter.name`.
 
-        The adapter reads the box of the mask, CLIP `boxes`, which may be a person's.
+        The adapter pools over the box of the mask, CLIP over `boxes`, which may be given by the user.
         """
         frame, size = features.clip_frame, features.clip_size
-        if frame is not None:  # outside the model input there is certainly nothing
+        if frame is not None:  # no mask outside the model input
             masks = maps_to_clip(masks - EMPTY, frame, 4 * masks.shape[-1], size) + EMPTY
         coarse = F.interpolate(masks, features.maps[-1].shape[-2:], mode="bilinear", align_corners=False)
         return FusedNaming(
@@ -89,7 +89,7 @@ class Clip2SamFpnAdapter(AdapterModel):
         return [conv(level) for conv, level in zip(self.smooth, self.pyramid(maps), strict=True)]
 
     def roi_features(self, levels: list[Tensor], boxes: Tensor) -> Tensor:
-        """Boxes [B, P, 4] -> [B*P, width, r, r], each from the level that suits its size (Lin et al. 2017, eq. 1)."""
+        """Boxes [B, P, 4] -> [B*P, width, r, r], each from the level for its size (Lin et al. 2017, eq. 1)."""
         size = self.config.roi_size
         image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
         rois = torch.cat([image[:, None], boxes.flatten(0, 1)], 1).float()  # [B*P, 5]
@@ -102,6 +102,6 @@ class Clip2SamFpnAdapter(AdapterModel):
         return features.to(levels[0].dtype)
 
     def box_level(self, boxes: Tensor) -> Tensor:
-        """Boxes [..., 4] -> which of the four levels they are read from, [...]."""
+        """Boxes [..., 4] -> index of the pyramid level for their size, [...]."""
         side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
         return torch.floor(torch.log2(side / self.config.finest_size + 1e-6)).clamp(0, 3).long()

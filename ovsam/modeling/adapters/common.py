@@ -1,4 +1,4 @@
-"""What the adapters that read image maps share."""
+"""Base class and modules of the adapters."""
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,12 @@ class AdapterModel(PreTrainedModel):
 
 
 def maps_at_strides(maps: tuple[Tensor, ...], size: tuple[int, int]) -> tuple[Tensor, ...]:
-    """A CLIP tower's four maps as the adapters read them: at strides 4, 8, 16 and 32 of its input of `size` (height,
+    """Four maps of an image tower as input of the adapters: at strides 4, 8, 16 and 32 of an image of `size` (height,
     width) pixels.
 
-    Those of a pyramid (ConvNeXt, ResNet) are passed through. A plain transformer's four, all at one stride, are
-    resampled: ViTDet's simple feature pyramid (Li et al. 2022) without its convolutions, which the adapters' own stand
-    in for.
+    Maps of a pyramid (ConvNeXt, ResNet) are returned unchanged. The four maps of a plain transformer, all at one
+    stride, are resampled: ViTDet's simple feature pyramid (Li et al. 2022) without its convolutions, which those of the
+    adapters replace.
     """
     grids = [tuple(side // stride for side in size) for stride in (4, 8, 16, 32)]
     return tuple(
@@ -68,9 +68,9 @@ class TopDown(nn.Module):
 
 
 class RegionProjection(nn.Module):
-    """The class embedding a CLIP tower itself gives to each place: a linear map of strides 16 and 32, at stride 16.
+    """Class embedding of each location by the CLIP tower itself: a linear map of strides 16 and 32, at stride 16.
 
-    An adapter starts from this (its weights are those of the tower's own projection) and learns what to add.
+    An adapter starts from this (with the weights of the tower's own projection) and learns a correction.
     """
 
     def __init__(self, channels: tuple[int, ...], embed_dim: int):

@@ -1,7 +1,7 @@
-"""ConceptHead: what is where, for every place of the image at once, conditioned on nothing.
+"""ConceptHead: objectness, box, class embedding and mask coefficients of every location of an image, without queries.
 
-In the spirit of DenseCLIP (dense CLIP scores) and YOLACT (prototype masks): each location gets an objectness, a box, a
-class embedding and mask coefficients. Words come later, as one matrix product, so any number costs about the same.
+It combines DenseCLIP (dense CLIP scores) and YOLACT (prototype masks). Text queries come later, as one matrix product,
+so any number of them costs about the same.
 """
 
 import torch
@@ -15,7 +15,7 @@ from ovsam.modeling.remote_code import RemoteCodeConfig
 
 
 class ConceptHeadConfig(RemoteCodeConfig):
-    """`in_channels` are those of maps at strides 4, 8, 16 and 32. Locations live at strides 16 and 32."""
+    """`in_channels` are the channels of the maps at strides 4, 8, 16 and 32. Locations are at strides 16 and 32."""
 
     model_type = "ovsam_concepts"
     auto_classes = {"AutoModel": "ConceptHead"}
@@ -57,9 +57,9 @@ class ConceptHead(AdapterModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is self.objectness:  # rare at first, as in RetinaNet
+        if module is self.objectness:  # low at first, as in RetinaNet
             init.constant_(module.bias, -3.0)
-        elif module is self.scale_shift:  # a word fires above a cosine of 0.7
+        elif module is self.scale_shift:  # probability 0.5 at a cosine of 0.7
             init.zeros_(module.weight)
             init.copy_(module.bias, torch.tensor([15.0, -0.7]))
         elif module is self.embedding[-1]:  # starts as the tower's own embedding

@@ -1,4 +1,4 @@
-"""Sam2ClipAdapter: SAM features out of CLIP's maps, so that one backbone serves both sides (Open-Vocabulary SAM, §3.2).
+"""Sam2ClipAdapter: SAM features from CLIP's maps, so that one backbone serves both sides (Open-Vocabulary SAM, §3.2).
 
 It is distilled from a SAM vision encoder: the loss is the per-pixel error of the embedding.
 """
@@ -11,7 +11,7 @@ from ovsam.modeling.remote_code import RemoteCodeConfig
 
 
 class Sam2ClipConfig(RemoteCodeConfig):
-    """`in_channels` are those of CLIP's maps at strides 4, 8, 16, 32; `width` is the mask decoder's C."""
+    """`in_channels` are the channels of CLIP's maps at strides 4, 8, 16, 32; `width` is the mask decoder's C."""
 
     model_type = "ovsam_sam2clip"
     auto_classes = {"AutoModel": "Sam2ClipAdapter"}
@@ -27,13 +27,13 @@ class Sam2ClipAdapter(AdapterModel):
 
     config: Sam2ClipConfig
     base_model_prefix = "sam2clip"
-    finer_maps = 2  # of `SamFeatures.high_res`
+    finer_maps = 2  # number of maps in `SamFeatures.high_res`
 
     def __init__(self, config: Sam2ClipConfig):
         super().__init__(config)
         width = config.width
         self.pyramid = TopDown(tuple(config.in_channels[1:]), width)
-        self.local = nn.Conv2d(width, width, 3, padding=1)  # also tells the layers where a place is
+        self.local = nn.Conv2d(width, width, 3, padding=1)  # also encodes positions for the layers
         layer = nn.TransformerEncoderLayer(
             width, config.num_heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
         )

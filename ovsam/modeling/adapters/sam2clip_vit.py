@@ -1,5 +1,5 @@
-"""Sam2ClipVitAdapter: the SAM2CLIP adapter as Open-Vocabulary SAM released it (Yuan et al. 2024, §3.2): SAM's own
-vision transformer blocks on top of CLIP's maps, so that distilling from SAM ViT-H has little to bridge."""
+"""Sam2ClipVitAdapter: the SAM2CLIP adapter of the Open-Vocabulary SAM release (Yuan et al. 2024, §3.2): vision
+transformer blocks of SAM on top of CLIP's maps, close to SAM ViT-H, from which it is distilled."""
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from ovsam.modeling.remote_code import RemoteCodeConfig
 
 
 class Sam2ClipVitConfig(RemoteCodeConfig):
-    """`in_channels` are those of CLIP's maps at strides 4, 8, 16, 32; `grid` is the side of the stride-16 map, that of
-    the position embedding; `width` is the mask decoder's C. Blocks attend within windows of `window_size` cells, those
-    of `global_blocks` to all cells. The defaults are the released sizes."""
+    """`in_channels` are the channels of CLIP's maps at strides 4, 8, 16, 32; `grid` is the side of the stride-16 map
+    and of the position embedding; `width` is the mask decoder's C. Blocks attend within windows of `window_size` cells,
+    `global_blocks` to all cells. The defaults are the released sizes."""
 
     model_type = "ovsam_sam2clip_vit"
     auto_classes = {"AutoModel": "Sam2ClipVitAdapter"}
@@ -36,7 +36,7 @@ class Sam2ClipVitAdapter(AdapterModel):
 
     config: Sam2ClipVitConfig
     base_model_prefix = "sam2clip"
-    finer_maps = 0  # of `SamFeatures.high_res`
+    finer_maps = 0  # number of maps in `SamFeatures.high_res`
     _supports_sdpa = True
 
     def __init__(self, config: Sam2ClipVitConfig):
@@ -56,7 +56,7 @@ class Sam2ClipVitAdapter(AdapterModel):
         vision = SamVisionConfig(
             hidden_size=size,
             num_attention_heads=config.num_heads,
-            image_size=config.grid,  # in cells: what makes these is already there
+            image_size=config.grid,  # in cells: the input has been divided into them already
             patch_size=1,
             output_channels=config.width,
         )
@@ -80,13 +80,13 @@ class Sam2ClipVitAdapter(AdapterModel):
         """maps: CLIP's maps at strides 4, 8, 16, 32, each [B, Ci, hi, wi].
 
         Raises:
-            InputError: the stride-16 map is not as large as the position embedding.
+            InputError: the stride-16 map and the position embedding differ in size.
         """
         grid = self.config.grid
         if tuple(maps[2].shape[-2:]) != (grid, grid):
             height, width = (16 * side for side in maps[2].shape[-2:])
             raise InputError(
-                f"This model sees square images of {16 * grid} x {16 * grid} pixels; got {height} x {width}: resize "
+                f"This model takes square images of {16 * grid} x {16 * grid} pixels; got {height} x {width}: resize "
                 "and pad them first, as the processor does."
             )
         levels = zip(maps, self.to_stride16, self.level_embed, strict=True)

@@ -1,6 +1,6 @@
-"""Our own small CLIP: a timm convolutional image tower and a mean-pooled BERT text tower (as sentence encoders are).
+"""A small CLIP: a convolutional image tower of timm and a mean-pooled BERT text tower, as in sentence encoders.
 
-The text tower is locked (LiT, Zhai et al. 2022): training moves only the image side towards it.
+The text tower is locked (LiT, Zhai et al. 2022): only the image tower is trained.
 """
 
 import timm
@@ -14,7 +14,7 @@ from ovsam.modeling.outputs import ClipFeatures
 
 
 class DualEncoderConfig(PreTrainedConfig):
-    """`architecture` is a timm name; its maps at `out_indices` must come at strides 4, 8, 16 and 32."""
+    """`architecture` is a timm name; its maps at `out_indices` must have strides 4, 8, 16 and 32."""
 
     model_type = "ovsam_dual_encoder"
     sub_configs_defaults = {"text_config": BertConfig}
@@ -30,13 +30,13 @@ class DualEncoderConfig(PreTrainedConfig):
 
 
 class DualEncoderSide(ClipSide):
-    """Image -> maps at strides 4, 8, 16, 32 and a [B, D, h/16, w/16] map to pool; words -> [K, D].
+    """Image -> maps at strides 4, 8, 16, 32 and a [B, D, h/16, w/16] map to pool; texts -> [K, D].
 
-    A region's embedding is the mean of `pool_map` over it; a whole picture's is the mean over everything. `part` is
-    "all", "vision" or "text"; names of weights are the same in all three.
+    The embedding of a region is the mean of `pool_map` over it, that of a whole image the mean over the map. `part` is
+    "all", "vision" or "text"; weights have the same names in all three.
     """
 
-    logit_scale = 100.0  # where training stops it, as CLIP's does; it is not stored
+    logit_scale = 100.0  # the limit in training, as in CLIP; it is not stored
     logit_shift = 0.0
 
     def __init__(self, config: DualEncoderConfig, part: str = "all"):
@@ -47,7 +47,7 @@ class DualEncoderSide(ClipSide):
         self.text_model = None if part == "vision" else BertModel(config.text_config, add_pooling_layer=False)
         self.channels = tuple(self.vision_model.feature_info.channels())
         self.strides = tuple(self.vision_model.feature_info.reduction())
-        # The pooled map sees both detail (stride 16) and context (stride 32).
+        # The pooled map combines detail (stride 16) and context (stride 32).
         self.detail_projection = nn.Conv2d(self.channels[-2], config.embed_dim, 1)
         self.context_projection = nn.Conv2d(self.channels[-1], config.embed_dim, 1)
         self.embed_dim = config.embed_dim

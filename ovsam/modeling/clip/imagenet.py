@@ -22,7 +22,8 @@ from ovsam.modeling.outputs import ClipFeatures
 
 
 class ImageNetConfig(PreTrainedConfig):
-    """`architecture` is a timm name, `num_classes` the number of its class names, `top` how many of them count."""
+    """`architecture` is a timm name, `num_classes` its number of classes, `top` the number of classes that are
+    averaged."""
 
     model_type = "ovsam_imagenet"
     sub_configs_defaults = {"text_config": BertConfig}
@@ -44,7 +45,7 @@ class ImageNetSide(ClipSide):
     The last map is the one that the classifier pools, after its last convolution and normalisation.
 
     `class_embeds` [N, D] holds the text embeddings of the classifier's own class names; it is a buffer, so that it is
-    saved with the classifier. `part` is "all", "vision" or "text"; names of weights are the same in all three.
+    saved with the classifier. `part` is "all", "vision" or "text"; weights have the same names in all three.
     """
 
     templates = ("{}",)
@@ -78,7 +79,7 @@ class ImageNetSide(ClipSide):
         return ClipFeatures(maps=(*maps[:-1], pool_map), pool_map=pool_map)
 
     def _to_map(self, last: Tensor, size: Sequence[int]) -> Tensor:
-        """The classifier's last features as [B, C, h, w]; tokens before those of the locations are left out."""
+        """Last features of the classifier as [B, C, h, w], without prefix tokens."""
         if last.ndim == 3:  # [B, prefix + h*w, C]
             last = last[:, getattr(self.vision_model, "num_prefix_tokens", 0) :]
             return last.mT.unflatten(2, tuple(size))
@@ -89,7 +90,7 @@ class ImageNetSide(ClipSide):
     def classify(self, features: Tensor) -> Tensor:
         """Logits [n, N] of the classifier for features [n, C] of its last map."""
         model = self.vision_model
-        if hasattr(model, "num_prefix_tokens"):  # a vision transformer: it pools tokens, or reads the first
+        if hasattr(model, "num_prefix_tokens"):  # a vision transformer pools tokens, or takes the first
             prefix = model.num_prefix_tokens if model.global_pool != "token" else 0
             return model.forward_head(features[:, None].expand(-1, prefix + 1, -1))
         if getattr(model, "output_fmt", "NCHW") == "NHWC":
@@ -115,7 +116,7 @@ def conse(logits: Tensor, class_embeds: Tensor, top: int) -> Tensor:
     Args:
         logits: [n, N].
         class_embeds: [N, D].
-        top: how many classes count.
+        top: number of classes that are averaged.
 
     Returns:
         [n, D], L2-normalised, in the type of `class_embeds`.
@@ -128,25 +129,26 @@ def conse(logits: Tensor, class_embeds: Tensor, top: int) -> Tensor:
 def create_classifier(name: str, num_classes: int, image_size: int, pretrained: bool = False) -> nn.Module:
     """A classifier of timm that takes images of `image_size`.
 
-    All of its buffers are saved: `from_pretrained` would overwrite those that are not with uninitialised memory.
+    All of its buffers are saved, since `from_pretrained` would overwrite others with uninitialised memory.
 
     Raises:
         InputError: timm has no such model, or the model gives no intermediate maps.
     """
     if not timm.is_model(name.partition(".")[0]):
-        raise InputError(f"timm has no model {name!r}; timm.list_models() lists those that there are.")
+        raise InputError(f"timm has no model {name!r}; timm.list_models() lists its models.")
     config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
     size = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
     classifier = timm.create_model(name, num_classes=num_classes, pretrained=pretrained, **size)
     if not hasattr(classifier, "forward_intermediates"):
-        raise InputError(f"The timm model {name!r} gives no intermediate maps (forward_intermediates).")
+        raise InputError(f"The timm model {name!r} has no forward_intermediates; choose another model.")
     for module in classifier.modules():
         module._non_persistent_buffers_set = set()
     return classifier
 
 
 def imagenet_names(num_classes: int = 1000) -> list[list[str]]:
-    """The class names of ImageNet-1k or, with 21,841 classes and the like, of its larger sets; synonyms side by side.
+    """Class names of ImageNet-1k or, for 21,841 classes and similar numbers, of its larger sets; a list of synonyms
+    each.
 
     Source: the lemmas that timm keeps (`timm.data.ImageNetInfo`), which are WordNet's.
     """
@@ -173,14 +175,14 @@ def pretrained_imagenet(
     """A configuration, and the weights of the vision half under the side's names, of a classifier that timm downloads.
 
     Args:
-        name: such as "tf_efficientnet_lite2.in1k".
-        text_config: the shape of the text tower, a BERT.
+        name: timm name with a tag, such as "tf_efficientnet_lite2.in1k".
+        text_config: configuration of the text tower, a BERT.
         embed: as for `embed_classes`.
-        image_size: side of the square input.
+        image_size: side of the square input in pixels.
     """
     pretrained = timm.models.get_pretrained_cfg(name)
     if pretrained is None:
-        raise InputError(f"timm has no weights {name!r}; timm.list_pretrained() lists those that there are.")
+        raise InputError(f"timm has no weights {name!r}; timm.list_pretrained() lists its weights.")
     classifier = create_classifier(name, pretrained.num_classes, image_size, pretrained=True)
     class_embeds = embed_classes(imagenet_names(pretrained.num_classes), embed)
     config = ImageNetConfig(

@@ -26,11 +26,11 @@ class OpenClipConfig(PreTrainedConfig):
     """Configuration of an open_clip model.
 
     Args:
-        model_cfg: the `model_cfg` of open_clip (embed_dim, vision_cfg, text_cfg, ...), as in its own
+        model_cfg: the `model_cfg` of open_clip (embed_dim, vision_cfg, text_cfg, ...), as in its
             `open_clip_config.json`; ViT-B-32 by default. `quick_gelu` must be set for the weights that need it.
-        image_size: side of the square input in pixels; that of `model_cfg` by default, and always for transformers.
-        image_mean: of each colour channel.
-        image_std: of each colour channel.
+        image_size: side of the square input in pixels; by default, and always for transformers, that of `model_cfg`.
+        image_mean: mean of each colour channel.
+        image_std: standard deviation of each colour channel.
     """
 
     model_type = "ovsam_open_clip"
@@ -49,14 +49,13 @@ class OpenClipConfig(PreTrainedConfig):
 
 
 class OpenClipSide(PreTrainedModel, ClipSide):
-    """An open_clip model, built from its configuration alone: no files, no network.
+    """An open_clip model, built from its configuration alone, without files or a network.
 
     Weights have the layout of `open_clip.CustomTextCLIP` (text tower under `text.`), whichever class open_clip uses.
-    `maps` are those of the tower (see the `_…Tower` classes of this file), and so is the way in which regions are
-    pooled.
+    The `_…Tower` classes of this file define `maps` and the pooling of regions for each kind of tower.
 
     Raises:
-        InputError: a tower that is not supported.
+        InputError: the tower is not supported.
     """
 
     config: OpenClipConfig
@@ -70,7 +69,9 @@ class OpenClipSide(PreTrainedModel, ClipSide):
         model_cfg.pop("custom_text", None)
         model_cfg["vision_cfg"]["timm_model_pretrained"] = False
         if "multimodal_cfg" in model_cfg or "hf_model_name" in model_cfg["text_cfg"]:
-            raise InputError("CoCa and text towers of the Hugging Face Hub are not supported as open_clip models.")
+            raise InputError(
+                "CoCa and text towers of the Hugging Face Hub are not supported; choose another open_clip model."
+            )
         self.model = open_clip.CustomTextCLIP(**model_cfg)
         self.tower = _tower(self.model.visual)
         self.channels = self.tower.channels
@@ -81,20 +82,20 @@ class OpenClipSide(PreTrainedModel, ClipSide):
         self.image_std = tuple(config.image_std)
         self.max_text_length = self.model.context_length
         self.text_padding = "max_length" if self._reads_padding else "longest"
-        self.softmax = self.model.logit_bias is None  # open_clip gives a bias to towers trained with SigLIP's loss
+        self.softmax = self.model.logit_bias is None  # in open_clip, models trained with SigLIP's loss have a bias
         if part == "text":
             self.model.visual = self.tower = None
         elif part == "vision":
             self.model.text = None
         for tensor in (*self.parameters(), *self.buffers()):
-            # open_clip and timm have drawn the weights, so post_init must not; on the meta device they have not.
+            # open_clip and timm have initialised the weights, except on the meta device, so post_init must not.
             tensor._is_hf_initialized = not tensor.is_meta
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill what `from_pretrained` left as uninitialised memory: weights that the checkpoint lacks, and buffers that
-        are not saved (the causal mask, rotary tables, window indices)."""
+        """Initialise the tensors that `from_pretrained` left as uninitialised memory: weights that the checkpoint
+        lacks, and buffers that are not saved (the causal mask, rotary tables, window indices)."""
         for parameter in module.parameters(recurse=False):
             init.normal_(parameter, std=0.02)
         super()._init_weights(module)
@@ -122,13 +123,13 @@ class OpenClipSide(PreTrainedModel, ClipSide):
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[K, T] -> [K, D], L2-normalised.
 
-        A causal tower does not read the padding after a phrase. Others were trained on it, read it, and need all of it:
-        T must be `max_text_length`. There is no mask in either.
+        A causal tower does not read the padding after a phrase. Others were trained with padding and read it, so T must
+        be `max_text_length`. Neither uses a mask.
         """
         missing = self.max_text_length - input_ids.shape[1]
         if missing < 0 or (missing > 0 and self._reads_padding):
             raise InputError(
-                f"this text tower reads phrases padded to {self.max_text_length} tokens, not {input_ids.shape[1]}; "
+                f"This text tower takes phrases padded to {self.max_text_length} tokens, not {input_ids.shape[1]}; "
                 f"tokenise them with padding='max_length', max_length={self.max_text_length}."
             )
         return F.normalize(self.model.text(F.pad(input_ids, (0, missing))), dim=-1)
@@ -140,13 +141,13 @@ class OpenClipSide(PreTrainedModel, ClipSide):
         return F.normalize(self.tower.pool(features.pool_map, masks, boxes), dim=-1)
 
     def dense(self, features: ClipFeatures) -> torch.Tensor:
-        """A class embedding of every location of `pool_map`, [B, D, h, w], L2-normalised."""
+        """Class embedding of every location of `pool_map`, [B, D, h, w], L2-normalised."""
         return F.normalize(self.tower.dense(features.pool_map), dim=1)
 
 
 class _ResNetTower:
-    """The ResNets of CLIP: four stages; RoIAlign to the grid of the attention pool, and that pool (RegionCLIP, Zhong et
-    al., 2022; Open-Vocabulary SAM). A mask counts as its box. So the pool sees its own grid at any image size."""
+    """ResNets of CLIP: four stages; RoIAlign to the grid of the attention pool, followed by that pool (RegionCLIP,
+    Zhong et al., 2022; Open-Vocabulary SAM). A mask is pooled over its box. The grid is the same at any image size."""
 
     def __init__(self, visual: ModifiedResNet):
         self.visual = visual
@@ -164,7 +165,7 @@ class _ResNetTower:
         if boxes is None:
             scale = pool_map.shape[-1] * stride / masks.shape[-1]  # masks cover the image at any resolution
             boxes = masks_to_boxes(masks > 0.5) * scale
-        # RoIAlign has no half precision on CPU: [B, C, h, w] and B x [P, 4] -> [B*P, C, grid, grid]
+        # RoIAlign does not support half precision on CPU: [B, C, h, w] and B x [P, 4] -> [B*P, C, grid, grid]
         regions = roi_align(pool_map.float(), list(boxes.float()), self.grid, 1 / stride, aligned=True)
         embeds = attention_pool(self.visual.attnpool, regions.to(pool_map.dtype))
         return embeds.unflatten(0, boxes.shape[:2])  # [B*P, D] -> [B, P, D]
@@ -176,14 +177,14 @@ class _ResNetTower:
 
 
 def attention_pool(pool: AttentionPool2d, feature_map: torch.Tensor) -> torch.Tensor:
-    """CLIP's attention pool, exactly, for a small part of the work.
+    """CLIP's attention pool, exact at a fraction of the cost.
 
-    Only the query of the mean is needed, so the key projection moves to the query (the key bias shifts all scores of a
-    head alike, and the softmax drops it) and the value projection behind the average.
+    Only the query of the mean is needed, so the key projection is applied to the query (the key bias shifts all scores
+    of a head equally, which the softmax cancels) and the value projection after the average.
 
     Args:
         pool: the tower's pool.
-        feature_map: [n, C, g, g], g as in the pool's position embedding.
+        feature_map: [n, C, g, g], g as in the position embedding of the pool.
 
     Returns:
         [n, D]
@@ -202,15 +203,15 @@ def attention_pool(pool: AttentionPool2d, feature_map: torch.Tensor) -> torch.Te
 
 class _ViTTower:
     """A plain vision transformer: the patch tokens after four blocks, and an embedding of every patch, at any image
-    size: position embeddings are interpolated as open_clip does when it loads weights of another size.
+    size: position embeddings are interpolated as open_clip does for weights of another size.
 
-    Where the class token becomes the image's embedding, patches take the value path of the last block and the head;
-    where patches are pooled (average, or SigLIP's attention), that of the head alone.
+    If the image embedding is the class token, patches take the value path of the last block and the head; if patches
+    are pooled (average, or SigLIP's attention), that of the head alone.
     """
 
     def __init__(self, visual: VisionTransformer):
         if visual.attn_pool is not None:
-            raise InputError("open_clip's attentional pooling (CoCa) is not supported.")
+            raise InputError("open_clip's attentional pooling (CoCa) is not supported; choose another open_clip model.")
         self.visual = visual
         self.last_block = visual.transformer.resblocks[-1]
         self.pools_class_token = visual.pool_type == "tok"
@@ -232,7 +233,7 @@ class _ViTTower:
         return ClipFeatures(maps=tuple(maps[block] for block in self.blocks), pool_map=pool_map)
 
     def _run(self, pixel_values: torch.Tensor, blocks: list[int]) -> list[torch.Tensor]:
-        """Patch tokens after the given blocks, each [B, C, h, w]."""
+        """Return the patch tokens after the given blocks, each [B, C, h, w]."""
         visual = self.visual
         tokens = visual.conv1(pixel_values)  # [B, C, h, w]
         batch, _, *size = tokens.shape
@@ -254,7 +255,7 @@ class _ViTTower:
 
 
 class _TimmViTTower(_ViTTower):
-    """The same for a plain transformer of timm."""
+    """A plain vision transformer of timm."""
 
     def __init__(self, visual: TimmModel):
         trunk = visual.trunk
@@ -262,7 +263,7 @@ class _TimmViTTower(_ViTTower):
         self.last_block = trunk.blocks[-1]
         self.pools_class_token = trunk.global_pool == "token"
         self._describe(len(trunk.blocks), trunk.embed_dim, trunk.feature_info[-1]["reduction"])
-        # What timm's dynamic_img_size does at construction, where open_clip cannot ask for it.
+        # Equivalent to dynamic_img_size of timm, which open_clip does not pass at construction.
         trunk.dynamic_img_size = True
         embed = trunk.patch_embed
         embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
@@ -271,7 +272,7 @@ class _TimmViTTower(_ViTTower):
             rope.feat_shape, rope.pos_embed, rope._use_cached_embed = None, None, False
 
     def _run(self, pixel_values: torch.Tensor, blocks: list[int]) -> list[torch.Tensor]:
-        # timm refuses what no whole patch covers, and a convolution drops it.
+        # timm rejects pixels beyond the last whole patch, where open_clip drops them.
         height, width = (side - side % self.strides[0] for side in pixel_values.shape[-2:])
         pixel_values = pixel_values[..., :height, :width]
         return self.visual.trunk.forward_intermediates(pixel_values, indices=blocks, intermediates_only=True)
@@ -284,8 +285,8 @@ class _TimmViTTower(_ViTTower):
 
 
 class _TimmPyramidTower:
-    """A timm tower with stages, as ConvNeXt: its maps from stride 4 on; the last one is averaged under the mask and
-    goes through the tower's own head (FC-CLIP, Yu et al., 2023). Convolutions take any image size; Swin does not."""
+    """A timm tower with stages, such as ConvNeXt: its maps from stride 4 on; the last one is averaged under the mask
+    and passed to the tower's own head (FC-CLIP, Yu et al., 2023). Convolutions take any image size; Swin does not."""
 
     def __init__(self, visual: TimmModel):
         self.visual = visual
@@ -294,7 +295,9 @@ class _TimmPyramidTower:
         self.channels = tuple(info[index]["num_chs"] for index in self.stages)
         self.strides = tuple(info[index]["reduction"] for index in self.stages)
         if len(set(self.strides)) < len(self.strides):
-            raise InputError(f"the image tower {type(visual.trunk).__name__} of timm is not supported.")
+            raise InputError(
+                f"The image tower {type(visual.trunk).__name__} of timm is not supported; choose another model."
+            )
         self.channels_last = getattr(visual.trunk, "output_fmt", "NCHW") == "NHWC"  # Swin
         embed = getattr(visual.trunk, "patch_embed", None)
         self.only_size = embed.img_size if getattr(embed, "strict_img_size", False) else None
@@ -302,7 +305,7 @@ class _TimmPyramidTower:
     def encode(self, pixel_values: torch.Tensor) -> ClipFeatures:
         if self.only_size not in (None, tuple(pixel_values.shape[-2:])):
             raise InputError(
-                f"this image tower takes images of {self.only_size[0]} x {self.only_size[1]} pixels only, not "
+                f"This image tower takes images of {self.only_size[0]} x {self.only_size[1]} pixels only, not "
                 f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}."
             )
         pool_map, maps = self.visual.trunk.forward_intermediates(pixel_values, indices=self.stages)
@@ -315,11 +318,11 @@ class _TimmPyramidTower:
         return self._head(means.flatten(0, 1)).unflatten(0, means.shape[:2])  # [B*P, D] -> [B, P, D]
 
     def dense(self, pool_map: torch.Tensor) -> torch.Tensor:
-        """Every location through the head by itself: [B, C, h, w] -> [B, D, h, w]."""
+        """Apply the head to every location by itself: [B, C, h, w] -> [B, D, h, w]."""
         return value_path(lambda tokens: self._head(tokens[:, 0]), pool_map)
 
     def _head(self, means: torch.Tensor) -> torch.Tensor:
-        """Pooled features [n, C] -> [n, D]. timm takes them as maps of one pixel."""
+        """Pooled features [n, C] -> [n, D]. They are passed to timm as maps of one pixel."""
         pixel = means[:, None, None] if self.channels_last else means[..., None, None]
         return self.visual.head(self.visual.trunk.forward_head(pixel))
 
@@ -334,6 +337,6 @@ _TOWERS: dict[type, type[Tower]] = {
 
 
 def _tower(visual: nn.Module) -> Tower:
-    """The reader of an image tower. It borrows the tower's modules and owns none."""
+    """Return the reader of an image tower. It refers to the modules of the tower and owns none."""
     kind = type(visual.trunk) if isinstance(visual, TimmModel) else type(visual)
     return _TOWERS.get(kind, _TimmPyramidTower)(visual)

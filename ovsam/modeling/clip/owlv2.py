@@ -1,8 +1,8 @@
 """The CLIP side that holds OWLv2 ("Scaling Open-Vocabulary Object Detection", Minderer et al., 2023): a dual encoder
-that brings its own ConceptHead, so that words find instances with no training at all.
+that has a ConceptHead of its own, so that text queries find instances without any training.
 
-OWLv2 sees the picture padded at the bottom and at the right to a square, and embeds every patch of it once: an
-objectness, a box and a class embedding with a scale and a shift of its own. Words come later, as one matrix product.
+OWLv2 takes the image padded at the bottom and at the right to a square. Each patch has an objectness, a box, and a
+class embedding with a scale and a shift of its own. Text queries come later, as one matrix product.
 """
 
 import torch
@@ -19,9 +19,9 @@ from ovsam.modeling.outputs import ClipFeatures, ConceptOutput
 class Owlv2Side(ClipSide):
     """OWLv2 as both encoders and ConceptHead; weights have the names of transformers' Owlv2ForObjectDetection.
 
-    `maps` are the patch tokens after four blocks, all at the stride of the patches; `pool_map` [B, C, h, w] is what the
-    detection heads read. The input may have any size in whole patches: position embeddings are interpolated, box biases
-    computed. `part` is "all", "vision" (the vision tower and the heads) or "text".
+    `maps` are the patch tokens after four blocks, all at the stride of the patches; `pool_map` [B, C, h, w] is the
+    input of the detection heads. The input may have any size in whole patches: position embeddings are interpolated,
+    box biases computed. `part` is "all", "vision" (the vision tower and the heads) or "text".
     """
 
     image_mean = tuple(OPENAI_CLIP_MEAN)
@@ -29,7 +29,7 @@ class Owlv2Side(ClipSide):
     model_class = Owlv2ForObjectDetection
     softmax = False
     templates = ("a photo of a {}",)
-    # The scores are the words' alone, and lower than those of a head that is trained with objectness.
+    # Scores do not include objectness, and are lower than those of a head that is trained with it.
     settings = {
         "objectness_weight": 0.0,
         "score_threshold": 0.2,
@@ -49,7 +49,7 @@ class Owlv2Side(ClipSide):
         self.embed_dim = config.projection_dim
         self.image_size = vision.image_size
         self.max_text_length = config.text_config.max_position_embeddings
-        # Both projections stay, small as they are: transformers initialises them without asking whether they exist.
+        # Both projections are kept, since the initialisation of transformers needs them; they are small.
         if part == "text":
             model.owlv2.vision_model = None
             model.class_head = model.box_head = model.objectness_head = model.layer_norm = None
@@ -58,12 +58,12 @@ class Owlv2Side(ClipSide):
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """That of an average location, for pooled regions; `concepts` gives each location its own."""
+        """Scale of an average location, for pooled regions; in `concepts` each location has its own."""
         return F.elu(self.model.class_head.logit_scale(self.model.layer_norm.bias)).float().squeeze() + 1
 
     @property
     def logit_shift(self) -> torch.Tensor:
-        """That of an average location, as `logit_scale`."""
+        """Shift of an average location, as for `logit_scale`."""
         return self.model.class_head.logit_shift(self.model.layer_norm.bias).float().squeeze()
 
     def encode_image(self, pixel_values: torch.Tensor) -> ClipFeatures:
@@ -76,7 +76,7 @@ class Owlv2Side(ClipSide):
         patch = self.strides[0]
         if height % patch or width % patch:
             raise InputError(
-                f"this OWLv2 reads images whose sides are multiples of {patch} pixels, not {height} x {width}."
+                f"This OWLv2 takes images whose sides are multiples of {patch} pixels, not {height} x {width}."
             )
         vision = self.model.owlv2.vision_model
         output = vision(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
@@ -91,24 +91,24 @@ class Owlv2Side(ClipSide):
         return tokens.mT.unflatten(2, [side // self.strides[0] for side in pixel_values.shape[-2:]])
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[K, T] -> [K, D], L2-normalised. The tower is causal and does not read what comes after a phrase.
+        """[K, T] -> [K, D], L2-normalised. The tower is causal and does not read the padding after a phrase.
 
         Raises:
             InputError: T is over `max_text_length` (16 in released checkpoints).
         """
         if input_ids.shape[1] > self.max_text_length:
             raise InputError(
-                f"this OWLv2 reads phrases of at most {self.max_text_length} tokens, not {input_ids.shape[1]}; shorten "
+                f"This OWLv2 takes phrases of at most {self.max_text_length} tokens, not {input_ids.shape[1]}; shorten "
                 "the longest one."
             )
         return _normalise(F.normalize(self.model.owlv2.get_text_features(input_ids).pooler_output, dim=-1))
 
     def concepts(self, features: ClipFeatures) -> ConceptOutput:
-        """Features of `encode_image` -> the h*w patches as locations, row by row; boxes [B, L, 4] xyxy in pixels of the
-        padded square. There are no prototypes, and nothing is suppressed."""
+        """Return the h*w patches as locations, row by row; boxes [B, L, 4] xyxy in pixels of the padded square. There
+        are no prototypes, and no duplicates are removed."""
         h, w = features.pool_map.shape[-2:]
         tokens = features.pool_map.flatten(2).mT  # [B, C, h, w] -> [B, h*w, C]
-        # Boxes stay in float32: bfloat16 knows no position in a 960 px square to better than 2 px.
+        # Boxes stay in float32: the precision of bfloat16 is 2 px in a square of 960 px.
         bias = self.model.compute_box_bias(h, w).to(tokens.device)
         boxes = (self.model.box_head(tokens).float() + bias).sigmoid()  # centre and size, in fractions of the input
         sides = torch.tensor([w, h, w, h], device=tokens.device) * self.strides[0]
@@ -130,10 +130,10 @@ class Owlv2Side(ClipSide):
         return _normalise(self.model.class_head.dense0(region_pool(features.pool_map, self.strides[0], masks, boxes)))
 
     def dense(self, features: ClipFeatures) -> torch.Tensor:
-        """The patches' class embeddings, those of `concepts`, as a map [B, D, h, w]."""
+        """Class embeddings of the patches, as in `concepts`, as a map [B, D, h, w]."""
         return _normalise(self.model.class_head.dense0(features.pool_map.movedim(1, -1))).movedim(-1, 1)
 
 
 def _normalise(embeds: torch.Tensor) -> torch.Tensor:
-    """L2-normalised as in OWLv2's class head, down to its epsilon."""
+    """L2-normalise as in OWLv2's class head, with the same epsilon."""
     return embeds / (embeds.norm(dim=-1, keepdim=True) + 1e-6)

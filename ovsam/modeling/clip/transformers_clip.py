@@ -1,5 +1,5 @@
-"""CLIP sides that hold a transformers dual encoder: CLIP, SigLIP (and SigLIP 2 at a fixed resolution), and the SigLIP 2
-of any resolution ("NaFlex")."""
+"""CLIP sides that hold a dual encoder of transformers: CLIP, SigLIP, SigLIP 2 at a fixed resolution, and SigLIP 2 at
+any resolution ("NaFlex")."""
 
 import math
 
@@ -16,7 +16,7 @@ from ovsam.modeling.outputs import ClipFeatures
 
 
 class _TransformersSide(ClipSide):
-    """What both have in common. Any image size will do: position embeddings are interpolated.
+    """Shared base. Images may have any size: position embeddings are interpolated.
 
     `maps` are the patch tokens after four blocks, all at the stride of the patches; `pool_map` holds an embedding of
     width D for every patch, by the value path, and `pool` averages it.
@@ -63,7 +63,8 @@ class _TransformersSide(ClipSide):
         raise NotImplementedError
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[K, T] -> [K, D], L2-normalised. No mask is needed: see the classes for what padding does."""
+        """[K, T] -> [K, D], L2-normalised. The attention mask is not used; the classes describe the effect of
+        padding."""
         return F.normalize(self.model.get_text_features(input_ids).pooler_output, dim=-1)
 
     def pool(
@@ -78,7 +79,7 @@ class _TransformersSide(ClipSide):
 
 
 class ClipModel(CLIPModel):
-    """A CLIPModel that also initialises its scale where a checkpoint lacks it, which transformers forgets."""
+    """A CLIPModel that also initialises its logit scale if a checkpoint lacks it, which transformers does not."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -88,8 +89,8 @@ class ClipModel(CLIPModel):
 
 
 class TransformersClipSide(_TransformersSide):
-    """CLIP (Radford et al., 2021). Its value path is that of the last block; the text tower is causal and does not read
-    what comes after a phrase."""
+    """CLIP (Radford et al., 2021). Patches take the value path of the last block; the text tower is causal and does not
+    read the padding after a phrase."""
 
     image_mean = tuple(OPENAI_CLIP_MEAN)
     image_std = tuple(OPENAI_CLIP_STD)
@@ -109,8 +110,8 @@ class TransformersClipSide(_TransformersSide):
 
 
 class TransformersSiglipSide(_TransformersSide):
-    """SigLIP (Zhai et al., 2023), and SigLIP 2 at a fixed resolution. Its value path is that of the attention pooling
-    head; the text tower was trained on padding and reads it, so T must be `max_text_length`."""
+    """SigLIP (Zhai et al., 2023), and SigLIP 2 at a fixed resolution. Patches take the value path of the attention
+    pooling head; the text tower was trained with padding and reads it, so T must be `max_text_length`."""
 
     image_mean = tuple(IMAGENET_STANDARD_MEAN)
     image_std = tuple(IMAGENET_STANDARD_STD)
@@ -133,15 +134,15 @@ class TransformersSiglipSide(_TransformersSide):
         """[K, max_text_length] -> [K, D], L2-normalised."""
         if input_ids.shape[1] != self.max_text_length:
             raise InputError(
-                f"SigLIP reads phrases padded to {self.max_text_length} tokens, not {input_ids.shape[1]}; tokenise "
+                f"SigLIP takes phrases padded to {self.max_text_length} tokens, not {input_ids.shape[1]}; tokenise "
                 f"them with padding='max_length', max_length={self.max_text_length}."
             )
         return super().encode_text(input_ids)
 
 
 class TransformersSiglip2Side(TransformersSiglipSide):
-    """SigLIP 2 (Tschannen et al., 2025) of any resolution and aspect ratio ("NaFlex"). Here a picture's patches always
-    fill a grid, that of its own H and W, so that none is padding; `image_size` is that of the grid it was trained with.
+    """SigLIP 2 (Tschannen et al., 2025) at any resolution and aspect ratio ("NaFlex"). The patches of an image always
+    fill the grid of its own H and W, so that there is no padding; `image_size` is the size of the grid in training.
     """
 
     model_class = Siglip2Model
@@ -157,6 +158,6 @@ class TransformersSiglip2Side(TransformersSiglipSide):
         h, w = (side // patch for side in size)
         patches = pixel_values[..., : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, 3, h, p, w, p] -> [B, h*w, p*p*3]
-        # No mask: every patch counts. The shapes are read one by one, so they stay on the CPU.
+        # No mask: no patch is padding. The shapes are read one by one, so they stay on the CPU.
         shapes = torch.tensor([[h, w]] * batch, device="cpu")
         return self.model.vision_model(patches, None, shapes, output_hidden_states=True).hidden_states

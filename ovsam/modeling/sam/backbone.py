@@ -1,8 +1,8 @@
-"""Other image encoders under SAM 2's neck: one adapter class between a library's feature maps and what the neck reads.
+"""Other image encoders under the neck of SAM 2: one class that turns the feature maps of a backbone into its input.
 
 `Sam2Config(vision_config={"backbone_config": SamTrunkConfig(backbone_config=...), ...})` builds a SAM 2 on Hiera of
-transformers (`hiera`), ConvNeXt V2 (`convnextv2`), or any tower of timm (`timm_backbone`: RepViT, RegNet, ...).
-EdgeTAM takes timm's towers as they are. A plain ViT has one map and no pyramid: see `efficienttam`.
+transformers (`hiera`), ConvNeXt V2 (`convnextv2`), or any model of timm (`timm_backbone`: RepViT, RegNet, ...). EdgeTAM
+takes models of timm directly. A plain ViT has one map and no pyramid: see `efficienttam`.
 """
 
 import torch
@@ -17,11 +17,11 @@ STRIDES = (4, 8, 16, 32)
 
 
 class SamTrunkConfig(PreTrainedConfig):
-    """Any backbone of transformers as the trunk of a SAM 2.
+    """Configuration of a SAM 2 trunk made of any backbone of transformers.
 
-    `backbone_config` is the configuration of a class that `AutoBackbone` knows, with four `out_features` or
-    `out_indices`, whose maps have strides 4, 8, 16 and 32. `Sam2VisionConfig.backbone_channel_list` is their channels,
-    coarsest first.
+    `backbone_config` is the configuration of a class that `AutoBackbone` supports, with four `out_features` or
+    `out_indices` whose maps have strides 4, 8, 16 and 32. `Sam2VisionConfig.backbone_channel_list` lists their
+    channels, coarsest map first.
     """
 
     model_type = "ovsam_sam_trunk"
@@ -31,10 +31,10 @@ class SamTrunkConfig(PreTrainedConfig):
 
 
 class SamTrunk(PreTrainedModel):
-    """Feature maps as `Sam2VisionModel` expects them of its backbone: channels last, finest first.
+    """Backbone whose feature maps have the layout that `Sam2VisionModel` expects: channels last, finest first.
 
     Raises:
-        InputError: the backbone does not give four maps, or not at strides 4, 8, 16 and 32.
+        InputError: the backbone does not return four maps at strides 4, 8, 16 and 32.
     """
 
     config: SamTrunkConfig
@@ -48,7 +48,7 @@ class SamTrunk(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The backbone is a model of its own, and initialises itself."""
+        """Does nothing: the backbone initialises itself."""
 
     def forward(self, pixel_values: Tensor, **kwargs) -> ModelOutput:
         maps = self.backbone(pixel_values, return_dict=True).feature_maps
@@ -56,7 +56,7 @@ class SamTrunk(PreTrainedModel):
         if [feature.shape[-1] for feature in maps] != sides:
             found = [list(feature.shape[-2:]) for feature in maps]
             raise InputError(
-                f"A trunk gives four maps at strides 4, 8, 16 and 32; this one's are {found} for images of "
+                f"A trunk must return four maps at strides 4, 8, 16 and 32; this one returns {found} for images of "
                 f"{pixel_values.shape[-1]} pixels: choose its out_indices or out_features accordingly."
             )
         maps = tuple(feature.permute(0, 2, 3, 1) for feature in maps)  # [B, C, h, w] -> [B, h, w, C]

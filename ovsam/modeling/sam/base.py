@@ -1,4 +1,4 @@
-"""What every SAM side gives and takes, and all that the families have in common."""
+"""Interface of the SAM sides, and the code that the families share."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -14,7 +14,7 @@ from ovsam.modeling.sam.decode import decode_masks
 
 __all__ = ["DecodedMasks", "SamFeatures", "SamSide"]
 
-# SAM 2's, for the families whose configuration has none.
+# Defaults of SAM 2, for families whose configuration has none.
 STABILITY_DELTA = 0.05
 STABILITY_THRESHOLD = 0.98
 
@@ -22,32 +22,32 @@ STABILITY_THRESHOLD = 0.98
 class SamSide(nn.Module):
     """A model of the SAM family, held as `model`: image -> SamFeatures, prompts -> DecodedMasks.
 
-    Prompts and image cells share one position encoding, as in released weights; transformers alone draws two.
-    It stays in fp32 whatever dtype the rest is cast to, and prompts are encoded in fp32: bf16 moves small boxes.
+    Prompts and image cells share one position encoding, as in released weights; transformers alone initialises two. It
+    stays in fp32 whatever the dtype of the rest, and prompts are encoded in fp32: bf16 moves small boxes.
 
-    A family states the model it holds, `_pyramid`, `_encode`, and the class attributes in which it differs from SAM 2.
+    A family defines its model class, `_pyramid`, `_encode`, and the class attributes in which it differs from SAM 2.
 
     Args:
-        config: the configuration of the whole model, whichever part is kept.
-        part: "all"; "vision", only what `encode` needs; or "decoder", only what `decode` needs. Names of weights are
-            the same in all three.
+        config: configuration of the whole SAM, for all values of `part`.
+        part: "all"; "vision", the modules that `encode` needs; or "decoder", the modules that `decode` needs. Weights
+            have the same names in all three.
 
     Attributes:
         model_class: the transformers class of `model`.
         trackers: model types of the video models that contain this image model.
-        image_processor: the transformers class that makes the model's input; SAM 1 pads images to the square, later
+        image_processor: the transformers class that prepares the model's input; SAM 1 pads images to the square, later
             models resize them without keeping the aspect ratio.
-        encoder_parts: modules of `model` that only `encode` needs.
-        image_layers: modules of its mask decoder that read the image alone, and are applied by `encode`.
+        encoder_parts: modules of `model` that are used by `encode` only.
+        image_layers: modules of the mask decoder that depend on the image only; `encode` applies them.
         image_size: side of the square input in pixels.
         grid: side of the embedding in cells.
         width: C, the width of the embedding and of the tokens.
-        finer_maps: how many maps of `SamFeatures.high_res` its mask decoder reads.
+        finer_maps: number of maps of `SamFeatures.high_res` that the mask decoder reads.
         pyramid_channels: channels of each map of the pyramid, high resolution first.
-        pyramid_strides: their strides in pixels.
+        pyramid_strides: strides of these maps in pixels.
 
     Raises:
-        InputError: the configuration is not of square images, or its parts do not fit each other.
+        InputError: the configuration is not for square images, or its parts do not fit each other.
     """
 
     model_class: type[PreTrainedModel]
@@ -70,8 +70,8 @@ class SamSide(nn.Module):
 
         self.model = self.model_class(config)
         encoder = self.model.prompt_encoder
-        # In SAM 1 of transformers the position encoding is a parameter, which an optimiser would change; originally,
-        # and in all later models, it is a buffer.
+        # transformers' SAM 1 stores the position encoding as a parameter, which an optimiser would change; the original
+        # code and all later models store it as a buffer.
         code = encoder.shared_embedding.positional_embedding.data
         del encoder.shared_embedding.positional_embedding
         encoder.shared_embedding.positional_embedding = nn.Buffer(code)
@@ -80,18 +80,19 @@ class SamSide(nn.Module):
             self.model.mask_decoder = nn.ModuleDict(layers)
             self.model.shared_image_embedding = self.model.prompt_encoder = None
         else:
-            # One module under two names is tied for good: through random init, load, cast and copy. Built in fp32, it
-            # stays so in from_pretrained(dtype=...), which gives each tensor the dtype that the model was built with.
+            # One module under two names stays tied through random initialisation, load, cast and copy. It is built in
+            # fp32 and stays so in from_pretrained(dtype=...), which keeps the dtype in which each tensor was built.
             self.model.shared_image_embedding = encoder.shared_embedding.float()
             self.register_state_dict_post_hook(_untie_in_state_dict)
         if part == "decoder":
             for name in self.encoder_parts:
                 setattr(self.model, name, None)
 
-    # ------------------------------------------------------------------------------------- what families differ in
+    # ------------------------------------------------------------------------------------- defined by each family
 
     def _pyramid(self, config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Channels and sides of the maps in `SamFeatures.pyramid`; raises InputError if they cannot be."""
+        """Channels and sides of the maps in `SamFeatures.pyramid`; raises InputError if the configuration is
+        invalid."""
         raise NotImplementedError
 
     def _encode(self, pixel_values: Tensor) -> SamFeatures:
@@ -99,7 +100,7 @@ class SamSide(nn.Module):
         raise NotImplementedError
 
     def _encode_nothing(self, images: int, prompts: int) -> Tensor:
-        """What stands in for points and boxes where there are none, [B, P, T, C]: SAM 2's padding point."""
+        """Sparse embedding [B, P, T, C] if no points or boxes are given: the padding point of SAM 2."""
         device = self.model.prompt_encoder.no_mask_embed.weight.device
         points = torch.zeros(images, prompts, 1, 2, device=device)
         return self.model.prompt_encoder(points, torch.full((images, prompts, 1), -1, device=device), None, None)[0]
@@ -109,10 +110,10 @@ class SamSide(nn.Module):
         high_res = (features.high_res or ())[: self.finer_maps]
         return decode_masks(self.model.mask_decoder, features.embedding, position, high_res, sparse, dense)
 
-    # ------------------------------------------------------------------------------------------------ what they share
+    # ------------------------------------------------------------------------------------------------ shared
 
     def encode(self, pixel_values: Tensor) -> SamFeatures:
-        """Features of normalised images [B, 3, H, W] of the model's own square size, with gradients.
+        """Return the features of normalised images [B, 3, H, W] of the model's square size, with gradients.
 
         Raises:
             InputError: the images have another size.
@@ -120,7 +121,7 @@ class SamSide(nn.Module):
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
             height, width = pixel_values.shape[-2:]
             raise InputError(
-                f"This model sees square images of {self.image_size} x {self.image_size} pixels; "
+                f"This model takes square images of {self.image_size} x {self.image_size} pixels; "
                 f"got {height} x {width}: resize them first, as the processor does."
             )
         return self._encode(pixel_values.to(next(self.model.vision_encoder.parameters()).dtype))
@@ -133,16 +134,17 @@ class SamSide(nn.Module):
         input_boxes: Tensor | None = None,
         input_masks: Tensor | None = None,
     ) -> DecodedMasks:
-        """Masks of every prompt from every mask token (M = 4 in released weights; index 0 is the single-mask token).
+        """Return the masks of every prompt for every mask token (M = 4 in released weights; index 0: single-mask
+        token).
 
-        All prompts may be combined; any of them may be left out. Coordinates are pixels of the model's input.
+        Kinds of prompts can be combined, and each is optional. Coordinates are in pixels of the model input.
 
         Args:
-            features: of B images; finer maps than the decoder reads are passed over.
-            input_points: [B, P, N, 2] as x, y.
-            input_labels: [B, P, N]: 1 inside, 0 outside, -10 padding; all 1 if not given.
-            input_boxes: [B, P, 4] as x1, y1, x2, y2.
-            input_masks: logits [B, P, 4h, 4w], one mask for each prompt; other sizes are resized.
+            features: features of B images; maps that the decoder does not read are ignored.
+            input_points: points [B, P, N, 2] as x, y.
+            input_labels: labels [B, P, N]: 1 inside, 0 outside, -10 padding; all 1 if not given.
+            input_boxes: boxes [B, P, 4] as x1, y1, x2, y2.
+            input_masks: mask logits [B, P, 4h, 4w], one mask for each prompt; other sizes are resized.
 
         Raises:
             InputError: the prompts do not agree on B, P or N, or have too many or too few dimensions; or the features
@@ -150,7 +152,10 @@ class SamSide(nn.Module):
         """
         images, given = len(features.embedding), len(features.high_res or ())
         if given < self.finer_maps:
-            raise InputError(f"This mask decoder reads {self.finer_maps} maps of high_res; the features have {given}.")
+            raise InputError(
+                f"This mask decoder reads {self.finer_maps} maps of high_res; the features have {given}: use those "
+                "of the same family."
+            )
         check_prompts(images, input_points, input_labels, input_boxes, input_masks)
         encoder, device = self.model.prompt_encoder, features.embedding.device
         if input_points is not None and input_labels is None:

@@ -1,17 +1,17 @@
-"""The SAM family's mask decoder, its weights and its masks, in a fraction of the time for many prompts.
+"""Mask decoder of the SAM family: the same weights and masks in a fraction of the time for many prompts.
 
 In the two-way transformer (Kirillov et al. 2023, appendix A) some ten tokens of a prompt and the thousands of positions
 of its image attend to each other. The stock order copies the image for every prompt and projects every copy in each of
 five attentions. The same numbers come out if
 
-- the first layer, where all prompts still see one image, projects that image once;
+- the first layer, in which all prompts of an image share its embedding, projects that embedding once;
 - from then on the projections move to the token side: q·(W x + b) = (Wᵀ q)·x + q·b, and Σ a (V x) = V (Σ a x);
 - transposed convolutions whose kernel is their stride become matrix products, and pixels stay in nested order (a coarse
   cell, its quarters, their quarters) until one permutation at the end;
 - prompts go in chunks that fit the cache.
 
-Shapes: B images, P prompts on each. N images as the first layer sees them, G prompts on each, N·G = B·P: N is B, or B·P
-where each prompt has a mask prompt of its own. T tokens, L = h·w positions, H heads of width d, M mask tokens, C width.
+Shapes: B images, P prompts on each. N images in the first layer, G prompts on each, N·G = B·P: N is B, or B·P if each
+prompt has a mask prompt of its own. T tokens, L = h·w positions, H heads of width d, M mask tokens, C width.
 """
 
 import torch
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from ovsam.modeling.outputs import DecodedMasks
 
-# What one chunk of prompts may take: bytes of image embedding that stay in a CPU's cache (measured); the share of an
-# accelerator's free memory, or, where it does not tell, bytes of image embedding.
+# Size of one chunk of prompts: bytes of image embedding that stay in a CPU's cache (measured); the share of an
+# accelerator's free memory or, if that is unknown, bytes of image embedding.
 CPU_CACHE = 2**22
 SHARE_OF_FREE_MEMORY = 0.5
 ACCELERATOR_CACHE = 2**28
-# A prompt at work holds this many copies of an image embedding: itself, with its positions, the upscaled maps (which
-# are as large and twice as large) before and after their activations, and its masks.
+# During decoding a prompt holds this many copies of an image embedding: itself, with its positions, the upscaled maps
+# (as large and twice as large) before and after their activations, and its masks.
 COPIES = 12
-# What a decoder learned to put before the prompts, in this order; SAM 1's has no object token, only SAM-HQ's its own.
+# Learned output tokens before the prompt tokens, in order; SAM 1 has no object token, only SAM-HQ has the last one.
 TOKENS = ("obj_score_token", "iou_token", "mask_tokens", "hq_token")
 
 
@@ -41,21 +41,21 @@ def decode_masks(
     dense: Tensor,
     hq_features: Tensor | None = None,
 ) -> DecodedMasks:
-    """Masks of all prompts of all images from every mask token; index 0 is the single-mask token.
+    """Return the masks of all prompts of all images for every mask token; index 0 is the single-mask token.
 
     Under torch.compile and torch.export all prompts go in one chunk, so that no loop is unrolled, and an exported
     program may take any number of them.
 
     Args:
-        mask_decoder: of transformers' SAM, SAM-HQ, SAM 2, EdgeTAM or SAM 3 tracker. Its projections are read as plain
-            weights, so adapters such as LoRA must be merged into them first.
+        mask_decoder: mask decoder of transformers' SAM, SAM-HQ, SAM 2, EdgeTAM or SAM 3 tracker. Its projections are
+            read as plain weights, so adapters such as LoRA must be merged into them first.
         embedding: image embedding, [B, C, h, w].
         position: position encoding of its cells, [1, C, h, w].
-        high_res: what `conv_s0` and `conv_s1` made of the finer maps, [B, C/8, 4h, 4w] and [B, C/4, 2h, 2w]; empty
-            where there are none.
+        high_res: outputs of `conv_s0` and `conv_s1` for the finer maps, [B, C/8, 4h, 4w] and [B, C/4, 2h, 2w]; empty if
+            there are none.
         sparse: embedded points and boxes, [B, P, T, C].
         dense: embedded mask prompts, [B or 1, P or 1, C, h or 1, w or 1].
-        hq_features: of SAM-HQ alone, [B, C/8, 4h, 4w]: the mask that its own token makes of them comes last, and has
+        hq_features: features of SAM-HQ, [B, C/8, 4h, 4w]; the mask that its own token makes of them comes last, and has
             no predicted IoU.
     """
     b, p = sparse.shape[:2]
@@ -68,10 +68,10 @@ def decode_masks(
     position = _nest(position.to(embedding.dtype), 0)
     skips = [_nest(feature, level) for feature, level in zip(high_res, (2, 1), strict=False)]
 
-    owners = torch.arange(len(dense), device=embedding.device) // masks_per_image  # image n shows picture owners[n]
+    owners = torch.arange(len(dense), device=embedding.device) // masks_per_image  # row n holds image owners[n]
 
     def decode_some(owner: Tensor, of_image: Tensor, own: Tensor, prompts: int) -> list[Tensor]:
-        """Some images and all their prompts, so many at a time."""
+        """Decode some images with all their prompts, `prompts` at a time."""
         image = _SharedImage(_nest(embedding[owner] + of_image, 0), position, mask_decoder.transformer.layers[0])
         finer = [skip[owner] for skip in skips]
         hq = None if hq_features is None else hq_features[owner]
@@ -91,7 +91,7 @@ def decode_masks(
 
 
 def prompts_per_chunk(embedding: Tensor) -> int:
-    """How many prompts are decoded at once over an image embedding [B, C, h, w]."""
+    """Number of prompts that are decoded at once over an image embedding [B, C, h, w]."""
     size = embedding[0].numel() * embedding.element_size()
     if embedding.device.type == "cpu":
         return max(1, CPU_CACHE // size)
@@ -112,8 +112,8 @@ def _nest(feature: Tensor, levels: int) -> Tensor:
 
 
 def _unnest(rows: Tensor, h: int, w: int) -> Tensor:
-    """Two levels of `_nest` undone on the last axis:
-    [..., h*w*16] -> [..., h, w, 2, 2, 2, 2] -> [..., h, 2, 2, w, 2, 2] -> [..., 4h, 4w]."""
+    """Inverse of two levels of `_nest` on the last axis: [..., h*w*16] -> [..., h, w, 2, 2, 2, 2] -> [..., h, 2, 2, w,
+    2, 2] -> [..., 4h, 4w]."""
     cells = rows.unflatten(-1, (h, w, 2, 2, 2, 2)).movedim((-4, -2), (-5, -4))
     return cells.flatten(-3).flatten(-4, -2)
 
@@ -127,7 +127,8 @@ def _decode_chunk(
     hq_features: Tensor | None,
     size: tuple[int, int],
 ) -> list[Tensor]:
-    """Prompts [N, G, T, C] on N images -> masks [N, G, M, 4h, 4w], iou, mask tokens and, if told, object logits."""
+    """Prompts [N, G, T, C] on N images -> masks [N, G, M, 4h, 4w], iou, mask tokens and, if the decoder has them,
+    object logits."""
     tokens, rows = _two_way_transformer(decoder.transformer, prompt, image, position)
     first = 1 if hasattr(decoder, "obj_score_token") else 0  # the IoU token, which the mask tokens follow
     mask_tokens = tokens[:, :, first + 1 : first + 1 + decoder.num_mask_tokens]
@@ -174,7 +175,7 @@ def _hq_mask(decoder: nn.Module, upscaled: Tensor, token: Tensor, hq_features: T
 def _two_way_transformer(
     transformer: nn.Module, prompt: Tensor, image: "_SharedImage | _PromptImages", position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Prompts [N, G, T, C] -> tokens [N, G, T, C] and the image as each prompt sees it [N, G, L, C]."""
+    """Prompts [N, G, T, C] -> tokens [N, G, T, C] and the image after attention to each prompt [N, G, L, C]."""
     tokens = prompt
     for layer in transformer.layers:
         if layer.skip_first_layer_pe:
@@ -192,7 +193,7 @@ def _two_way_transformer(
 
 
 class _SharedImage:
-    """The image before the first layer, one for all prompts on it: rows [N, L, C], projected once."""
+    """The image before the first layer, shared by all its prompts: rows [N, L, C], projected once."""
 
     def __init__(self, rows: Tensor, position: Tensor, first_layer: nn.Module):
         self.rows = rows
@@ -209,14 +210,14 @@ class _SharedImage:
         return _output(attention)(read.transpose(1, 2).flatten(2)).view_as(queries)
 
     def write(self, attention: nn.Module, keys: Tensor, values: Tensor) -> Tensor:
-        """The image attends to the tokens [N, G, T, C] and adds what it finds -> [N, G, L, C]."""
+        """The image attends to the tokens [N, G, T, C] and the result is added -> [N, G, L, C]."""
         key = _split_heads(attention.k_proj(keys.flatten(1, 2)), attention) * attention.scaling  # [N, H, G*T, d]
         scores = (key @ self.query.mT).unflatten(2, keys.shape[1:3])  # [N, H, G*T, L] -> [N, H, G, T, L]
         return _mix(attention, scores.transpose(1, 2), values, self.rows[:, None])
 
 
 class _PromptImages:
-    """The image as each prompt has changed it: rows [N, G, L, C], never projected."""
+    """The image after attention to each prompt: rows [N, G, L, C], never projected."""
 
     def __init__(self, rows: Tensor, position: Tensor):
         self.rows = rows
@@ -231,7 +232,7 @@ class _PromptImages:
         return _output(attention)(read.transpose(2, 3).flatten(3) + attention.v_proj.bias)
 
     def write(self, attention: nn.Module, keys: Tensor, values: Tensor) -> Tensor:
-        """The image attends to the tokens [N, G, T, C] and adds what it finds -> [N, G, L, C]."""
+        """The image attends to the tokens [N, G, T, C] and the result is added -> [N, G, L, C]."""
         key = _split_heads(attention.k_proj(keys), attention)
         return _mix(attention, self._scores(attention, key, attention.q_proj), values, self.rows)
 
@@ -246,9 +247,9 @@ class _PromptImages:
 
 
 def _mix(attention: nn.Module, scores: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    """Scores [N, G, H, T, L] of every position for every token, and the tokens' values [N, G, T, C], added to the rows
+    """Weight the tokens' values [N, G, T, C] by the scores [N, G, H, T, L] of every position and add them to the rows
     [N, G or 1, L, C] -> [N, G, L, C]."""
-    # The output projection goes onto the values; its bias is shared out over the heads, whose weights sum to one each.
+    # The output projection is applied to the values, and its bias divided among the heads, whose weights sum to one.
     n, g, heads = scores.shape[:3]
     output = _output(attention)
     value = _split_heads(attention.v_proj(values), attention)  # [N, G, H, T, d]
@@ -261,7 +262,7 @@ def _mix(attention: nn.Module, scores: Tensor, values: Tensor, rows: Tensor) -> 
 
 
 def _output(attention: nn.Module) -> nn.Linear:
-    """Its output projection, which transformers' SAM 1 calls otherwise than SAM 2."""
+    """Output projection of an attention layer, which has another name in transformers' SAM 1 than in SAM 2."""
     return attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
 
 

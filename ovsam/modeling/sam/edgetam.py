@@ -8,7 +8,7 @@ from ovsam.modeling.sam.sam2 import Sam2Side
 
 
 class EdgeTamSide(Sam2Side):
-    """An `EdgeTamModel`; takes an `EdgeTamConfig`, whose trunk may be any of timm's with maps at strides 4 to 32."""
+    """An `EdgeTamModel`; takes an `EdgeTamConfig`, whose trunk is any model of timm with maps at strides 4 to 32."""
 
     model_class = EdgeTamModel
     trackers: ClassVar[tuple[str, ...]] = ("edgetam_video",)

@@ -1,7 +1,7 @@
-"""EfficientTAM (Xiong et al. 2024): SAM 2's prompts and masks on a plain ViT, whose last map is all there is.
+"""EfficientTAM (Xiong et al. 2024): SAM 2's prompts and masks on a plain ViT, of which only the last map is used.
 
-Only its image path: transformers has no tracker for it. The ViT is SAM's own without relative positions (windowed
-blocks, a few global ones, a neck of two convolutions), so that transformers' `SamVisionEncoder` runs it as it is.
+This is the image path only: transformers has no tracker for it. The ViT is SAM's without relative positions (windowed
+blocks, a few global ones, a neck of two convolutions), so transformers' `SamVisionEncoder` runs it unchanged.
 """
 
 import torch
@@ -20,8 +20,8 @@ from ovsam.modeling.sam.sam1 import plain_vit_map
 class EfficientTamVisionConfig(SamVisionConfig):
     """A plain ViT; the defaults are EfficientTAM-S (Ti has hidden_size 192 and 3 heads).
 
-    The released position embedding is of 14 x 14 cells and a class token; here it has the size of the grid, resized
-    once (bicubic) instead of at every call.
+    The released position embedding has 14 x 14 cells and a class token; here it has the size of the grid, resized once
+    (bicubic) instead of at every call.
     """
 
     model_type = "efficienttam_vision_model"
@@ -52,7 +52,7 @@ AutoConfig.register(EfficientTamConfig.model_type, EfficientTamConfig)
 
 
 class EfficientTamModel(PreTrainedModel):
-    """The parts of an EfficientTAM under the names that they have in transformers' `Sam2Model`."""
+    """EfficientTAM with its parts named as in transformers' `Sam2Model`."""
 
     config: EfficientTamConfig
     base_model_prefix = "efficienttam"
@@ -65,9 +65,9 @@ class EfficientTamModel(PreTrainedModel):
         self.shared_image_embedding = Sam2PositionalEmbedding(prompts)
         self.vision_encoder = SamVisionEncoder(config.vision_config)
         self.prompt_encoder = Sam2PromptEncoder(prompts)
-        decoder._attn_implementation = config._attn_implementation  # it is no PreTrainedModel, which would take it over
+        decoder._attn_implementation = config._attn_implementation  # not inherited, since it is no PreTrainedModel
         self.mask_decoder = Sam2MaskDecoder(decoder)
-        del self.mask_decoder.conv_s0, self.mask_decoder.conv_s1  # there are no finer maps to read
+        del self.mask_decoder.conv_s0, self.mask_decoder.conv_s1  # there are no finer maps
         self.no_memory_embedding = nn.Parameter(torch.zeros(1, 1, decoder.hidden_size))
         self.post_init()
 

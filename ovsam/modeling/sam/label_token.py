@@ -1,5 +1,5 @@
-"""The mask decoder of Open-Vocabulary SAM (Yuan et al. 2024): SAM 1's, where a label token stands in the place of the
-IoU token. It takes part in attention and so changes the masks, but nothing reads what becomes of it."""
+"""Mask decoder of Open-Vocabulary SAM (Yuan et al. 2024): that of SAM 1 with a label token in place of the IoU token.
+The token takes part in attention and so changes the masks, but its output is not used."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ from ovsam.modeling.sam.sam1 import Sam1Side
 
 
 class LabelTokenSamConfig(SamConfig):
-    """A SAM 1 without a vision encoder; the release has one mask token, `num_multimask_outputs` of 0."""
+    """A SAM 1 without a vision encoder; the release has one mask token (`num_multimask_outputs` 0)."""
 
     model_type = "ovsam_label_token_sam"
 
@@ -22,15 +22,15 @@ AutoConfig.register(LabelTokenSamConfig.model_type, LabelTokenSamConfig)
 
 
 class LabelTokenSamSide(Sam1Side):
-    """SAM 1's prompt encoder and mask decoder; in the latter `iou_token` holds the label token, and there is no IoU.
+    """SAM 1's prompt encoder and mask decoder; `iou_token` of the latter is the label token, and no IoU is predicted.
 
     Raises:
-        InputError: a part other than "decoder", that is, a composition other than `clip`.
+        InputError: `part` is not "decoder", that is, the composition is not `clip`.
     """
 
     def __init__(self, config: LabelTokenSamConfig, part: Literal["all", "vision", "decoder"] = "all"):
         if part != "decoder":
-            raise InputError("This SAM side has no vision encoder: it goes with the composition 'clip' alone.")
+            raise InputError("This SAM side has no vision encoder; use it with the composition 'clip'.")
         super().__init__(config, part)
         self.model.mask_decoder.iou_prediction_head = nn.Identity()
 
@@ -41,5 +41,5 @@ class LabelTokenSamSide(Sam1Side):
     def select_masks(
         self, decoded: DecodedMasks, multimask_output: bool, by_stability: bool | None = None
     ) -> DecodedMasks:
-        """All there are: without a predicted IoU there is nothing to choose by."""
+        """Return all masks: without a predicted IoU there is no order among them."""
         return decoded

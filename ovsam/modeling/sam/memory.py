@@ -1,8 +1,8 @@
-"""The memory of tracked objects: what memory attention reads of earlier frames, and nothing else.
+"""The memory of tracked objects: the tensors of earlier frames that memory attention reads, and nothing else.
 
 transformers keeps a mask of image size, a memory and a position code for every object and every frame of a video.
-Memory attention reads the conditioned frames (those with a prompt), the last `num_maskmem - 1` others, and object
-pointers of the last `max_object_pointers_in_encoder - 1`: `ObjectMemory` keeps those alone, so that its size does not
+Memory attention reads the conditioned frames (those with a prompt), the last `num_maskmem - 1` others, and the object
+pointers of the last `max_object_pointers_in_encoder - 1`: `ObjectMemory` keeps only those, so that its size does not
 grow with the length of the video.
 """
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class FrameMemory:
-    """One object on one frame: spatial memory [T, 64], None once it is out of reach, and object pointer [C]."""
+    """One object on one frame: spatial memory [T, 64], None once it is no longer read, and object pointer [C]."""
 
     spatial: Tensor | None
     pointer: Tensor
@@ -24,10 +24,10 @@ class FrameMemory:
 
 @dataclass(frozen=True)
 class Recall:
-    """Which tokens an object's memory has, without the tokens: objects with equal ones are computed as one batch.
+    """Plan of the tokens of an object's memory, without the tokens: objects with equal plans are computed in one batch.
 
-    `frames` are the offsets of the spatial memories in frames, 0 for conditioned ones; `pointers` those of the object
-    pointers, of which `longest` is the largest possible.
+    `frames` are the offsets of the spatial memories in frames, 0 for conditioned ones; `pointers` are the offsets of
+    the object pointers, and `longest` is their upper limit.
     """
 
     frames: tuple[int, ...]
@@ -43,7 +43,7 @@ class ObjectMemory:
     tracked: dict[int, FrameMemory] = field(default_factory=dict)
 
     def store(self, frame: int, memory: FrameMemory, conditioned: bool, config: PreTrainedConfig) -> None:
-        """Keep a memory, and drop what no frame near this one can reach."""
+        """Store the memory of a frame, and drop memories that are too far from it to be read."""
         (self.conditioned if conditioned else self.tracked)[frame] = memory
         for number, kept in list(self.tracked.items()):
             distance = abs(frame - number)
@@ -55,10 +55,10 @@ class ObjectMemory:
     def recall(
         self, frame: int, config: PreTrainedConfig, reverse: bool = False, num_frames: int | None = None
     ) -> tuple[Recall, list[Tensor], list[Tensor]]:
-        """What is read on a frame: the plan, the spatial memories and the pointers, each in the plan's order.
+        """Return the plan, the spatial memories and the pointers for a frame, in the order of the plan.
 
         Args:
-            num_frames: length of the video where it is known; position codes of pointers are scaled by it.
+            num_frames: length of the video if it is known; it scales the position codes of pointers.
         """
         step = 1 if reverse else -1
         near, far = _closest(frame, self.conditioned, config.max_cond_frame_num)
@@ -79,7 +79,7 @@ class ObjectMemory:
         return plan, [one for _, one in spatial if one is not None], [one for _, one in pointers]
 
     def nbytes(self) -> int:
-        """Bytes of all tensors that are kept."""
+        """Size of all stored tensors in bytes."""
         kept = (*self.conditioned.values(), *self.tracked.values())
         tensors = [tensor for memory in kept for tensor in (memory.spatial, memory.pointer) if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -88,8 +88,8 @@ class ObjectMemory:
 def _closest(
     frame: int, conditioned: dict[int, FrameMemory], most: int
 ) -> tuple[dict[int, FrameMemory], dict[int, FrameMemory]]:
-    """The conditioned frames that are read, at most so many, and the others: first the last one before the frame, then
-    the first one after it, then whichever are closest (SAM 2, section 4). -1: all."""
+    """Divide the conditioned frames into those that are read, at most a given number (-1: all), and the others. Order:
+    the last one before the frame, the first one after it, then the closest ones (SAM 2, section 4)."""
     if most == -1 or len(conditioned) <= most:
         return conditioned, {}
     before = max((number for number in conditioned if number < frame), default=None)
@@ -101,5 +101,5 @@ def _closest(
 
 
 def stack_memories(memories: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The equally many tensors of P objects -> [P, n, ...]."""
+    """n tensors of each of P objects -> [P, n, ...]."""
     return torch.stack([torch.stack(list(each)) for each in memories])

@@ -1,4 +1,4 @@
-"""SAM (Kirillov et al. 2023), called SAM 1 here: one map at stride 16, no object score."""
+"""SAM (Kirillov et al. 2023), here called SAM 1: one map at stride 16, no object score."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from ovsam.modeling.sam.base import SamSide
 class Sam1Side(SamSide):
     """A `SamModel`; takes a `SamConfig`.
 
-    SAM was trained on images whose longer side fills the square, the rest of which is black padding below or on the
-    right; SAM 2 squashes. The side itself sees a square of pixels and knows of neither.
+    SAM was trained on images whose longer side fills the square, the rest being black padding at the bottom or on the
+    right; SAM 2 resizes without keeping the aspect ratio. The image processor does either; the side takes squares.
     """
 
     model_class = SamModel
@@ -32,7 +32,7 @@ class Sam1Side(SamSide):
 
 
 def plain_vit_map(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """`_pyramid` of every family with a plain ViT: its one map."""
+    """`_pyramid` of the families with a plain ViT: one map."""
     vision, prompts, width = config.vision_config, config.prompt_encoder_config, config.mask_decoder_config.hidden_size
     seen, told = (vision.image_size, vision.patch_size), (prompts.image_size, prompts.patch_size)
     if seen != told:

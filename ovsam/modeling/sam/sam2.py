@@ -11,7 +11,7 @@ from ovsam.modeling.sam.base import SamSide
 
 
 class Sam2Side(SamSide):
-    """A `Sam2Model`; takes a `Sam2Config`, whose trunk may be any that `SamTrunkConfig` names besides Hiera."""
+    """A `Sam2Model`; takes a `Sam2Config`, whose trunk is Hiera or a `SamTrunkConfig`."""
 
     model_class = Sam2Model
     trackers: ClassVar[tuple[str, ...]] = ("sam2_video",)

@@ -9,7 +9,7 @@ from ovsam.modeling.sam.sam2 import Sam2Side
 
 
 class Sam3TrackerSide(Sam2Side):
-    """A `Sam3TrackerModel`; takes a `Sam3TrackerConfig`. Its patches are of 14 pixels: strides are 3.5, 7 and 14."""
+    """A `Sam3TrackerModel`; takes a `Sam3TrackerConfig`. Patches have 14 pixels: strides are 3.5, 7 and 14."""
 
     model_class = Sam3TrackerModel
     trackers = ("sam3_tracker_video", "sam3_video")
@@ -24,6 +24,6 @@ class Sam3TrackerSide(Sam2Side):
     def _encode(self, pixel_values: Tensor) -> SamFeatures:
         features = super()._encode(pixel_values)
         if len(self.model.config.vision_config.scale_factors) > 3:
-            # transformers adds its no_memory_embedding to the coarsest map, which is then not the decoder's.
+            # transformers adds no_memory_embedding to the coarsest map, which is not the map of the mask decoder.
             features.embedding = features.pyramid[2]
         return features

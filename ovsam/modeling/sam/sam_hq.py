@@ -1,4 +1,4 @@
-"""SAM-HQ (Ke et al. 2023): SAM 1 with a token more, whose mask is made of finer features (section 3.2)."""
+"""SAM-HQ (Ke et al. 2023): SAM 1 with an additional token, whose mask is made of finer features (section 3.2)."""
 
 from torch import Tensor
 from transformers import SamHQModel
@@ -12,9 +12,9 @@ from ovsam.modeling.sam.sam1 import Sam1Side
 class SamHqSide(Sam1Side):
     """A `SamHQModel`; takes a `SamHQConfig`. Its geometry is SAM 1's.
 
-    Masks are SAM's plus the high-quality one, as in transformers by default; candidates of an ambiguous prompt come
-    best first. They are those of SAM-HQ's own code: transformers (4.56 to 5.23), by mistake, upscales the image as it
-    was before the decoder's transformer, with rows and columns swapped.
+    Masks are SAM's plus the high-quality one, as in transformers by default; candidates of an ambiguous prompt come in
+    order of predicted IoU, highest first. They equal those of SAM-HQ's own code: transformers (4.56 to 5.23), by
+    mistake, upscales the image from before the decoder's transformer, with rows and columns swapped.
     """
 
     model_class = SamHQModel
@@ -35,7 +35,7 @@ class SamHqSide(Sam1Side):
         return SamFeatures(embedding=embedding, high_res=(fine,), pyramid=(embedding,))
 
     def _decode(self, features: SamFeatures, position: Tensor, sparse: Tensor, dense: Tensor) -> DecodedMasks:
-        assert features.high_res is not None  # `decode` has looked
+        assert features.high_res is not None  # checked by `decode`
         fine = features.high_res[0]
         decoded = decode_masks(self.model.mask_decoder, features.embedding, position, (), sparse, dense, fine)
         decoded.masks, best = decoded.masks.split([decoded.iou.shape[-1], 1], dim=2)

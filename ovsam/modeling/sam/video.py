@@ -1,11 +1,12 @@
 """The trackers SAM 2 (Ravi et al. 2024, section 4) and EdgeTAM (Zhou et al. 2025) of transformers, as SAM sides.
 
-On images they are what `Sam2Side` and `EdgeTamSide` are. In video each frame's features are read together with the
-memories of an object (`recall`), decoded without a prompt (`segment`), and remembered (`memorise`). The weights and the
-arithmetic are those of `Sam2VideoModel` and `EdgeTamVideoModel`; the order is another one: all objects of a frame are
-one batch, and whatever they share, such as self-attention of the first layer, is computed once. Gradients flow.
+On images they equal `Sam2Side` and `EdgeTamSide`. In video each frame's features are read together with the memories of
+an object (`recall`), decoded without a prompt (`segment`), and stored (`memorise`). The weights and the arithmetic are
+those of `Sam2VideoModel` and `EdgeTamVideoModel`; the order differs: all objects of a frame form one batch, and shared
+parts, such as self-attention of the first layer, are computed once. Gradients flow.
 
-Shapes: B images, P objects on each, L = h*w positions, T tokens of one spatial memory, K tokens of all, C width.
+Shapes: B images, P objects on each, L = h*w positions, T tokens of one spatial memory, K tokens of all memories, C
+width.
 """
 
 from typing import Literal
@@ -33,7 +34,7 @@ class Sam2VideoSide(Sam2Side):
     """A `Sam2VideoModel`; takes a `Sam2VideoConfig`.
 
     Raises:
-        InputError: the sizes of the memory do not fit those of the images.
+        InputError: the sizes of the memory do not fit the image size.
     """
 
     model_class = Sam2VideoModel
@@ -63,19 +64,19 @@ class Sam2VideoSide(Sam2Side):
         if self.width % config.memory_encoder_output_channels:
             raise InputError(
                 f"The width {self.width} must be a multiple of memory_encoder_output_channels, "
-                f"{config.memory_encoder_output_channels}: an object pointer is cut into tokens of that many."
+                f"{config.memory_encoder_output_channels}: an object pointer is divided into tokens of that width."
             )
 
     # ------------------------------------------------------------------------------------ memory -> features
 
     def recall(self, features: SamFeatures, plan: Recall, spatial: Tensor, pointers: Tensor) -> Tensor:
-        """Memory attention: the features of the image as each object's memory changes them.
+        """Memory attention: return the features of the image conditioned on each object's memory.
 
         Args:
-            features: of B images.
-            plan: of all objects alike.
-            spatial: [B, P, n, T, 64], the n spatial memories of each object.
-            pointers: [B, P, m, C], its m object pointers.
+            features: features of B images.
+            plan: plan that all objects share.
+            spatial: the n spatial memories of each object, [B, P, n, T, 64].
+            pointers: the m object pointers of each object, [B, P, m, C].
 
         Returns:
             [B, P, C, h, w].
@@ -92,7 +93,7 @@ class Sam2VideoSide(Sam2Side):
         turn = self._key_rotation(cells, len(plan.frames), len(position))
         keys = memory + position
         for number, layer in enumerate(attention.layers):
-            # Before the first cross-attention all objects see the same image: B rows, not B*P.
+            # Before the first cross-attention all objects share the image: B rows, not B*P.
             query = layer.layer_norm1(rows)[:, None]
             rows = rows + layer.dropout1(layer.self_attn(query, query, query, position_embeddings=cells)[0][:, 0])
             query = layer.layer_norm2(rows)
@@ -120,7 +121,9 @@ class Sam2VideoSide(Sam2Side):
         """Position codes of all spatial memories, [n*T, 64]: place plus time."""
         time = self.model.memory_temporal_positional_encoding.flatten(1)  # [num_maskmem, 1, 1, 64] -> [.., 64]
         place = self._spatial_position(raw)
-        return torch.cat([place + time[offset - 1] for offset in plan.frames])  # a conditioned frame's is the last one
+        return torch.cat(
+            [place + time[offset - 1] for offset in plan.frames]
+        )  # 0, a conditioned frame, takes the last one
 
     def _pointer_position(self, plan: Recall, raw: Tensor, parts: int) -> Tensor:
         """Position codes of the pointers' tokens, [m*parts, 64]: time."""
@@ -137,7 +140,7 @@ class Sam2VideoSide(Sam2Side):
     # ------------------------------------------------------------------------------------- features -> masks
 
     def without_memory(self, features: SamFeatures, objects: int) -> Tensor:
-        """What stands in for `recall` on an object's first frame: [B, P, C, h, w]."""
+        """Replaces `recall` on the first frame of an object: [B, P, C, h, w]."""
         assert features.embedding is not None
         return features.embedding[:, None].expand(-1, objects, -1, -1, -1)
 
@@ -149,19 +152,19 @@ class Sam2VideoSide(Sam2Side):
         input_labels: Tensor | None = None,
         multimask: bool = False,
     ) -> TrackedMasks:
-        """The mask of each object, from features that carry its memory, its prompt, or both.
+        """Return the mask of each object, from features conditioned on its memory, from its prompt, or from both.
 
         Args:
-            recalled: [B, P, C, h, w].
-            input_points, input_labels: [B, P, N, 2] in pixels of the model input and [B, P, N]: 1 inside, 0 outside,
-                2 and 3 the corners of a box; None: no prompt.
-            multimask: take the best of the three masks of an ambiguous prompt, else the single mask.
+            recalled: features conditioned on memory, [B, P, C, h, w].
+            input_points, input_labels: points [B, P, N, 2] in pixels of the model input and labels [B, P, N]: 1 inside,
+                0 outside, 2 and 3 the corners of a box; None without a prompt.
+            multimask: whether to take the best of the three masks of an ambiguous prompt, else the single mask.
         """
         decoded = self._decode_objects(features, recalled, input_points, input_labels, None)
         return self._choose(decoded, multimask)
 
     def adopt(self, features: SamFeatures, masks: Tensor) -> TrackedMasks:
-        """Given masks [B, P, H, W] of 0 and 1, at the size of the model input, as if they had been predicted."""
+        """Turn given masks [B, P, H, W] of 0 and 1, at the size of the model input, into the form of predicted ones."""
         assert features.pyramid is not None
         b, p = masks.shape[:2]
         dtype = features.pyramid[2].dtype
@@ -177,7 +180,7 @@ class Sam2VideoSide(Sam2Side):
         return TrackedMasks(low, masks.new_ones(b, p).to(dtype), shown * 20 - 10, pointer, logits)
 
     def _decode_objects(self, features, recalled, points, labels, mask_prompts) -> DecodedMasks:
-        """Every object has an image of its own, [B, P, C, h, w]; maps of high resolution are shared."""
+        """Decode objects that have image features of their own, [B, P, C, h, w]; maps of high resolution are shared."""
         model, (b, p) = self.model, recalled.shape[:2]
         with torch.autocast(recalled.device.type, enabled=False):
             if points is None:
@@ -190,7 +193,7 @@ class Sam2VideoSide(Sam2Side):
             dense = model.prompt_encoder.no_mask_embed.weight.view(1, 1, -1, 1, 1)
         else:
             dense = model.prompt_encoder.mask_embed(mask_prompts).unflatten(0, (b, p))
-        # The decoder adds per-prompt embeddings to the image's: an image of zeros leaves them as they are.
+        # The decoder adds the embedding of each prompt to that of the image, so the image is set to zero.
         blank = torch.zeros_like(recalled[:, 0])
         return decode_masks(model.mask_decoder, blank, position, features.high_res, sparse, recalled + dense)
 
@@ -212,13 +215,13 @@ class Sam2VideoSide(Sam2Side):
     # ------------------------------------------------------------------------------------- masks -> memory
 
     def memorise(self, features: SamFeatures, tracked: TrackedMasks, prompted: Tensor) -> Tensor:
-        """Memory encoder: the spatial memory of each object on this frame, [B, P, T, 64].
+        """Memory encoder: return the spatial memory of each object on this frame, [B, P, T, 64].
 
         Args:
-            features: of B images.
-            tracked: masks of P objects on each.
-            prompted: [P] bool: objects whose mask comes from a prompt, and is remembered without shades. As in SAM 2's
-                own code each object is asked; transformers' SAM 2 asks whether any of them was prompted.
+            features: features of B images.
+            tracked: masks of P objects on each image.
+            prompted: [P] bool: objects whose mask comes from a prompt; their masks are binarised. This is decided for
+                each object, as in SAM 2's own code; transformers' SAM 2 decides once for all objects.
         """
         assert features.pyramid is not None
         model, raw = self.model, features.pyramid[2]
@@ -240,14 +243,14 @@ class Sam2VideoSide(Sam2Side):
         return self._pack(memory).unflatten(0, (b, p))
 
     def _pack(self, memory: Tensor) -> Tensor:
-        """[N, 64, h, w] -> [N, T, 64], as it is kept."""
+        """[N, 64, h, w] -> [N, T, 64], the stored form."""
         memory = memory.flatten(2).mT
         return memory if self.training else memory.to(torch.bfloat16)
 
 
 class EdgeTamVideoSide(Sam2VideoSide):
-    """An `EdgeTamVideoModel`; takes an `EdgeTamVideoConfig`. A perceiver packs each spatial memory into few tokens,
-    some of them with a place in a coarse grid (EdgeTAM, section 3.2)."""
+    """An `EdgeTamVideoModel`; takes an `EdgeTamVideoConfig`. A perceiver compresses each spatial memory into few
+    tokens, some of which have a position in a coarse grid (EdgeTAM, section 3.2)."""
 
     model_class = EdgeTamVideoModel
     memory_parts = (*Sam2VideoSide.memory_parts, "spatial_perceiver")
@@ -273,7 +276,7 @@ class EdgeTamVideoSide(Sam2VideoSide):
         return turn[0], turn[1]
 
     def _pack(self, memory: Tensor) -> Tensor:
-        """The perceiver's own forward, whose windows take one object at a time only (transformers 5.23)."""
+        """Forward of the perceiver; its own supports one object at a time only (transformers 5.23)."""
         perceiver, n = self.model.spatial_perceiver, len(memory)
         position = self.model.memory_encoder.position_encoding(memory.shape, memory.device, memory.dtype)
         packed = []
@@ -307,7 +310,7 @@ def _read_memory(
 ) -> Tensor:
     """Cross-attention of query [N, L, C] to keys and memory [N, K, 64] with rotary positions -> [N, L, C].
 
-    Values are projected after they are averaged, V (sum a m) = sum a (V m): memories have 64 channels, values C.
+    Values are averaged before they are projected, V (sum a m) = sum a (V m): memories have 64 channels, values C.
     """
     heads = attention.num_attention_heads
     query, keys = (_heads(rows, heads) for rows in (attention.q_proj(query), attention.k_proj(keys)))
@@ -319,7 +322,7 @@ def _read_memory(
 
 
 def _average(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """softmax(query keys^T * scale) values; on a CPU some rows at a time, so that scores stay in its cache."""
+    """softmax(query keys^T * scale) values; on a CPU, some rows at a time, so that scores stay in the cache."""
     if query.device.type != "cpu" or torch.is_grad_enabled() and query.requires_grad:
         return F.scaled_dot_product_attention(query, keys, values.expand(-1, query.shape[1], -1, -1), scale=scale)
     n, heads, length, _ = query.shape
