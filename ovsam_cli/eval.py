@@ -42,7 +42,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--no-baselines", action="store_false", dest="baselines", help="leave out what needs no training"
     )
     parser.add_argument("--limit", metavar="N", type=arguments.count, help="only the first N pictures")
-    parser.add_argument("--output", metavar="DIR", help="write records and results there; go on where it was stopped")
+    parser.add_argument(
+        "--output", metavar="DIR", help="write records, results and a page there; go on where it was stopped"
+    )
     parser.add_argument("--json", metavar="OUT.json", help="write the results there as well")
     arguments.add_device(parser)
 

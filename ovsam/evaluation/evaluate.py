@@ -1,4 +1,4 @@
-"""`ovsam eval`: the figures of a model on a data set, as a table and a json.
+"""`ovsam eval`: the figures of a model on a data set, as a table, a json and a page.
 
 The definitions of the figures stand in `summary.py`, those of the metrics in `metrics.py` and `metrics_ap.py`.
 """
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ovsam.errors import InputError
 from ovsam.evaluation.datasets import ABSENT_WORDS, EvalSet, open_set
+from ovsam.evaluation.report import COLUMNS, columns, write_report
 from ovsam.evaluation.summary import Figures, summarise
 from ovsam.evaluation.tasks import Examiner
 from ovsam.evaluation.timing import measure_time
@@ -26,7 +27,7 @@ from ovsam.ops.files import write_text
 
 QUESTIONS = ("prompts", "words", "everything")
 TASKS = (*QUESTIONS, "time")
-RECORDS, RESULTS = "records.jsonl", "results.json"
+RECORDS, RESULTS, REPORT = "records.jsonl", "results.json", "report.html"
 
 
 def run_eval(
@@ -47,7 +48,7 @@ def run_eval(
         dataset: a COCO or LVIS json, or a folder with `annotations.json`.
         tasks: some of TASKS; "time" is not about the images but about the number of words.
         images: the folder of the pictures; default: that of the json.
-        output: a folder for the records and the results; an evaluation that was stopped goes on there.
+        output: a folder for the records, the results and the page; an evaluation that was stopped goes on there.
         json_path: also write the results there.
         limit: only the first images.
         absent: how many absent words are asked of each image; None for all of them.
@@ -86,6 +87,8 @@ def run_eval(
     print(table(figures))
     if output is not None:
         write_json(Path(output) / RESULTS, results)
+        write_report(Path(output) / REPORT, results, records, data)
+        print(f"\nreport: {Path(output) / REPORT}")
     if json_path:
         write_json(Path(json_path), results)
     return figures
@@ -106,7 +109,16 @@ def measure(
 
 
 def table(figures: Figures) -> str:
-    return "\n".join(f"{name:<64}{value:>9.3f}" for name, value in figures.items() if not math.isnan(value))
+    """One row a figure: over all, over classes, by split and by size; what there is nothing to measure on is blank."""
+    rows = columns({name: value for name, value in figures.items() if not math.isnan(value)})
+    width = max(map(len, rows), default=0)
+    shown = [one for one in ("", *COLUMNS) if any(one in row for row in rows.values())]
+    lines = [" " * width + "".join(f"{(one or 'all'):>{max(9, len(one) + 2)}}" for one in shown)]
+    for title, row in rows.items():
+        cells = (f"{row[one]:.3f}" if one in row else "" for one in shown)
+        each = (f"{cell:>{max(9, len(one) + 2)}}" for one, cell in zip(shown, cells, strict=True))
+        lines.append((f"{title:<{width}}" + "".join(each)).rstrip())
+    return "\n".join(lines)
 
 
 def mode(segmenter: Segmenter) -> str:

@@ -71,10 +71,23 @@ def erode(mask: np.ndarray, distance: int) -> np.ndarray:
 def calibration_error(scores: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
     """Expected calibration error of scores in [0, 1] (Guo et al. 2017, eq. 3): |mean score - share that is right| of
     each bin, averaged by how many it holds."""
+    score, share, count = reliability(scores, right, bins)
+    return float((np.abs(score - share) * count).sum() / count.sum())
+
+
+def reliability(
+    scores: Sequence[float], right: Sequence[bool], bins: int = BINS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean score, share that is right and count of each bin of equal width that holds a score."""
     score, hit = np.asarray(scores, float), np.asarray(right, float)
     place = np.clip(np.ceil(score * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(place, score - hit, bins)  # summed over each bin
-    return float(np.abs(gap).sum() / len(score))
+    count = np.bincount(place, minlength=bins)
+    held = count > 0
+    return (
+        np.bincount(place, score, bins)[held] / count[held],
+        np.bincount(place, hit, bins)[held] / count[held],
+        count[held],
+    )
 
 
 def concept_f1(queries: Iterable[np.ndarray]) -> dict[str, float]:

@@ -75,7 +75,28 @@ def of_words(records: Sequence[dict], data: EvalSet, threshold: float) -> Figure
     figures = _precision(records, data, found, title, boundaries=True)
     if plain := [record["words"]["clip-dense"] for record in records if "clip-dense" in record["words"]]:
         figures |= _precision(records, data, [one for some in plain for one in some], f"{title} (clip-dense)")
-    scores, right, fired, asked, queries = [], [], 0, 0, []
+    scores, right, fired, queries = judge_words(records, data, threshold)
+    figures[f"{title}: calibration error"] = calibration_error(scores, right) if scores else 0.0
+    figures["absent words that return anything"] = _mean(fired)
+    figures |= {f"{title}: {name}": value for name, value in concept_f1(queries).items()}
+    if data.synonyms:
+        hits = defaultdict(list)
+        for record in records:
+            for synonym, hit in record["words"].get("synonyms", {}).items():
+                hits[synonym].append(float(hit))
+        figures["synonyms that find their object"] = _mean([_mean(each) for each in hits.values()])
+    return figures
+
+
+def judge_words(
+    records: Sequence[dict], data: EvalSet, threshold: float
+) -> tuple[list[float], list[bool], list[bool], list[np.ndarray]]:
+    """Of what words return at the threshold: scores, and whether they are right; whether each absent word returned
+    anything; and the overlaps [instances, objects] of each query, an image and a word."""
+    scores: list[float] = []
+    right: list[bool] = []
+    fired: list[bool] = []
+    queries: list[np.ndarray] = []
     for record in records:
         objects, _ = data.objects(record["image_id"])
         codes = [data.coco.annToRLE(one) for one in objects]
@@ -86,21 +107,11 @@ def of_words(records: Sequence[dict], data: EvalSet, threshold: float) -> Figure
         scores += [one["score"] for one in kept]
         right += are_right(masks, labels, codes, named)
         absent = record["words"]["absent"]
-        fired += len(set(labels) & set(absent))
-        asked += len(absent)
+        fired += [word in labels for word in absent]
         overlap = rle.iou(masks, codes)
         for word in record["words"]["present"] + absent:
             queries.append(overlap[np.ix_([one == word for one in labels], [one == word for one in named])])
-    figures[f"{title}: calibration error"] = calibration_error(scores, right) if scores else 0.0
-    figures["absent words that return anything"] = fired / max(asked, 1)
-    figures |= {f"{title}: {name}": value for name, value in concept_f1(queries).items()}
-    if data.synonyms:
-        hits = defaultdict(list)
-        for record in records:
-            for synonym, hit in record["words"].get("synonyms", {}).items():
-                hits[synonym].append(float(hit))
-        figures["synonyms that find their object"] = _mean([_mean(each) for each in hits.values()])
-    return figures
+    return scores, right, fired, queries
 
 
 def of_everything(records: Sequence[dict], data: EvalSet) -> Figures:

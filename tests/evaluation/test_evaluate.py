@@ -84,7 +84,14 @@ def test_a_stopped_evaluation_goes_on(segmenter, dataset, tmp_path, monkeypatch,
     assert written["pictures"] == 3 and written["model"] == "m" and written["command"].startswith("ovsam ")
     shown = capsys.readouterr().out
     for name, value in whole.items():
-        assert np.isnan(value) or (written["figures"][name] == round(value, 4) and f"{name} " in shown)
+        assert np.isnan(value) or written["figures"][name] == round(value, 4)
+    row = next(line for line in shown.splitlines() if line.startswith("box: mean IoU"))
+    values = [whole[f"box: mean IoU{part}"] for part in ("", ", class average", ", base", ", small", ", medium")]
+    assert row.split()[3:] == [f"{value:.3f}" for value in values]
+    page = (tmp_path / "a" / "report.html").read_text()
+    records = [json.loads(line) for line in (tmp_path / "a" / "records.jsonl").read_text().splitlines()[1:]]
+    misnamed = sum(any(row["rank"]["box"] for row in one["prompts"]["objects"]) for one in records)
+    assert page.count("<img") == 3 + 3 + misnamed and page.count("<svg") == 3 and "http" not in page
 
     lines = (tmp_path / "a" / "records.jsonl").read_text().splitlines()
     (tmp_path / "b").mkdir()

@@ -56,6 +56,29 @@ def test_calibration_error_by_hand():
     assert metrics.calibration_error(scores, rng.random(20_000) < scores**3) > 0.2
 
 
+def test_reliability_by_hand():
+    mean, share, count = metrics.reliability([0.2, 0.2, 0.19, 1.0], [True, False, False, False])
+    assert mean.tolist() == pytest.approx([0.59 / 3, 1.0]) and count.tolist() == [3, 1]
+    assert share.tolist() == pytest.approx([1 / 3, 0])
+
+
+def test_concept_f1_by_hand():
+    """Three queries with objects: one of two found besides a false one, one found, one missed; and two without."""
+    first = np.array([[0.72, 0.1], [0.3, 0.2]])
+    queries = [first, np.array([[0.96]]), np.zeros((0, 1)), np.zeros((0, 0)), np.zeros((2, 0))]
+    found = metrics.concept_f1(queries)
+    # 0.50 to 0.70: two right, one false, two missed; 0.75 to 0.95: one right, two false, three missed.
+    assert found["pmF1"] == pytest.approx((5 * 2 * 2 / (4 + 1 + 2) + 5 * 2 / (2 + 2 + 3)) / 10)
+    assert found["IL_MCC"] == pytest.approx((2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2))
+    assert found["cgF1"] == pytest.approx(found["pmF1"] * found["IL_MCC"])
+    assert metrics.concept_f1([np.eye(3), np.zeros((0, 0))]) == {"cgF1": 1, "pmF1": 1, "IL_MCC": 1}
+
+
+def test_concept_f1_matches_for_the_largest_sum():
+    """The best pair alone would leave the other instance and object without a match."""
+    assert metrics.concept_f1([np.array([[0.9, 0.8], [0.8, 0.1]]), np.zeros((0, 0))])["pmF1"] > 0.6
+
+
 def test_an_object_is_found_once_and_by_its_own_word():
     a, b = (rle.encode(square(x, 0, 10)) for x in (0, 50))
     shifted = rle.encode(square(2, 0, 10))  # IoU 2/3 with a

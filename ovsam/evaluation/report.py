@@ -1,0 +1,154 @@
+"""The page of an evaluation: one html file that needs nothing beside it."""
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ovsam.evaluation import metrics_ap as ap
+from ovsam.evaluation.datasets import EvalSet
+from ovsam.evaluation.metrics import boundary, reliability
+from ovsam.evaluation.summary import Figures, judge_words
+from ovsam.ops import rle
+from ovsam.ops.files import write_whole
+from ovsam.processing.images import open_image
+
+COLUMNS = ("class average", "base", "novel", "small", "medium", "large")
+SHOWN = 6  # pictures a row
+SIDE = 190  # of a picture in pixels
+CONTEXT = 0.7  # of an object's longer side that is shown on each side of its centre
+PREDICTED, TRUE = np.array([255, 0, 120]), np.array([0, 220, 90])
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse } td, th { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd }
+td:first-child, th:first-child { text-align: left } code { background: #f2f2f2; padding: .1em .3em }
+figure { display: inline-block; margin: .3em; vertical-align: top; width: 190px } figcaption { font-size: 13px }
+svg { margin-right: 1.5em } .note { color: #666 }
+"""
+
+
+def columns(figures: Figures) -> dict[str, dict[str, float]]:
+    """Figures by their name without what stands after the comma, which is the column; the average over all is ''."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in figures.items():
+        title, _, column = name.rpartition(", ")
+        title, column = (title, column) if column in COLUMNS else (name, "")
+        rows.setdefault(title, {})[column] = value
+    return rows
+
+
+def write_report(path: Path, results: dict, records: Sequence[dict], data: EvalSet) -> None:
+    """results: as `run_eval` writes them; records: of all images."""
+    parts = [
+        f"<h1>{escape(results['model'])} on {escape(results['dataset'])}</h1>",
+        f"<p><code>{escape(results['command'])}</code><br>{results['pictures']} pictures; {escape(results['mode'])}; "
+        "definitions: docs/evaluation.md</p>",
+        _table(results["figures"]),
+    ]
+    rows = [(record["image_id"], row) for record in records for row in record.get("prompts", {}).get("objects", ())]
+    charts = []
+    if rows:
+        scores, right = [row["score"] for _, row in rows], [row["rank"]["box"] < 1 for _, row in rows]
+        charts.append(_reliability(scores, right, "Names of boxed masks"))
+    if words := [record for record in records if "words" in record]:
+        scores, right, _, _ = judge_words(words, data, results["score_threshold"])
+        charts.append(_reliability(scores, right, "Words: what is returned"))
+        charts.append(_precision(words, data))
+    if charts:
+        parts += ["<h2>Calibration, precision and recall</h2>", *charts]
+    if rows:
+        by_iou = sorted(rows, key=lambda one: one[1]["iou"]["box"])
+        wrong = sorted((one for one in rows if one[1]["rank"]["box"]), key=lambda one: -one[1]["score"])
+        parts.append('<p class="note">Predicted mask: pink. Outline of the true one: green.</p>')
+        for title, chosen in (
+            ("Worst masks of boxes", by_iou),
+            ("Best masks of boxes", by_iou[::-1]),
+            ("Wrong names of the highest scores", wrong),
+        ):
+            parts += [f"<h2>{title}</h2>", *(_picture(data, *one) for one in _one_an_image(chosen))]
+    title = escape(f"{results['model']} on {results['dataset']}")
+    page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>" + "\n".join(parts)
+    write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+def _table(figures: Figures) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("figure", "all", *COLUMNS))
+    lines = []
+    for title, row in columns(figures).items():
+        cells = (f"{row[name]:.3f}" if name in row else "" for name in ("", *COLUMNS))
+        lines.append(f"<tr><td>{escape(title)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _one_an_image(rows: Sequence[tuple[int, dict]]) -> list[tuple[int, dict]]:
+    """The first ones, one of an image at most."""
+    first: dict[int, dict] = {}
+    for image_id, row in rows:
+        first.setdefault(image_id, row)
+    return list(first.items())[:SHOWN]
+
+
+def _picture(data: EvalSet, image_id: int, row: dict) -> str:
+    image = np.asarray(open_image(data.picture(image_id))).astype(float)
+    mask, truth = rle.decode(row["mask"]), data.coco.annToMask(data.coco.anns[row["id"]]).astype(bool)
+    image[mask] = 0.5 * image[mask] + 0.5 * PREDICTED
+    image[boundary(truth, 0.004)] = TRUE
+    x, y, width, height = data.coco.anns[row["id"]]["bbox"]
+    half, cx, cy = max(16.0, CONTEXT * max(width, height)), x + width / 2, y + height / 2
+    crop = Image.fromarray(image.astype(np.uint8)).crop(
+        (int(cx - half), int(cy - half), int(cx + half), int(cy + half))
+    )
+    buffer = io.BytesIO()
+    crop.resize((SIDE, SIDE)).save(buffer, "JPEG", quality=85)
+    source = base64.b64encode(buffer.getvalue()).decode()
+    told = escape(f"{data.words[row['class']]}: IoU {row['iou']['box']:.2f}; named {row['name']} ({row['score']:.2f})")
+    return (
+        f'<figure><img src="data:image/jpeg;base64,{source}" width={SIDE} height={SIDE} alt="">'
+        f"<figcaption>{told}</figcaption></figure>"
+    )
+
+
+def _reliability(scores: Sequence[float], right: Sequence[bool], title: str) -> str:
+    """Share that is right against the mean score of each bin; the area of a dot grows with how many it holds."""
+    mean, share, count = reliability(scores, right)
+    dots = [
+        (x, y, 2 + 10 * float(np.sqrt(n / max(len(scores), 1)))) for x, y, n in zip(mean, share, count, strict=True)
+    ]
+    return _chart(f"{title} ({len(scores)})", "score", "share that is right", [("#bbb", [(0, 0), (1, 1)])], dots)
+
+
+def _precision(records: Sequence[dict], data: EvalSet) -> str:
+    """Precision at each recall at IoU 0.5 and 0.75, averaged over the classes that some image shows."""
+    found = [one for record in records for one in record["words"]["found"]]
+    matched = ap.match(ap.compare(data.truth([record["image_id"] for record in records]), found))
+    curves = np.mean([ap.precision_curve(one) for one in matched.values()] or [np.zeros((10, 101))], 0)
+    lines = [(colour, list(zip(ap.RECALLS, curves[t], strict=True))) for colour, t in (("#07c", 0), ("#e70", 5))]
+    return _chart("Words: IoU 0.5 blue, 0.75 orange", "recall", "precision", lines)
+
+
+def _chart(title: str, x: str, y: str, lines, dots=()) -> str:
+    """Lines [(colour, points)] and dots [(x, y, radius)] over the unit square."""
+    side, margin = 260, 40
+
+    def place(px: float, py: float) -> str:
+        return f"{margin + side * px:.1f},{margin + side * (1 - py):.1f}"
+
+    shapes = [f'<rect x={margin} y={margin} width={side} height={side} fill=none stroke="#999"/>']
+    for colour, points in lines:
+        path = " ".join(place(*point) for point in points)
+        shapes.append(f'<polyline points="{path}" fill=none stroke="{colour}" stroke-width=2 />')
+    for px, py, radius in dots:
+        cx, cy = place(px, py).split(",")
+        shapes.append(f'<circle cx={cx} cy={cy} r={radius:.1f} fill="#07c" fill-opacity=0.6 />')
+    text = 'font-size=12 text-anchor=middle fill="#444"'
+    middle, whole = margin + side / 2, side + 2 * margin
+    shapes += [
+        f"<text x={middle} y=24 {text}>{escape(title)}</text>",
+        f"<text x={middle} y={whole - 10} {text}>{x}, 0 to 1</text>",
+        f'<text transform="translate(20 {middle}) rotate(-90)" {text}>{y}, 0 to 1</text>',
+    ]
+    return f"<svg width={whole} height={whole}>{''.join(shapes)}</svg>"
