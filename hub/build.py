@@ -177,11 +177,11 @@ def variant_cards(variant: Path) -> dict[Path, str]:
     results = SAM2CLIP / "results.json"
     if not results.is_file():
         return cards
-    measured = json.loads(results.read_text())
+    measured = figures.read(results)
     all_metrics = figures.MASKS | figures.NAMES | figures.WORDS
     for folder, name, metrics in ((variant, VARIANT.name, all_metrics), (SAM2CLIP, SAM2CLIP.name, figures.MASKS)):
         cards[folder] = figures.with_index(cards[folder], name, metrics, measured)
-    of_tiny = figures.table(json.loads((ADAPTERS["clip2sam"] / "results.json").read_text()))
+    of_tiny = figures.table(figures.read(ADAPTERS["clip2sam"] / "results.json"))
     lines = [f"| figure | {VARIANT.name} | {MIRROR.name} |", "|---|---|---|"]
     for ours, theirs in zip(figures.table(measured).splitlines()[2:], of_tiny.splitlines()[2:], strict=True):
         _, figure, value, *_ = ours.split("|")

@@ -116,20 +116,14 @@ def judge_words(
 
 def of_everything(records: Sequence[dict], data: EvalSet) -> Figures:
     records = [record for record in records if "everything" in record]
-    figures = {}
-    for key, title in (("everything", "everything"), ("clip-dense", "everything (clip-dense)")):
-        each = [record["everything"] if key == "everything" else record["everything"].get(key) for record in records]
-        if None in each:
-            continue
-        hits = [iou > 0.5 for one in each for iou in one["iou"]]
-        sizes = [size for one in each for size in one["size"]]
-        figures[f"{title}: recall"] = _mean(hits)
-        for size in SIZES:
-            figures[f"{title}: recall, {size}"] = _mean([h for h, s in zip(hits, sizes, strict=True) if s == size])
-        found = [one for some in each for one in some["found"]]
-        figures |= _precision(records, data, found, f"{title}, named")
-        figures[f"{title}: masks"] = _mean([len(one["found"]) for one in each])
-    return figures
+    each = [record["everything"] for record in records]
+    hits = [iou > 0.5 for one in each for iou in one["iou"]]
+    sizes = [size for one in each for size in one["size"]]
+    figures = {"everything: recall": _mean(hits)}
+    for size in SIZES:
+        figures[f"everything: recall, {size}"] = _mean([h for h, s in zip(hits, sizes, strict=True) if s == size])
+    figures |= _precision(records, data, [one for some in each for one in some["found"]], "everything, named")
+    return figures | {"everything: masks": _mean([len(one["found"]) for one in each])}
 
 
 def _precision(

@@ -193,23 +193,17 @@ class Examiner:
         found, seconds = timed(
             lambda: self.segmenter.everything(picture, words, objectness=0.0, top_k=0), self.segmenter
         )
-        record = {"seconds": seconds} | self._recalled(found, image_id, objects, truth)
-        if self.baselines and picture.features.clip is not None:
-            plain = self.segmenter.everything(picture, words, objectness=0.0, proposer="clip-dense", top_k=0)
-            record["clip-dense"] = self._recalled(plain, image_id, objects, truth)
-        return record
-
-    # ---- their steps --------------------------------------------------------------------------------------------
-
-    def _recalled(self, found, image_id: int, objects: list[dict], truth: np.ndarray) -> dict:
         best = sorted(found, key=lambda one: -(one.objectness or 0.0))[:MOST]
         class_of = {self.names.words[column]: i for i, column in self.names.column.items()}
         overlap = rle.iou([one.segmentation for one in best], [rle.encode(mask) for mask in truth])  # [n, objects]
         return {
+            "seconds": seconds,
             "iou": (overlap.max(0) if len(best) else np.zeros(len(truth))).tolist(),
             "size": [next(name for name, (low, high) in SIZES.items() if low <= one["area"] < high) for one in objects],
             "found": [_detection(image_id, class_of[one.label], one.score, one.segmentation) for one in best],
         }
+
+    # ---- their steps --------------------------------------------------------------------------------------------
 
     def _target(self, names: Names, objects: list[dict]) -> Tensor:
         return torch.tensor([names.column[one["category_id"]] for one in objects], device=names.embeds.device)
