@@ -177,15 +177,18 @@ class Segmenter:
         return self
 
     @overload
-    def encode(self, image: OneImage) -> EncodedImage: ...
+    def encode(self, image: OneImage, batch_size: int = BATCH) -> EncodedImage: ...
 
     @overload
-    def encode(self, image: list[OneImage] | tuple[OneImage, ...]) -> list[EncodedImage]: ...
+    def encode(self, image: list[OneImage] | tuple[OneImage, ...], batch_size: int = BATCH) -> list[EncodedImage]: ...
 
-    def encode(self, image):
-        """The features of an image, to ask about it several times: pass the result in place of the image."""
+    def encode(self, image, batch_size=BATCH):
+        """The features of an image, to ask about it several times: pass the result in place of the image.
+
+        Of a list of images, `batch_size` are encoded in one pass.
+        """
         if isinstance(image, list | tuple):
-            return [one for batch in self._batches(image) for one in batch]
+            return [one for batch in self._batches(image, batch_size) for one in batch]
         return image if isinstance(image, EncodedImage) else self._encode([open_image(image)])[0]
 
     @torch.no_grad()
@@ -200,12 +203,12 @@ class Segmenter:
             for i, image in enumerate(images)
         ]
 
-    def _batches(self, images: Sequence[OneImage]) -> Iterator[list[EncodedImage]]:
-        """The encoded images of a list, BATCH at a time, in their order."""
-        for start in range(0, len(images), BATCH):
+    def _batches(self, images: Sequence[OneImage], size: int = BATCH) -> Iterator[list[EncodedImage]]:
+        """The encoded images of a list, `size` at a time, in their order."""
+        for start in range(0, len(images), size):
             batch = [
                 image if isinstance(image, EncodedImage) else open_image(image)
-                for image in images[start : start + BATCH]
+                for image in images[start : start + size]
             ]
             fresh = [image for image in batch if not isinstance(image, EncodedImage)]
             encoded = iter(self._encode(fresh) if fresh else ())

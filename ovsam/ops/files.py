@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -76,6 +77,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """`write_whole` of a text in UTF-8; what of a file's name is no UTF-8 is written as a question mark."""
     content = text.encode("utf-8", "replace")
     write_whole(path, lambda temporary: temporary.write_bytes(content))
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove the temporary files that `write_whole` left behind when it was killed: with this file's ending beside it,
+    or anywhere in this folder. Nobody may be writing there."""
+    found = target.rglob(".*") if target.is_dir() else target.parent.glob(f".*{target.suffix}")
+    for path in list(found):
+        if re.fullmatch(r"\.[0-9a-f]{16}(\.\w+)?", path.name):
+            path.unlink(missing_ok=True)
 
 
 def check_target(path: str | os.PathLike[str], option: str = "") -> None:

@@ -1,0 +1,223 @@
+"""`ovsam label`: many images -> label files, resumable."""
+
+import os
+import re
+import sys
+import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+
+from ovsam.errors import InputError
+from ovsam.inference.labelling.journal import Journal, Journals, read_header
+from ovsam.inference.labelling.sources import list_items
+from ovsam.processing.vocabulary import Vocabulary
+from ovsam.results.formats import FORMATS, check_format
+from ovsam_cli import arguments
+
+PARSER = {
+    "usage": "ovsam label INPUT... (--text WORD... | --vocabulary NAME|FILE) -o OUT [options]\n"
+    "       ovsam label --merge OUT... -o OUT [--format ...]",
+    "description": "Label many images and write the files of labelling and training tools (see docs/labels.md).\n"
+    "Stopped at any moment, the same command goes on where it was.",
+    "epilog": """\
+  ovsam label photos/ --text dog "red ball" -o labels/ --format coco,yolo
+  ovsam label list.txt archive.zip 's3://bucket/*.jpg' --vocabulary lvis -o labels/ --threshold 0.4
+  ovsam label photos/ --vocabulary coco -o labels/ --shard 1/2       on one machine, and 2/2 on another; then
+  ovsam label --merge labels/ -o labels/ --format coco,labelme
+
+Exit code: 0, 1 if images could not be labelled (OUT/errors.jsonl lists them), 2 if the command cannot work.
+""",
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs",
+        metavar="INPUT",
+        nargs="+",
+        help="an image, a folder, a pattern, a .txt, .csv or COCO .json list, a .zip or .tar, or an address",
+    )
+    question = parser.add_argument_group("the question")
+    question.add_argument("--text", metavar="WORD", nargs="+", action="extend", default=[], help="find these words")
+    question.add_argument(
+        "--vocabulary", metavar="NAME|FILE", help="find these: coco, lvis, imagenet21k or a file with one word a line"
+    )
+    question.add_argument(
+        "--everything", action="store_true", help="label whatever is found, named from the words (or the model's own)"
+    )
+    question.add_argument(
+        "--not", metavar="WORD", nargs="+", action="extend", default=[], dest="negative", help="leave these out"
+    )
+    question.add_argument(
+        "--threshold", metavar="SCORE", type=arguments.share, help="minimum score (default: the model's own)"
+    )
+    question.add_argument(
+        "--objectness", metavar="SHARE", type=arguments.share, help="with --everything: minimum objectness"
+    )
+    question.add_argument("--proposer", metavar="NAME", help="where to look; see `ovsam segment --help`")
+    question.add_argument("--tile", metavar="PIXELS", type=arguments.count, help="look through tiles of this side too")
+    question.add_argument("--exclusive", action="store_true", help="give each pixel to one thing only")
+    question.add_argument("--no-refine", action="store_false", dest="refine", help="keep the quick masks")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--model", metavar="PRESET|PATH|ID", default="auto", help="default: auto")
+    arguments.add_device(model)
+    output = parser.add_argument_group("the output")
+    output.add_argument("-o", "--output", metavar="OUT", required=True, help="a folder; made where it is missing")
+    output.add_argument(
+        "--format", metavar="NAME,...", type=_formats, default=["coco"], help=f"of {', '.join(FORMATS)} (default: coco)"
+    )
+    work = parser.add_argument_group("the work")
+    work.add_argument("--batch", metavar="N", type=arguments.count, default=4, help="images in one pass (default: 4)")
+    work.add_argument(
+        "--workers", metavar="N", type=arguments.count, default=2, help="threads that decode images (default: 2)"
+    )
+    work.add_argument("--shard", metavar="I/N", type=_shard, default=(1, 1), help="only the Ith of N parts, from 1 on")
+    work.add_argument(
+        "--merge", action="store_true", help="INPUT are output folders of shards: write their common label files"
+    )
+
+
+def check(args: Namespace) -> None:
+    """Refuse what cannot work, before a model is loaded.
+
+    Sets `args.listing`, the images, `args.words`, the Vocabulary or None, and `args.job`, what identifies the job.
+    """
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"-o {output} is a file; it must be a folder.")
+    if args.merge:
+        if args.text or args.vocabulary or args.everything or args.shard != (1, 1):
+            raise InputError("--merge takes output folders and formats only; the journals hold what was asked.")
+        return
+    if args.text and args.vocabulary:
+        raise InputError("--text and --vocabulary both give the words; use one of them.")
+    if not (args.text or args.vocabulary or args.everything):
+        raise InputError("Nothing was asked; give --text WORD..., --vocabulary NAME|FILE or --everything.")
+    if args.negative and args.everything:
+        raise InputError("--not goes with words to find, not with --everything.")
+    if args.objectness is not None and not args.everything:
+        raise InputError("--objectness goes with --everything; for words, use --threshold.")
+    args.words = Vocabulary(args.text or args.vocabulary) if args.text or args.vocabulary else None
+    below = os.path.join(os.path.abspath(output), "")
+    listing = list_items(args.inputs)  # an output inside the input is no input
+    listing.items[:] = [item for item in listing.items if not item.location.startswith(below)]
+    if not listing.items:
+        raise InputError(f"There is no image in {', '.join(args.inputs)}.")
+    args.listing = listing
+    if args.model == "auto":  # a job goes on with the model that it began with
+        from ovsam.checkpoints.presets import choose_auto
+
+        header = read_header(_journal(args)) if _journal(args).is_file() else None
+        args.model = header["job"]["model"] if header else os.environ.get("OVSAM_MODEL") or choose_auto()
+    options = {name: getattr(args, name) for name in ("threshold", "proposer", "refine", "tile", "exclusive")}
+    options |= {"objectness": args.objectness} if args.everything else {"negative": args.negative}
+    args.question = {
+        "words": args.words.as_mapping() if args.words else None,
+        "everything": args.everything,
+        "options": options,
+    }
+    args.job = {"model": args.model, "inputs": args.inputs, **args.question}
+
+
+def run(args: Namespace) -> int:
+    """Label, and write the label files. Returns 1 if there are images without labels or formats not written, else 0."""
+    from ovsam.inference.labelling import job
+
+    output = Path(args.output)
+    if args.merge:
+        return _merge(args)
+    items = args.listing.items
+    job.check_names(items, args.format)
+    number, count = args.shard
+    every = job.batches(items, args.batch, args.shard)
+    root = args.listing.root
+    facts = {"shard": [number, count], "root": str(root) if root else None}
+    start = time.monotonic()
+    with Journal(_journal(args), args.job, facts) as journal:
+        before = len(journal.done)
+        todo = job.pending(every, journal.done)
+        summary = job.Summary()
+        if todo:
+            import ovsam
+
+            question = job.Question(**args.question)
+            segmenter = ovsam.load(args.model, device=args.device)
+            question.prepare(segmenter)
+            outcomes = job.run_local(todo, lambda images, **more: question.ask(segmenter, images, **more), args.workers)
+            try:
+                summary = job.record(outcomes, journal, sum(map(len, every)))
+            except OSError as error:
+                raise InputError(
+                    f"{journal.path} cannot be written ({error.strerror or error}); the {len(journal.done)} images "
+                    "before are kept: make room, and run the same command again."
+                ) from error
+        journal.finish(len(summary.failed))
+    job.write_errors(_errors(args), summary.failed)
+    seconds = time.monotonic() - start
+    print(
+        f"{output}: {before + summary.labelled} images ({before} of them before), {summary.objects} new objects, "
+        f"{len(summary.failed)} errors, {summary.labelled / seconds:.2f} images/s"
+    )
+    for key, reason in list(summary.failed.items())[:5]:
+        print(f"  {key}: {reason}", file=sys.stderr)
+    if summary.failed:
+        print(f"  all of them: {_errors(args)}", file=sys.stderr)
+    if count > 1:
+        print(f"when all {count} shards are done: ovsam label --merge {output} -o {output} --format ...")
+        return 1 if summary.failed else 0
+    return max(_export(args, Journals([_journal(args)])), 1 if summary.failed else 0)
+
+
+def _export(args: Namespace, images: Journals) -> int:
+    from ovsam.inference.labelling import job
+
+    output, root = Path(args.output), images.header.get("root")
+    words = images.header["job"]["words"]
+    labels = list(dict.fromkeys(words.values())) if words else ()
+    failed = job.export(images, output, args.format, labels, Path(root) if root else None)
+    for name in args.format:
+        done = name not in failed
+        print(f"{name}: {job.target_of(output, name)}" if done else f"{name} was not written: {failed[name]}")
+    return 1 if failed else 0
+
+
+def _merge(args: Namespace) -> int:
+    """Write the common label files of shards."""
+    from ovsam.inference.labelling import job
+
+    folders, output = [Path(one) for one in args.inputs], Path(args.output)
+    journals = [path for one in folders for path in ([one] if one.is_file() else sorted(one.glob("journal*.jsonl")))]
+    if not journals:
+        raise InputError(f"There is no journal in {', '.join(args.inputs)}; name output folders of `ovsam label`.")
+    images = Journals(journals)
+    output.mkdir(parents=True, exist_ok=True)
+    for path in images.unfinished:
+        print(f"{path} is not finished: run its command again to go on.", file=sys.stderr)
+    beside = [one.with_name(one.name.replace("journal", "errors")) for one in journals]
+    failed = job.read_errors(path for path in beside if path.is_file())
+    job.write_errors(output / "errors.jsonl", failed)
+    print(f"{output}: {len(images)} images of {len(journals)} journals, {len(failed)} errors")
+    return max(_export(args, images), 1 if failed or images.unfinished else 0)
+
+
+def _journal(args: Namespace) -> Path:
+    number, count = args.shard
+    return Path(args.output) / ("journal.jsonl" if count == 1 else f"journal-{number}of{count}.jsonl")
+
+
+def _errors(args: Namespace) -> Path:
+    return _journal(args).with_name(_journal(args).name.replace("journal", "errors"))
+
+
+def _formats(text: str) -> list[str]:
+    try:
+        return [check_format(name) for name in dict.fromkeys(text.split(","))]
+    except InputError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match and 1 <= int(match[1]) <= int(match[2]):
+        return int(match[1]), int(match[2])
+    raise ArgumentTypeError(f"{text!r} is not I/N, such as 1/4 to 4/4")
