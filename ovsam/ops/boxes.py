@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
-    """masks [..., H, W] bool -> boxes [..., 4] float xyxy in pixels, the far edge exclusive; zeros for empty masks."""
+    """masks [..., H, W] bool -> boxes [..., 4] float xyxy in pixels, x2 and y2 exclusive; zeros for empty masks."""
     h, w = masks.shape[-2:]
     rows, columns = masks.any(-1), masks.any(-2)  # [..., H], [..., W]
     y, x = torch.arange(h, device=masks.device), torch.arange(w, device=masks.device)

@@ -1,22 +1,22 @@
-"""Edge maps out of masks (SAM, Kirillov et al. 2023, §7.2 and App. D.2): no edge was ever trained."""
+"""Edge maps from masks (SAM, Kirillov et al. 2023, §7.2 and App. D.2), without training on edges."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2**24  # pixels of all masks that are filtered at a time
+CHUNK = 2**24  # number of pixels, over all masks, that are filtered at a time
 
 
 def edge_map(probabilities: Tensor, thin: bool = True) -> Tensor:
-    """The edges of a picture out of the masks of everything in it.
+    """Return the edges of an image, from the masks of all its objects.
 
-    Each mask's probabilities are filtered by Sobel's operator; what is not on the mask's outer boundary is zero; the
-    largest of all masks counts; the map is scaled to [0, 1]; and edges are thinned to their crest (non-maximum
-    suppression along the gradient, Canny 1986).
+    The probabilities of each mask are filtered with Sobel's operator and set to zero away from the boundary of the
+    mask; the maximum over all masks is scaled to [0, 1], and edges are thinned by non-maximum suppression along the
+    gradient (Canny 1986).
 
     Args:
-        probabilities: [n, h, w] of masks as the model gave them, not thresholded: `outputs.pred_masks.sigmoid()`.
-        thin: False leaves the edges as broad as they are.
+        probabilities: mask probabilities [n, h, w], not thresholded: `outputs.pred_masks.sigmoid()`.
+        thin: whether to thin the edges.
 
     Returns:
         [h, w] in [0, 1].
@@ -45,14 +45,14 @@ def _sobel(images: Tensor) -> Tensor:
 
 
 def _boundary(masks: Tensor) -> Tensor:
-    """Pixels [n, h, w] bool on either side of a mask's border, with one more for the filter's width."""
+    """Pixels [n, h, w] bool on either side of a mask's border, plus one for the width of the filter."""
     grown = F.max_pool2d(masks[:, None].float(), 5, 1, 2)
     shrunk = -F.max_pool2d(-masks[:, None].float(), 5, 1, 2)
     return (grown > shrunk)[:, 0]
 
 
 def _thin(edges: Tensor, direction: Tensor) -> Tensor:
-    """Keep what is no weaker than both neighbours one pixel up and down the gradient [2, h, w], interpolated."""
+    """Keep pixels that are not below their interpolated neighbours, one pixel up and down the gradient [2, h, w]."""
     h, w = edges.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     place = torch.stack([x, y], -1).to(edges)  # [h, w, 2]
@@ -60,5 +60,5 @@ def _thin(edges: Tensor, direction: Tensor) -> Tensor:
     size = edges.new_tensor([w, h])
     grids = torch.stack([(2 * (place + sign * unit) + 1) / size - 1 for sign in (1, -1)])  # pixel centres in [-1, 1]
     beside = F.grid_sample(edges.expand(2, 1, h, w), grids, align_corners=False)[:, 0]  # [2, h, w]
-    # On a plateau of two equal pixels the one that the gradient comes from stays.
+    # Of two equal pixels the first along the gradient is kept.
     return edges * ((edges > beside[0] + 1e-6) & (edges >= beside[1] - 1e-6))

@@ -1,4 +1,4 @@
-"""Output: files are written whole or not at all; devices, pipes and stdout are written into."""
+"""Writing files: a file is written completely or not at all; devices, pipes and stdout are supported."""
 
 import contextlib
 import errno
@@ -17,30 +17,30 @@ from typing import IO, Any
 from ovsam.errors import InputError
 
 STDOUT = "-"
-READER_SECONDS = 5.0  # that a pipe waits for somebody to read it
+READER_SECONDS = 5.0  # how long to wait for a reader of a pipe
 REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space or write elsewhere",
-    errno.EDQUOT: "the quota of the disk is used up; free some space or write elsewhere",
+    errno.EDQUOT: "the disk quota is exceeded; free some space or write elsewhere",
     errno.EROFS: "the disk is read-only; write elsewhere",
-    errno.EACCES: "there is no permission; write elsewhere",
-    errno.EPERM: "there is no permission; write elsewhere",
-    errno.ENAMETOOLONG: "the name is too long; take a shorter one",
-    errno.ENXIO: "nobody reads the pipe; start its reader first",
-    errno.EPIPE: "its reader has closed the pipe",
+    errno.EACCES: "permission is denied; write elsewhere",
+    errno.EPERM: "permission is denied; write elsewhere",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ENXIO: "the pipe has no reader; start the reader first",
+    errno.EPIPE: "its reader has closed the pipe; keep the reader running",
     errno.EISDIR: "it is a folder; name a file in it",
     errno.ENOTDIR: "a part of the path is a file, not a folder; write elsewhere",
-    errno.EILSEQ: "the name cannot be a file's; take another one",
+    errno.EILSEQ: "the name is not allowed for a file; choose another one",
 }
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file of the same ending, then put it in place: the path never holds half a file.
+    """Let `write` fill a temporary file with the same ending, then move it to `path`, which never holds half a file.
 
-    Symbolic links are followed and missing folders made. "-" is stdout. What is no regular file, such as a device or a
-    pipe, is written into and never replaced.
+    Symbolic links are followed and missing folders are created. "-" is stdout. Devices, pipes and other special files
+    are written into and never replaced.
 
     Raises:
-        InputError: the path cannot be written, which leaves an older file as it was.
+        InputError: the path cannot be written; an existing file is left unchanged.
     """
     with refused(path):
         if os.fspath(path) == STDOUT:
@@ -74,7 +74,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """`write_whole` of a text in UTF-8; what of a file's name is no UTF-8 is written as a question mark."""
+    """`write_whole` for text in UTF-8; characters that UTF-8 cannot encode become question marks."""
     content = text.encode("utf-8", "replace")
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 
@@ -89,9 +89,9 @@ def remove_leftovers(target: Path) -> None:
 
 
 def check_target(path: str | os.PathLike[str], option: str = "") -> None:
-    """Raise InputError if it is plain that a file cannot be written, before anything is computed for it.
+    """Raise InputError if a file evidently cannot be written, before anything is computed for it.
 
-    option: what the message calls the path, besides its name.
+    option: name of the command-line option, for the message.
     """
     if os.fspath(path) == STDOUT:
         return
@@ -109,7 +109,7 @@ def check_target(path: str | os.PathLike[str], option: str = "") -> None:
 
 
 def check_output_folder(path: str | os.PathLike[str], option: str = "") -> None:
-    """Raise InputError if it is plain that no file can be written into this folder, which need not exist yet."""
+    """Raise InputError if files evidently cannot be written into this folder, which need not exist yet."""
     with refused(path, option):
         _check_folder(Path(os.path.realpath(path)))
 
@@ -127,7 +127,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _open_sink(target: Path) -> IO[bytes]:
-    """Open a device or a pipe for writing; a pipe that nobody reads would be waited for without end."""
+    """Open a device or a pipe for writing, with a time limit for pipes without a reader."""
     deadline = time.monotonic() + READER_SECONDS
     while True:
         try:
@@ -142,7 +142,7 @@ def _open_sink(target: Path) -> IO[bytes]:
 
 
 def _kind(path: Path) -> int | None:
-    """The mode of what is at a path; None where nothing is."""
+    """Return the mode of the file at a path, None if there is none."""
     try:
         return os.stat(path).st_mode
     except FileNotFoundError:
@@ -151,7 +151,7 @@ def _kind(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def _scratch(write: Callable[[Path], Any], suffix: str = "") -> Iterator[Path]:
-    """The file that `write` filled, in a folder for temporary files."""
+    """Yield the file that `write` filled, in a folder for temporary files."""
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / f"output{suffix[-40:]}"
         write(temporary)
@@ -160,7 +160,7 @@ def _scratch(write: Callable[[Path], Any], suffix: str = "") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def refused(path: str | os.PathLike[str], option: str = "") -> Iterator[None]:
-    """Make an error of the operating system a sentence that names the path."""
+    """Turn errors of the operating system into InputError with a sentence that names the path."""
     try:
         yield
     except OSError as error:
@@ -169,7 +169,9 @@ def refused(path: str | os.PathLike[str], option: str = "") -> Iterator[None]:
     except ValueError as error:
         if isinstance(error, InputError) or "null" not in str(error):  # a zero byte in the path
             raise
-        raise InputError(f"{_called(path, option)} cannot be written: the name cannot be a file's.") from error
+        raise InputError(
+            f"{_called(path, option)} cannot be written: the name is not allowed for a file; choose another one."
+        ) from error
 
 
 def _called(path: str | os.PathLike[str], option: str) -> str:

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 64  # pixels whose distance is computed at a time
+CHUNK = 64  # number of pixels whose distance is computed at a time
 
 
 def crop(masks: Tensor, boxes: Tensor) -> Tensor:
-    """Mask logits [B, I, h, w] are made certainly empty outside their box [B, I, 4] (in cells), grown by a cell."""
+    """Make mask logits [B, I, h, w] very low outside their box [B, I, 4] (in cells) plus one cell."""
     y = torch.arange(masks.shape[-2], device=masks.device) + 0.5
     x = torch.arange(masks.shape[-1], device=masks.device) + 0.5
     columns = (x > boxes[..., 0:1] - 1) & (x < boxes[..., 2:3] + 1)  # [B, I, w]
@@ -25,12 +25,12 @@ def mask_overlap(masks: Tensor, others: Tensor | None = None) -> Tensor:
 
 
 def deepest_point(mask: np.ndarray) -> tuple[int, int]:
-    """(x, y) of the pixel farthest from everything outside `mask` [H, W] bool (Euclidean distance transform)."""
+    """Return (x, y) of the pixel of `mask` [H, W] bool with the highest Euclidean distance to the outside."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, left = int(rows[0]), int(columns[0])
-    inside = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1)  # all around it is outside
+    inside = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1)  # the border counts as outside
     column, row = _line_distance(inside), _line_distance(inside.T).T
-    # A pixel is no deeper than along its column or its row, so that few have to be looked at, those deepest first.
+    # The distance within the column or the row is an upper bound: only pixels with a high bound are computed.
     bound = np.minimum(column, row).ravel()
     order = np.argsort(-bound, kind="stable")
     x, best, place = np.arange(inside.shape[1]), -1, 0
@@ -38,16 +38,16 @@ def deepest_point(mask: np.ndarray) -> tuple[int, int]:
         some = order[start : start + CHUNK]
         if bound[some[0]] ** 2 < best:
             break
-        squared = ((some[:, None] % len(x) - x) ** 2 + column[some // len(x)] ** 2).min(1)  # to any column's outside
+        squared = ((some[:, None] % len(x) - x) ** 2 + column[some // len(x)] ** 2).min(1)  # over all columns
         deepest = int(squared.max())
-        first = int(some[squared == deepest].min())  # of equally deep ones the topmost, then leftmost
+        first = int(some[squared == deepest].min())  # of equal distances the topmost, then the leftmost
         if deepest > best or (deepest == best and first < place):
             best, place = deepest, first
     return place % len(x) - 1 + left, place // len(x) - 1 + top
 
 
 def _line_distance(inside: np.ndarray) -> np.ndarray:
-    """For every pixel [H, W] how far the nearest outside pixel of its column is, 0 outside."""
+    """Distance of every pixel [H, W] to the nearest outside pixel in its column, 0 outside."""
     y = np.arange(len(inside))[:, None]
     above = np.maximum.accumulate(np.where(inside, -1, y), axis=0)
     below = np.minimum.accumulate(np.where(inside, len(inside), y)[::-1], axis=0)[::-1]

@@ -1,6 +1,7 @@
-"""Outlines as annotation files write them: polygons, run lengths plain (counts a list) or compressed (counts a string).
+"""Outlines in the forms of annotation files: polygons, run lengths plain (counts a list) or compressed (counts a
+string).
 
-All end as pycocotools' run lengths, {"size": [H, W], "counts": bytes}.
+All are converted to the run lengths of pycocotools, {"size": [H, W], "counts": bytes}.
 """
 
 from typing import Any
@@ -12,34 +13,32 @@ from pycocotools import mask as coco
 from ovsam.errors import InputError
 
 Rle = dict[str, Any]
-SLACK = 2.0  # px that a polygon may reach over the edge, where annotation tools round; it is clipped
+SLACK = 2.0  # px by which a polygon may exceed the image, from rounding by annotation tools; it is clipped
 
 
 def is_outline(segmentation: Any) -> bool:
-    """Whether there is an outline at all: a box alone has none, nor has a line."""
+    """Whether there is an outline; boxes and lines have none."""
     return bool(_polygons(segmentation) if isinstance(segmentation, list) else segmentation)
 
 
 def check_outline(segmentation: Any, height: int, width: int) -> None:
-    """Raise InputError, saying what is wrong, unless this is an outline inside a picture of this size."""
+    """Raise InputError unless this is an outline inside an image of this size; the message lacks its subject."""
     if isinstance(segmentation, list):
         for polygon in _polygons(segmentation):
             _check_polygon(polygon, height, width)
     elif isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
         if list(segmentation["size"]) != [height, width]:
-            raise InputError(
-                f"has a mask of size {segmentation['size']}; its picture's is {[height, width]} (height, width)"
-            )
+            raise InputError(f"has a mask of size {segmentation['size']}; it must be {[height, width]} (height, width)")
         counts = segmentation["counts"]
         lengths = np.asarray(counts) if isinstance(counts, list) else _run_lengths(counts)
         if lengths.dtype.kind != "i" or lengths.min() < 0 or lengths.sum() != height * width:
-            raise InputError(f"has run lengths that do not add up to its picture's {height * width} pixels")
+            raise InputError(f"has run lengths that do not add up to the {height * width} pixels of its image")
     else:
         raise InputError("has a segmentation that is neither polygons nor run lengths (size and counts)")
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> Rle:
-    """Raises InputError like `check_outline`; pycocotools itself hangs or crashes over run lengths that are wrong."""
+    """Raises InputError like `check_outline`; pycocotools itself hangs or crashes on invalid run lengths."""
     check_outline(segmentation, height, width)
     if isinstance(segmentation, list):
         polygons = [[float(value) for value in polygon] for polygon in _polygons(segmentation)]
@@ -54,20 +53,20 @@ def _check_polygon(polygon: Any, height: int, width: int) -> None:
     try:
         points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)  # [x, y, x, y, ...] -> [n, 2]
     except (TypeError, ValueError) as error:
-        raise InputError("has a polygon that is no list of numbers x, y, x, y, ...") from error
+        raise InputError("has a polygon that is not a list of numbers x, y, x, y, ...") from error
     low, high = points.min(0), points.max(0)
     if not (low >= -SLACK).all() or not (high <= np.array([width, height]) + SLACK).all():  # nor is NaN inside
         reach = f"x {low[0]:g} to {high[0]:g} and y {low[1]:g} to {high[1]:g}"
-        raise InputError(f"lies outside its picture: it has {reach}, the picture is {width}x{height} pixels")
+        raise InputError(f"lies outside its image: it has {reach}, the image is {width}x{height} pixels")
 
 
 def from_mask(mask: np.ndarray) -> Rle:
-    """mask [H, W] bool"""
+    """mask [H, W] bool -> run lengths."""
     return coco.encode(np.asfortranarray(mask, dtype=np.uint8))
 
 
 def turn(rle: Rle, orientation: int) -> Rle:
-    """An outline of the stored pixels, as an outline of the picture turned upright by its EXIF orientation."""
+    """Rotate an outline over the stored pixels as the EXIF orientation rotates the image."""
     return from_mask(np.asarray(Image.fromarray(coco.decode(rle)).transpose(UPRIGHT[orientation])))
 
 
@@ -79,17 +78,17 @@ def _polygons(segmentation: list) -> list[Any]:
 
 def _run_lengths(counts: str | bytes) -> np.ndarray:
     """COCO's compressed counts. A number is written in groups of 5 bits, the lowest first, each a character from 48 on;
-    bit 32 says that more groups follow, bit 16 of the last is the sign. From the fourth number on, what is written is
-    the difference to the number two before it."""
+    bit 32 means that more groups follow, bit 16 of the last is the sign. From the fourth number on, the difference to
+    the number two before it is written."""
     text = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8)
     groups = text.astype(np.int64) - 48
     ends = np.flatnonzero((groups & 32) == 0)
     if not len(groups) or groups.min() < 0 or groups.max() > 63 or not len(ends) or ends[-1] != len(groups) - 1:
-        raise InputError("has run lengths that are not COCO's")
+        raise InputError("has run lengths that are not in COCO's format")
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
-    if lengths.max() > 7:  # 35 bits: no picture is that large
-        raise InputError("has run lengths that are not COCO's")
+    if lengths.max() > 7:  # 35 bits: no image is that large
+        raise InputError("has run lengths that are not in COCO's format")
     shift = 5 * (np.arange(len(groups)) - np.repeat(starts, lengths))
     values = np.add.reduceat((groups & 31) << shift, starts)
     values -= np.where(groups[ends] & 16, 1 << (5 * lengths), 0)
@@ -98,7 +97,7 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
     return values
 
 
-UPRIGHT = {  # what undoes each EXIF orientation
+UPRIGHT = {  # the inverse of each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

@@ -10,10 +10,10 @@ from ovsam.ops.rle import RLE
 
 
 def to_polygon(mask: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
-    """One polygon [m, 2] of x, y in pixels for a whole mask [H, W], along the edges of its pixels; [0, 2] if empty.
+    """Return one polygon [m, 2] of x, y in pixels for a mask [H, W], along the edges of its pixels; [0, 2] if empty.
 
-    Further parts and holes are joined to it by bridges without width, so that it fills to the very same mask, by either
-    rule. With `tolerance` corners that stray no further than that many pixels are left out (Douglas and Peucker 1973).
+    Further parts and holes are connected to it by bridges without width, so that filling it gives the same mask, by
+    either fill rule. `tolerance` removes corners that deviate by at most that many pixels (Douglas and Peucker 1973).
     """
     rings = [_simplify(ring, tolerance) if tolerance else ring for ring in outlines(mask)]
     if not rings:
@@ -28,22 +28,22 @@ def to_polygon(mask: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
 
 
 def outlines(mask: np.ndarray) -> list[np.ndarray]:
-    """The borders of a mask [H, W] along the edges of its pixels: closed polygons [m, 2] of x, y, exact.
+    """Return the borders of a mask [H, W] along the edges of its pixels: closed polygons [m, 2] of x, y, exact.
 
-    Outer borders run clockwise on the screen and holes the other way, so that both ways of filling a polygon agree.
-    Pixels that touch by a corner only are parts of their own.
+    Outer borders run clockwise on the screen and holes the other way, so that both fill rules agree. Pixels that touch
+    only at a corner are separate parts.
     """
     grid = np.pad(mask.astype(bool), 1)
     quads = np.stack([grid[:-1, :-1], grid[:-1, 1:], grid[1:, :-1], grid[1:, 1:]])  # around each corner: ul, ur, ll, lr
     diagonal = (quads[0] == quads[3]) & (quads[1] == quads[2]) & (quads[0] != quads[1])
     corner = (quads.sum(0) % 2 == 1) | diagonal
     y, x = np.nonzero(corner)
-    # A corner where two pixels touch is two corners, the left one and the right one.
+    # A corner where two pixels touch counts as two corners, a left and a right one.
     place = np.arange(len(x)).repeat(diagonal[y, x].astype(int) + 1)
     right = np.diff(place, prepend=-1) == 0
     x, y = x[place], y[place]
     falling = quads[0][y, x]  # the pixels that touch are upper left and lower right
-    # Sides are between corners that follow each other in a row, and in a column: two and two.
+    # Sides connect consecutive corners of a row, and of a column, in pairs.
     lower = np.where(falling, right, ~right)
     across, down = _pair(np.lexsort([right, x, y])), _pair(np.lexsort([lower, y, x]))
     polygons, seen = [], [False] * len(x)
@@ -61,15 +61,15 @@ def outlines(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _pair(order: np.ndarray) -> list[int]:
-    """The partner of each element when they are taken two and two in this order."""
+    """Return the partner of each element when consecutive elements of this order form pairs."""
     partner = np.empty(len(order), int)
     partner[order[0::2]], partner[order[1::2]] = order[1::2], order[0::2]
     return partner.tolist()
 
 
 def _simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
-    """A closed polygon [m, 2] without the corners that are no further than this from the line between their neighbours;
-    three at least stay."""
+    """Remove the corners of a closed polygon [m, 2] that are at most `tolerance` from the line between their
+    neighbours; at least three are kept."""
     far = int(np.abs(ring - ring[0]).sum(1).argmax())
     closed = np.concatenate([ring, ring[:1]])
     keep, spans = {0, far}, [(0, far), (far, len(ring))]
@@ -88,7 +88,7 @@ def _simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 def parts(mask: np.ndarray, tolerance: float = 0.0) -> list[list[np.ndarray]]:
-    """The connected parts of a mask [H, W], each its outer border followed by its holes, polygons [m, 2] of x, y.
+    """Return the connected parts of a mask [H, W]: each is its outer border followed by its holes, polygons [m, 2].
 
     Outer borders run clockwise on the screen and holes the other way, as in `outlines`.
     """
@@ -106,11 +106,11 @@ def parts(mask: np.ndarray, tolerance: float = 0.0) -> list[list[np.ndarray]]:
 
 
 def fill(polygons: Sequence[Any], height: int, width: int) -> RLE:
-    """Polygons, each [m, 2] of x, y in pixels, as one mask; pycocotools' rule, which gives back the mask that
-    `to_polygon` was made of.
+    """Fill polygons, each [m, 2] of x, y in pixels, into one mask by the rule of pycocotools, which inverts
+    `to_polygon`.
 
-    Raises InputError for what is no polygon or lies more than two pixels outside the picture; the message lacks its
-    subject, as in `ovsam.ops.outlines`.
+    Raises InputError for invalid polygons and for those that exceed the image by more than two pixels; the message
+    lacks its subject, as in `ovsam.ops.outlines`.
     """
     flat = [np.asarray(polygon, dtype=np.float64).ravel().tolist() for polygon in polygons]
     found = annotated.to_rle(flat, height, width)
@@ -118,7 +118,7 @@ def fill(polygons: Sequence[Any], height: int, width: int) -> RLE:
 
 
 def _signed_area(ring: np.ndarray) -> float:
-    """Positive where the ring runs clockwise on the screen."""
+    """Signed area of a ring, positive if it runs clockwise on the screen."""
     x, y = ring.T
     return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
 

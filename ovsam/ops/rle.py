@@ -1,4 +1,4 @@
-"""Masks as COCO's compressed run lengths, {"size": [H, W], "counts": str}, made from parts of a picture."""
+"""Masks as COCO's compressed run lengths, {"size": [H, W], "counts": str}, made from parts of an image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,17 +12,17 @@ RLE = dict[str, Any]
 
 
 def encode(mask: np.ndarray, x: int = 0, y: int = 0, size: tuple[int, int] | None = None) -> RLE:
-    """A mask [h, w] of bool whose upper left pixel is x, y in a picture of `size` (height, width), the mask's own if
-    not given. Time and memory are those of the part, not of the picture."""
+    """Encode a mask [h, w] bool whose upper left pixel is x, y in an image of `size` (height, width; default: the size
+    of the mask). Time and memory depend on the part, not on the image."""
     height, width = mask.shape if size is None else size
     h, w = mask.shape
     if not (0 <= x and 0 <= y and x + w <= width and y + h <= height):
-        raise InputError(f"A mask of {w}x{h} pixels at {x},{y} does not lie inside a picture of {width}x{height}.")
+        raise InputError(f"A mask of {w}x{h} pixels at {x},{y} does not fit into an image of {width}x{height}.")
     padded = np.zeros((w, h + 2), dtype=bool)  # COCO counts column by column
     padded[:, 1:-1] = mask.T
     column, row = np.nonzero(padded[:, 1:] != padded[:, :-1])  # where runs begin and, one further, end; in order
     turns = (column + x) * height + row + y
-    if len(turns):  # a run that ends with its column goes on if the next column begins with one
+    if len(turns):  # a run that ends with its column continues if the next column begins with one
         through = np.flatnonzero(turns[1:-1:2] == turns[2::2])
         turns = np.delete(turns, np.concatenate([2 * through + 1, 2 * through + 2]))
     last = height * width
@@ -34,12 +34,12 @@ def encode(mask: np.ndarray, x: int = 0, y: int = 0, size: tuple[int, int] | Non
 
 
 def decode(segmentation: RLE) -> np.ndarray:
-    """The mask [H, W] as bool."""
+    """Return the mask [H, W] as bool."""
     return coco.decode(segmentation).astype(bool)
 
 
 def area(segmentation: RLE) -> int:
-    """In pixels."""
+    """Area of the mask in pixels."""
     return int(coco.area(segmentation))
 
 
@@ -50,23 +50,23 @@ def bbox(segmentation: RLE) -> tuple[float, float, float, float]:
 
 
 def union(segmentations: Sequence[RLE]) -> RLE:
-    """All pixels of masks of one picture."""
+    """Union of masks of one image."""
     merged = coco.merge(list(segmentations))
     return {"size": list(merged["size"]), "counts": merged["counts"].decode("ascii")}
 
 
 def iou(one: Sequence[RLE], other: Sequence[RLE]) -> np.ndarray:
-    """Intersection over union of n and m masks of one picture [n, m], straight from the run lengths."""
+    """Intersection over union of n and m masks of one image, [n, m], computed on the run lengths."""
     return _compare(one, other, crowd=0)
 
 
 def covered(one: Sequence[RLE], other: Sequence[RLE]) -> np.ndarray:
-    """The share of each of n masks' pixels that lies in each of m others [n, m]."""
+    """Fraction of each of n masks that is covered by each of m others, [n, m]."""
     return _compare(one, other, crowd=1)
 
 
 def _compare(one: Sequence[RLE], other: Sequence[RLE], crowd: int) -> np.ndarray:
     if not one or not other:
         return np.zeros((len(one), len(other)))
-    # For a crowd pycocotools divides by the first mask's area instead of the union's; an empty one gives 0 / 0.
+    # For a crowd pycocotools divides by the area of the first mask instead of the union; 0 / 0 if it is empty.
     return np.nan_to_num(np.asarray(coco.iou(list(one), list(other), [crowd] * len(other))))

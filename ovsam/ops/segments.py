@@ -14,7 +14,7 @@ def segments_of(
     """Number n instances as panoptic segments.
 
     Returns:
-        the segment's id of each instance, from 1 on, 0 for those that are not kept; and the segments.
+        the segment id of each instance, from 1 on, 0 for removed instances; and the segments.
     """
     ids, segments = [], []
     fused: dict[int, dict[str, Any]] = {}

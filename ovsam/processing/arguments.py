@@ -1,7 +1,7 @@
-"""What users pass, checked and brought into one form before a model runs.
+"""Checks of user input, which bring it into one form before a model runs.
 
-The Segmenter, the processor, `Results`, the demo and the command line share these checks. Whatever cannot work raises
-`InputError` with one sentence. Arrays and tensors are taken wherever lists are.
+The Segmenter, the processor, `Results`, the demo and the command line share these checks. Invalid input raises
+`InputError` with one sentence. Arrays and tensors are accepted in place of lists.
 """
 
 import difflib
@@ -14,7 +14,7 @@ import numpy as np
 
 from ovsam.errors import InputError
 
-# What other libraries call an argument of ours.
+# Names of arguments in other libraries -> ours.
 HABITS = {
     "conf": "threshold",
     "confidence": "threshold",
@@ -40,7 +40,7 @@ HABITS = {
 
 
 def no_others(call: str, given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse keywords that a call does not take, with the one that was probably meant."""
+    """Raise InputError for unknown keywords; the message suggests the closest known one."""
     for name in given:
         meant = HABITS.get(name) if HABITS.get(name) in known else None
         close = [meant] if meant else difflib.get_close_matches(name, known, n=1)
@@ -49,7 +49,7 @@ def no_others(call: str, given: Mapping[str, Any], known: Collection[str]) -> No
 
 
 def number(name: str, value: Any, low: float, high: float, inside: bool = False) -> float:
-    """A real number from `low` to `high`; `inside`: neither of the two."""
+    """A real number from `low` to `high`; `inside`: both limits excluded."""
     if is_number(value):
         value = float(value)
         if low < value < high if inside else low <= value <= high:
@@ -59,12 +59,12 @@ def number(name: str, value: Any, low: float, high: float, inside: bool = False)
 
 
 def optional(check, name: str, value: Any, *how, **named):
-    """The value checked, or None."""
+    """Return the checked value, or None for None."""
     return None if value is None else check(name, value, *how, **named)
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """A whole number of `least` or more."""
+    """A whole number of at least `least` and at most `most`."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_) and int(value) >= least:
         if most is None or int(value) <= most:
             return int(value)
@@ -87,17 +87,17 @@ def choice(name: str, value: Any, options: Collection[str]) -> str:
 
 
 def points(value: Any, name: str = "points") -> list[list[float]]:
-    """Clicks [[x, y], ...], or one, [x, y]."""
+    """Points [[x, y], ...], or one, [x, y]."""
     return rows(name, value, 2, "[x, y] in pixels, or a list of these")
 
 
 def boxes(value: Any, name: str = "boxes") -> list[list[float]]:
-    """[[x1, y1, x2, y2], ...], or one, [x1, y1, x2, y2]."""
+    """Boxes [[x1, y1, x2, y2], ...], or one, [x1, y1, x2, y2]."""
     return rows(name, value, 4, "[x1, y1, x2, y2] in pixels (left, top, right, bottom), or a list of these")
 
 
 def rows(name: str, value: Any, width: int, form: str) -> list[list[float]]:
-    """Rows of `width` finite numbers, or one row; None is none."""
+    """Rows of `width` finite numbers, or one row; None means no rows."""
     if value is None:
         return []
     given = plain(value)
@@ -115,7 +115,7 @@ def rows(name: str, value: Any, width: int, form: str) -> list[list[float]]:
 
 
 def point_labels(value: Any, count: int) -> list[int]:
-    """One label a point: 1 on the object, 0 beside it; a single number stands for one point. None: all are 1."""
+    """One label for each point: 1 on the object, 0 beside it; one number for a single point. None: all are 1."""
     if value is None:
         return [1] * count
     given = plain(value)
@@ -128,8 +128,8 @@ def point_labels(value: Any, count: int) -> list[int]:
 
 
 def masks(value: Any, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Masks [n, H, W], or one, [H, W], over a picture of `size` (height, width): bool, zeros and ones (or 255) of
-    integers, which become bool, or logits, which are floats."""
+    """Masks [n, H, W], or one, [H, W], over an image of `size` (height, width): bool, zeros and ones (or 255) as
+    integers, which become bool, or logits as floats."""
     try:
         array = np.asarray(_to_numpy(value))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -141,7 +141,7 @@ def masks(value: Any, size: tuple[int, int] | None = None) -> np.ndarray:
         )
     if size is not None and array.shape[1:] != tuple(size):
         (height, width), (h, w) = size, array.shape[1:]
-        raise InputError(f"The masks are {w}x{h} pixels and the picture is {width}x{height}; they must be of one size.")
+        raise InputError(f"The masks are {w}x{h} pixels and the image is {width}x{height}; they must be of one size.")
     if array.dtype.kind in "ui":
         if not np.isin(array, (0, 1)).all() and not np.isin(array, (0, 255)).all():
             raise InputError("The masks are integers other than 0 and 1; they must be bool.")
@@ -157,22 +157,22 @@ def masks(value: Any, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def check_inside(size: tuple[int, int], points: Sequence[Sequence[float]] = (), boxes: Sequence = ()) -> None:
-    """Points and boxes lie inside a picture of `size` (width, height)."""
+    """Raise InputError unless points and boxes lie inside an image of `size` (width, height)."""
     width, height = size
     for x, y in points:
         if not (0 <= x < width and 0 <= y < height):
-            raise InputError(f"The point {x:g},{y:g} is outside the picture, which is {width}x{height} pixels.")
+            raise InputError(f"The point {x:g},{y:g} is outside the image, which is {width}x{height} pixels.")
     for x1, y1, x2, y2 in boxes:
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             raise InputError(
-                f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not left,top,right,bottom inside the picture, which is "
+                f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not left,top,right,bottom inside the image, which is "
                 f"{width}x{height} pixels."
             )
 
 
 def prompts(name: str, value: Any, depth: int, width: int | None, form: str) -> Any:
     """Prompts per image as transformers' processors take them, as nested lists: `depth` levels of lists around rows of
-    `width` finite numbers (None: plain numbers). A None in place of an image's list means that it has no prompt."""
+    `width` finite numbers (None: plain numbers). None in place of the list of an image means no prompt."""
     if value is None:
         return None
 
@@ -194,7 +194,7 @@ def prompts(name: str, value: Any, depth: int, width: int | None, form: str) -> 
 
 
 def is_number(value: Any) -> bool:
-    """A real number that fits into a float, and no bool; NaN and infinity are numbers."""
+    """Whether a value is a real number that fits into a float and not a bool; NaN and infinity are numbers."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool_):
         return False
     try:
@@ -209,29 +209,29 @@ def is_sequence(value: Any) -> bool:
 
 
 def is_stream(value: Any) -> bool:
-    """A generator or another iterator, but no open file."""
+    """Whether a value is a generator or another iterator, but not an open file."""
     return isinstance(value, Iterator) and not hasattr(value, "read")
 
 
 def plain(value: Any) -> Any:
-    """Arrays and tensors as nested lists of numbers; anything else as it is."""
+    """Arrays and tensors as nested lists of numbers; other values unchanged."""
     value = _to_numpy(value)
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value in the short form of messages."""
     if isinstance(value, np.ndarray) or hasattr(value, "detach"):
         return f"an array of shape {list(value.shape)}"
     try:
         text = repr(value).replace("\n", " ")
-    except Exception:  # of the user's own class, or too deep
+    except Exception:  # a class of the user, or too deeply nested
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _to_numpy(value: Any) -> Any:
-    """A tensor as an array; torch need not be imported to look at anything else."""
+    """A tensor as an array, without importing torch for other values."""
     if hasattr(value, "detach") and hasattr(value, "numpy"):
         value = value.detach().cpu()
         return (value.float() if value.is_floating_point() else value).numpy()

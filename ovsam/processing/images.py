@@ -1,4 +1,4 @@
-"""Opening pictures of any kind as upright RGB, refusing with one clear sentence those that cannot be."""
+"""Opening images of any kind as upright RGB, with one clear sentence for those that cannot be opened."""
 
 import io
 import os
@@ -15,45 +15,49 @@ from ovsam.ops.outlines import UPRIGHT
 if TYPE_CHECKING:
     import torch
 
-MIN_SIDE = 8  # px; below this there is nothing to segment
-# Others are never tried: Pillow hands PostScript, for one, to Ghostscript, whatever the file is called.
+MIN_SIDE = 8  # px; smaller images cannot be segmented
+# Other formats are never tried: Pillow passes PostScript to Ghostscript, whatever the name of the file.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "ICO")
 URLS = ("http://", "https://")
-MAX_DOWNLOAD = 256 * 2**20  # bytes of a picture behind a URL
-DOWNLOAD_SECONDS = 30.0  # without an answer
+MAX_DOWNLOAD = 256 * 2**20  # bytes of an image behind a URL
+DOWNLOAD_SECONDS = 30.0  # without a response
 
 Picture = Union[str, os.PathLike[str], bytes, IO[bytes], Image.Image, np.ndarray, "torch.Tensor"]
 
 
 def open_image(picture: Picture) -> Image.Image:
-    """Return the picture as RGB with its EXIF orientation applied; sizes and coordinates are of the upright picture.
+    """Return the image as RGB with its EXIF orientation applied; sizes and coordinates refer to the upright image.
 
-    A picture is a path, a URL (http or https), the bytes of a file, an open file, a PIL image, an array [H, W],
-    [H, W, 3] (RGB) or [H, W, 4] (RGBA), or a tensor [3, H, W] or [1, H, W]; arrays and tensors are uint8, or floats in
-    [0, 1]. Palette, grey, 16-bit and CMYK pictures are converted, and transparent ones are laid on white. Only the
-    first frame of an animation is opened.
+    An image is a path, a URL (http or https), the bytes of a file, an open file, a PIL image, an array [H, W], [H, W,
+    3] (RGB) or [H, W, 4] (RGBA), or a tensor [3, H, W] or [1, H, W]; arrays and tensors are uint8, or floats in [0, 1].
+    Palette, grey, 16-bit and CMYK images are converted, and transparent ones are placed on white. Only the first frame
+    of an animation is opened.
 
-    Raises InputError for anything else, for a file that is missing, empty, damaged or no picture, for more pixels than
+    Raises InputError for other types, for a file that is missing, empty, damaged or not an image, for more pixels than
     Pillow opens safely (`PIL.Image.MAX_IMAGE_PIXELS`, checked before any is decoded) and for a side under `MIN_SIDE`.
     """
     name, image = _open(picture)
     if min(image.size) < MIN_SIDE:
         width, height = image.size
-        raise InputError(f"{name} is {width}x{height} pixels; each side must have at least {MIN_SIDE}.")
+        raise InputError(f"{name} is {width}x{height} pixels; each side must have at least {MIN_SIDE} pixels.")
     try:
         return _turn_upright(image, _to_rgb(image))
     except MemoryError as error:
         raise InputError(f"{name} does not fit into memory; make it smaller.") from error
-    except (OSError, ValueError, SyntaxError) as error:  # one in memory may be undecoded; some modes have no RGB
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+    ) as error:  # an image in memory may not be decoded yet; some modes have no RGB
         raise InputError(f"{name} cannot be converted to RGB ({error}); save it as 8-bit RGB.") from error
 
 
 def open_file(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """`PIL.Image.open` limited to `FORMATS`: only the header is read."""
+    """`PIL.Image.open` limited to `FORMATS`; only the header is read."""
     Image.preinit()
     known = [name for name in FORMATS if name in Image.OPEN]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice its limit is an error
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error at twice its limit
         try:
             return Image.open(source, formats=known)
         except UnidentifiedImageError:
@@ -67,10 +71,10 @@ def open_file(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation that is still to be applied, 1 for none; a broken EXIF block counts as none."""
+    """Return the EXIF orientation that is still to be applied, 1 for none; a broken EXIF block counts as none."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # each decoder has errors of its own
+    except Exception:  # each decoder raises errors of its own
         return 1
     return orientation if orientation in UPRIGHT else 1
 
@@ -80,7 +84,7 @@ def is_url(picture: object) -> bool:
 
 
 def _open(picture: Picture) -> tuple[str, Image.Image]:
-    """What to call a picture, and the picture, decoded."""
+    """Return the name of an image for messages, and the decoded image."""
     if isinstance(picture, np.ndarray):
         return "The array", _from_array(picture)
     if isinstance(picture, Image.Image):
@@ -91,18 +95,18 @@ def _open(picture: Picture) -> tuple[str, Image.Image]:
         return str(picture), _decode(str(picture), io.BytesIO(_download(str(picture))))
     if isinstance(picture, str | os.PathLike):
         return str(picture), _read(picture)
-    if hasattr(picture, "detach") and hasattr(picture, "numpy"):  # a tensor; torch need not be imported for a file
+    if hasattr(picture, "detach") and hasattr(picture, "numpy"):  # a tensor, recognised without importing torch
         return "The tensor", _from_tensor(picture)
     if hasattr(picture, "read"):
         try:
             content = picture.read()
         except Exception as error:  # a closed file, one for writing, or anything else that has a `read`
-            raise InputError(f"The picture cannot be read from the open file ({error}).") from error
+            raise InputError(f"The image cannot be read from the open file ({error}).") from error
         if not isinstance(content, bytes):
-            raise InputError("The open file gives text; open the picture in binary mode, open(path, 'rb').")
+            raise InputError("The file is open in text mode; open the image in binary mode, open(path, 'rb').")
         return "The picture", _decode("The picture", io.BytesIO(content))
     raise InputError(
-        "A picture is a path, a URL, bytes, an open file, a PIL image, an array or a tensor, or a list of these; "
+        "An image must be a path, a URL, bytes, an open file, a PIL image, an array or a tensor, or a list of these; "
         f"got {type(picture).__name__}."
     )
 
@@ -113,15 +117,15 @@ def _read(path: str | os.PathLike[str]) -> Image.Image:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         if isinstance(error, PermissionError):
-            raise InputError(f"{shown} cannot be read: there is no permission.") from error
+            raise InputError(f"{shown} cannot be read: permission is denied; allow reading it.") from error
         shown = str(path) if isinstance(error, FileNotFoundError) else shown
-        raise InputError(f"{shown} does not exist; check the path of the picture.") from error
+        raise InputError(f"{shown} does not exist; check the path of the image.") from error
     if stat.S_ISDIR(status.st_mode):
-        raise InputError(f"{path} is a folder; name the pictures inside it.")
+        raise InputError(f"{path} is a folder; name the images inside it.")
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} is a device or a pipe, not a file; save the picture first.")
+        raise InputError(f"{path} is a device or a pipe, not a file; save the image first.")
     if status.st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes); it must be a picture.")
+        raise InputError(f"{path} is empty (0 bytes); it must be an image.")
     return _decode(str(path), path)
 
 
@@ -134,12 +138,12 @@ def _decode(name: str, source: str | os.PathLike[str] | IO[bytes]) -> Image.Imag
         raise InputError(f"{name} is too large to be opened safely, make it smaller first: {error}") from error
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{name} is not a picture that can be read; JPEG, PNG, WebP, TIFF, BMP and GIF files can."
+            f"{name} is not an image in a supported format; JPEG, PNG, WebP, TIFF, BMP and GIF are supported."
         ) from error
     except MemoryError as error:
         raise InputError(f"{name} does not fit into memory; make it smaller.") from error
-    except Exception as error:  # each decoder has errors of its own
-        raise InputError(f"{name} cannot be read ({error}); it is damaged, cut short or protected.") from error
+    except Exception as error:  # each decoder raises errors of its own
+        raise InputError(f"{name} cannot be read ({error}); it is damaged, incomplete or protected.") from error
 
 
 def _download(url: str) -> bytes:
@@ -160,7 +164,7 @@ def _download(url: str) -> bytes:
             raise
         raise InputError(f"{url} cannot be downloaded ({str(error).strip() or type(error).__name__}).") from error
     if not content:
-        raise InputError(f"{url} is empty (0 bytes); it must be a picture.")
+        raise InputError(f"{url} is empty (0 bytes); it must be an image.")
     return bytes(content)
 
 
@@ -171,8 +175,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
         real or array.dtype in (np.uint8, np.bool_) or array.dtype == np.uint16 and array.ndim == 2
     ):
         raise InputError(
-            f"The array is {list(array.shape)} of {array.dtype}; a picture is [H, W], [H, W, 3] or [H, W, 4] of uint8, "
-            "or of floats in [0, 1]."
+            f"The array is {list(array.shape)} of {array.dtype}; an image must be [H, W], [H, W, 3] or [H, W, 4] of "
+            "uint8, or of floats in [0, 1]."
         )
     if array.dtype == np.uint16:
         return Image.fromarray(np.ascontiguousarray(array))
@@ -188,7 +192,7 @@ def _from_tensor(tensor: "torch.Tensor") -> Image.Image:
     array = (tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()).numpy()
     if array.ndim != 3 or array.shape[0] not in (1, 3) or not array.size or array.dtype not in (np.uint8, np.float32):
         raise InputError(
-            f"The tensor is {list(array.shape)} of {tensor.dtype}; an image is [3, H, W] of uint8, or floats in [0, 1]."
+            f"The tensor is {list(array.shape)} of {tensor.dtype}; an image must be [3, H, W], uint8 or in [0, 1]."
         )
     if array.dtype != np.uint8:
         array = unit_to_uint8(array, "The tensor")
@@ -199,27 +203,28 @@ def _from_tensor(tensor: "torch.Tensor") -> Image.Image:
 def unit_to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     """Floats in [0, 1] -> uint8."""
     low, high = array.min(), array.max()
-    if not (low >= 0 and high <= 1):  # nor is NaN inside
+    if not (low >= 0 and high <= 1):  # also for NaN
         raise InputError(
-            f"{name} has values from {low:g} to {high:g}; floats of an image are in [0, 1], not yet normalised."
+            f"{name} has values from {low:g} to {high:g}; floats of an image must be in [0, 1], before normalisation."
         )
     return (array * 255).round().astype(np.uint8)
 
 
 def _turn_upright(original: Image.Image, rgb: Image.Image) -> Image.Image:
-    """Turn as the original's EXIF says; `ImageOps.exif_transpose` also rewrites the EXIF, and fails where it is odd."""
+    """Rotate by the EXIF of the original; `ImageOps.exif_transpose` also rewrites the EXIF, and fails on broken
+    ones."""
     orientation = orientation_of(original)
     if orientation in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[orientation])
-    rgb.info = {}  # or opening the result again would turn it again
+    rgb.info = {}  # else opening the result would rotate it again
     return rgb
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip instead of scale
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
         return Image.fromarray(np.uint8(np.clip(np.asarray(image) / 257, 0, 255).round())).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed white")
+        raise ValueError("floating-point pixels have no defined range")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,7 +1,7 @@
-"""OVSamOutput -> the instances that are kept, and what their mask logits look like in the picture's pixels.
+"""OVSamOutput -> the instances that are kept, with masks in pixels of the image.
 
-Shapes: I instances of an image as the model gave them, n that are kept, K phrases, h w the mask decoder's grid, H W the
-picture.
+Shapes: I instances of an image in the model output, n kept ones, K phrases, h w the grid of the mask decoder, H W the
+image.
 """
 
 import math
@@ -21,14 +21,14 @@ from ovsam.ops.nms import NMS, within
 
 Words = Sequence[str] | Mapping[str, str]
 
-TIE = 1e-4  # scores of one word differ by rounding with the words that are encoded beside it
+TIE = 1e-4  # rounding of the scores of a word depends on the other words in its batch
 
 
 @dataclass
 class Asked:
-    """The phrases an image was asked about, and the labels they stand for (a phrase stands for itself if not told).
+    """The phrases queried on an image, and their labels (by default the phrases themselves).
 
-    columns: where the phrases stand among those of all images, None for all in order; label_ids: each phrase's label.
+    columns: indices of the phrases among those of all images, None for all in order; label_ids: label of each phrase.
     """
 
     phrases: list[str]
@@ -38,7 +38,7 @@ class Asked:
 
     @classmethod
     def of(cls, text_labels: Words | Sequence[Words] | None, image: int, count: int) -> "Asked":
-        """The words of an image; without names, as for embeddings alone, each is called by its number."""
+        """The text queries of an image; without names (embeddings alone) the names are numbers."""
         if text_labels is None:
             text_labels = [str(number) for number in range(count)]
         given: Any = text_labels
@@ -48,7 +48,9 @@ class Asked:
             place = {phrase: number for number, phrase in enumerate(all_phrases(text_labels))}
             columns = [place[phrase] for phrase in own]
         elif len(own) != count:
-            raise InputError(f"There are {len(own)} words in text_labels, but the model was asked for {count}.")
+            raise InputError(
+                f"There are {len(own)} entries of text_labels; there must be one for each of the {count} text queries."
+            )
         phrases = list(own)
         meant = list(own.values()) if isinstance(own, Mapping) else phrases
         labels = list(dict.fromkeys(meant))
@@ -56,7 +58,7 @@ class Asked:
         return cls(phrases, labels, [number[label] for label in meant], columns)
 
     def by_label(self, scores: Tensor) -> Tensor:
-        """Scores of the phrases [n, K] -> of the labels: the best of a label's synonyms."""
+        """Scores of the phrases [n, K] -> scores of the labels: the highest over the synonyms of a label."""
         if len(self.labels) == len(self.phrases):
             return scores
         index = torch.tensor(self.label_ids, device=scores.device).expand_as(scores)
@@ -65,11 +67,12 @@ class Asked:
 
 @dataclass
 class Selection:
-    """The n instances of one image that are kept: proposals best first, prompts in their own order.
+    """The n instances of one image that are kept: proposals by descending score, prompts in their own order.
 
-    index: their place among the model's I; scores, mask_scores, objectness (None for prompts): [n]; phrase_ids [n] into
-    asked.phrases, -1 without words; logits [n, h, w]; topk: the best labels of each; dropped: what looked more like a
-    negative word; presence: for each label the best score of any of the I instances.
+    index: their indices among the I instances of the model; scores, mask_scores, objectness (None for prompts): [n];
+    phrase_ids: [n], indices into asked.phrases, -1 without text queries; logits: [n, h, w]; topk: the labels of highest
+    score of each; dropped: proposals with a higher score for a negative query; presence: for each label the highest
+    score of the I instances.
     """
 
     asked: Asked
@@ -89,7 +92,7 @@ class Selection:
 
     @property
     def labels(self) -> Tensor:
-        """[n], index into asked.labels, -1 without words."""
+        """[n], indices into asked.labels, -1 without text queries."""
         label_ids = torch.tensor([*self.asked.label_ids, -1], device=self.phrase_ids.device)
         return label_ids[self.phrase_ids]
 
@@ -98,7 +101,7 @@ class Selection:
         return [self.asked.labels[i] if i >= 0 else None for i in self.labels.tolist()]
 
     def take(self, keep: Tensor) -> "Selection":
-        """Only those of these places [m]."""
+        """Select instances by index [m]."""
         return Selection(
             asked=self.asked,
             index=self.index[keep],
@@ -114,7 +117,7 @@ class Selection:
 
 
 def is_per_image(text_labels: Any) -> bool:
-    """Whether these are words per image (a list of lists or of mappings), not words for all images."""
+    """Whether text_labels are given per image (a list of lists or of mappings), not once for all images."""
     return (
         isinstance(text_labels, list | tuple)
         and bool(text_labels)
@@ -123,7 +126,7 @@ def is_per_image(text_labels: Any) -> bool:
 
 
 def all_phrases(text_labels: Any) -> list[str]:
-    """The phrases of all images, each once if they differ between images."""
+    """The phrases of all images, without repetition if they are given per image."""
     if is_per_image(text_labels):
         return list(dict.fromkeys(phrase for row in text_labels for phrase in row))
     return list(text_labels)
@@ -139,9 +142,9 @@ def select(
     rescore: bool = False,
     top_k: int = 5,
 ) -> Selection:
-    """Choose among the instances of one image; see OVSamProcessor.post_process_instance_segmentation."""
+    """Select among the instances of one image; see OVSamProcessor.post_process_instance_segmentation."""
     if nms is not None and nms not in NMS:
-        raise InputError(f"There is no NMS {nms!r}; there are {', '.join(NMS)}, and None.")
+        raise InputError(f"There is no NMS method {nms!r}; choose one of {', '.join(NMS)}, or None.")
     proposed = outputs.objectness is not None
     index = outputs.valid[image].nonzero()[:, 0]  # [I]
     objectness = outputs.objectness[image, index].float() if proposed else None
@@ -201,9 +204,10 @@ def select(
 
 
 def best_masks(outputs: OVSamOutput, image: int, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The best candidate mask of each instance, logits [n, h, w], and its predicted IoU [n]."""
+    """The candidate mask with the highest predicted IoU of each instance, logits [n, h, w], and its predicted IoU
+    [n]."""
     masks = outputs.pred_masks[image, index].float()  # [n, M, h, w]
-    if outputs.iou_scores is None:  # prototype masks: how sure their own pixels are (YOLACT++'s idea, untrained)
+    if outputs.iou_scores is None:  # prototype masks: mean probability of their pixels
         on = masks[:, 0] > 0
         sure = (masks[:, 0].sigmoid() * on).sum((-1, -2)) / on.sum((-1, -2)).clamp(min=1)
         return masks[:, 0], sure
@@ -213,8 +217,8 @@ def best_masks(outputs: OVSamOutput, image: int, index: Tensor) -> tuple[Tensor,
 
 @dataclass
 class Canvas:
-    """What a mask decoder's grid is enlarged to: height and width in pixels. `share` is the part of the grid's width
-    and height that shows the picture; the rest is padding and goes."""
+    """Size to which the grid of the mask decoder is enlarged: height and width in pixels. `share` is the part of the
+    grid's width and height that shows the image; the rest is padding, which is removed."""
 
     height: int
     width: int
@@ -225,9 +229,9 @@ class Canvas:
         return self.height, self.width
 
     def enlarge(self, logits: Tensor, level: float) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-        """Each of n masks' logits [h, w], interpolated bilinearly where they can be over the level: the window of the
-        canvas, rows and columns, and the values there. One by one, since each has a window of its own, and all of them
-        whole would cost a hundred times the memory and the time of small things in a large picture."""
+        """Interpolate the logits [h, w] of each of n masks bilinearly where they can exceed `level`: yields the window
+        of the canvas, rows and columns, and the values there. A window for each mask saves a hundred times the memory
+        and the time for small objects in a large image."""
         (h, w), (across, down) = logits.shape[-2:], self.share
         for mask, (x1, y1, x2, y2) in zip(logits, masks_to_boxes(logits > level).int().tolist(), strict=True):
             rows = _reach(y1, y2, self.height / (h * down), self.height)
@@ -246,9 +250,9 @@ def enlarge(logits: Tensor, canvas: Canvas, mask_threshold: float) -> Tensor:
 
 
 def enlarge_rle(logits: Tensor, canvas: Canvas, mask_threshold: float, owners: Tensor | None = None) -> list[rle.RLE]:
-    """As `enlarge`, to run lengths: memory is that of the largest one.
+    """As `enlarge`, but to run lengths, in the memory of the largest mask.
 
-    owners [H, W]: which of the n instances each pixel belongs to, where it is to be one's alone.
+    owners [H, W]: index of the one instance that each pixel belongs to; None if masks may overlap.
     """
     level = _logit(mask_threshold)
     segmentations = []
@@ -264,16 +268,16 @@ def enlarge_rle(logits: Tensor, canvas: Canvas, mask_threshold: float, owners: T
 def assign(
     logits: Tensor, scores: Tensor, canvas: Canvas, mask_threshold: float, by_pixel: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each pixel to one of n instances.
+    """Assign each pixel to one of n instances.
 
     Args:
-        logits: [n, h, w]; scores: [n].
-        by_pixel: to the largest product of score and the pixel's probability (MaskFormer, Cheng et al. 2021, §3.4), not
-            to the highest score.
+        logits: [n, h, w]; scores: [n]. by_pixel: assign by the highest product of score and pixel probability
+            (MaskFormer, Cheng et al. 2021, §3.4)
+                instead of the highest score.
 
     Returns:
-        owners [H, W], -1 where no mask is; their value [H, W] (score, or product; 0 there); areas [n] of the masks
-        before.
+            owners [H, W], -1 without a mask; their value [H, W] (score, or product; 0 without a mask); areas [n] of the
+            masks before the assignment.
     """
     level = _logit(mask_threshold)
     owners = torch.full(canvas.size, -1, device=logits.device)
@@ -290,14 +294,14 @@ def assign(
 
 
 def _reach(low: int, high: int, scale: float, length: int) -> slice:
-    """The pixels that cells low to high reach by interpolation, a cell being `scale` of the `length` pixels: a cell's
-    value is carried no further than to the middle of the next cell."""
+    """The pixels that interpolation of cells low to high can change, where a cell is `scale` of the `length` pixels:
+    the value of a cell extends to the centre of the next cell at most."""
     start = min(max(0, math.floor((low - 1) * scale)), length - 1)
     return slice(start, min(max(start + 1, math.ceil((high + 1) * scale)), length))
 
 
 def _lines(values: Tensor, step: float, lines: slice) -> Tensor:
-    """values [h, w], interpolated linearly as F.interpolate does, at lines that are `step` apart."""
+    """values [h, w], interpolated linearly like F.interpolate, at lines that are `step` apart."""
     place = torch.arange(lines.start, lines.stop, device=values.device, dtype=values.dtype)
     place = ((place + 0.5) * step - 0.5).clamp(0, len(values) - 1)
     low = place.long()

@@ -1,4 +1,4 @@
-"""OVSamProcessor: pictures, words and prompts -> tensors; OVSamOutput -> masks with names, in the picture's pixels."""
+"""OVSamProcessor: images, text queries and prompts -> tensors; OVSamOutput -> instances, in pixels of the image."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -31,21 +31,22 @@ from ovsam.processing.postprocessing import (
 )
 from ovsam.processing.vocabulary import check_text_length
 
-PADDING_LABEL = -10  # of a point that is not there
+PADDING_LABEL = -10  # label of padding points
 
 
 class OVSamProcessor(Sam2Processor):
-    """SAM 2's processor (image and coordinates) with a tokenizer, and a second image processor where CLIP needs one.
+    """SAM 2's processor (image and coordinates) with a tokenizer, and a second image processor if CLIP needs one.
 
     Args:
-        image_processor: makes the model's square input: a squash as in SAM 2, or with a `longest_edge` in its size, as
-            SAM 1's, the picture in its own proportions, padded at the right or the bottom.
-        tokenizer: of the CLIP side's text tower.
-        clip_images: configuration of the stock image processor of a CLIP tower whose geometry differs, such as
-            {"image_processor_type": "CLIPImageProcessor", "size": ...}; None where both sides share theirs. It must
-            squash the whole picture, or pad it to a square as OWLv2's.
-        max_text_length: tokens that the text tower reads; text_padding: "longest", or "max_length" for towers that were
-            trained to read their padding (SigLIP).
+        image_processor: prepares the model's square input: resized without keeping the aspect ratio as in SAM 2, or,
+            with a `longest_edge` in its size as in SAM 1, with the aspect ratio kept and padding at the right or the
+            bottom.
+        tokenizer: tokenizer of the text tower of the CLIP side.
+        clip_images: configuration of the stock image processor of a CLIP tower with other preprocessing, such as
+            {"image_processor_type": "CLIPImageProcessor", "size": ...}; None if both sides share theirs. It must resize
+            the whole image, or pad it to a square as OWLv2 does.
+        max_text_length: length limit of the text tower in tokens.
+        text_padding: "longest", or "max_length" for towers that were trained with padding (SigLIP).
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class OVSamProcessor(Sam2Processor):
         text_padding: str = "longest",
         **kwargs,
     ):
-        # Past Sam2Processor.__init__, whose signature has no tokenizer.
+        # Skip Sam2Processor.__init__, whose signature has no tokenizer.
         super(Sam2Processor, self).__init__(image_processor, tokenizer, **kwargs)
         self.point_pad_value = point_pad_value
         self.target_size = target_size or image_processor.size["longest_edge" if self.pads else "height"]
@@ -69,11 +70,11 @@ class OVSamProcessor(Sam2Processor):
 
     @property
     def pads(self) -> bool:
-        """Is the model input a padded picture (SAM 1), not a squashed one (SAM 2)?"""
+        """Whether the model input is padded (SAM 1) rather than resized without keeping the aspect ratio (SAM 2)."""
         return bool(getattr(self.image_processor.size, "longest_edge", None))
 
     def picture_share(self, height: int, width: int) -> tuple[float, float]:
-        """Which part of the model input's width and height shows a picture of height x width pixels; the rest is
+        """Fraction of the model input's width and height that shows an image of height x width pixels; the rest is
         padding."""
         if not self.pads:
             return 1.0, 1.0
@@ -81,7 +82,8 @@ class OVSamProcessor(Sam2Processor):
         return int(width * scale + 0.5) / self.target_size, int(height * scale + 0.5) / self.target_size
 
     def _normalize_coordinates(self, target_size: int, coords: Tensor, original_size, is_bounding_box=False) -> Tensor:
-        """Coordinates [..., 2] (or boxes [..., 4]) in pixels of a picture (height, width) -> of the model input."""
+        """Coordinates [..., 2] (or boxes [..., 4]) in pixels of an image (height, width) -> in pixels of the model
+        input."""
         height, width = (int(side) for side in original_size)
         across, down = self.picture_share(height, width)
         scale = torch.tensor([across * target_size / width, down * target_size / height])
@@ -113,22 +115,22 @@ class OVSamProcessor(Sam2Processor):
     ) -> BatchFeature:
         """
         Args:
-            images: one picture or a list of B.
-            text: words for all images; or words per image, each answered for its own only, as if it were alone. Words
-                are a list, or a mapping of phrases to the labels they stand for: {"a pedestrian": "person", ...}.
-            negative_text: words for all images whose things are not wanted.
-            input_points: [image][prompt][point][x, y] in the picture's pixels; input_labels likewise without [x, y].
-            input_boxes: [image][prompt][x1, y1, x2, y2] in the picture's pixels. Images may differ in how many prompts
-                they have: the shorter are padded, and post-processing drops the padding again.
-            input_masks: logits [B, P, H/4, W/4] of the model input.
+            images: one image or a list of B.
+            text: text queries for all images, or for each image. They are a list of phrases, or a mapping of phrases to
+                class names: {"a pedestrian": "person", ...}. Queries per image are evaluated on their image only.
+            negative_text: negative queries for all images; their instances are dropped.
+            input_points: [image][prompt][point][x, y] in pixels of the image; input_labels likewise without [x, y].
+            input_boxes: [image][prompt][x1, y1, x2, y2] in pixels of the image. Images may have different numbers of
+                prompts: shorter lists are padded, and post-processing removes the padding.
+            input_masks: logits [B, P, H/4, W/4] over the model input.
 
         Returns:
-            the arguments of OVSamModel. `original_sizes` are the `target_sizes` of post-processing. Negative words are
-            tokenised after the words.
+            the arguments of OVSamModel. `original_sizes` are the `target_sizes` of post-processing. Negative queries
+            are tokenised after the text queries.
 
         Raises:
-            InputError: an empty word, a phrase the text tower cannot read whole, lists of words that are not one per
-                image.
+            InputError: a text query is empty or too long for the text tower, or the number of lists of text queries is
+                not the number of images.
         """
         input_boxes, counts = _pad_boxes(input_boxes)
         encoded = super().__call__(
@@ -157,18 +159,18 @@ class OVSamProcessor(Sam2Processor):
             text_labels = [text] if isinstance(text, str) else text
             text_labels = dict(text_labels) if isinstance(text_labels, Mapping) else list(text_labels)
             if is_per_image(text_labels) and not _fits(text_labels, len(encoded["original_sizes"])):
-                raise InputError(f"Words per image are one list for each image, all of them lists; got {text_labels}.")
+                raise InputError(f"Text queries per image must be one list for each image; got {text_labels}.")
             encoded["text_labels"], words = text_labels, all_phrases(text_labels)
         if negative_text is not None:
             negatives = [negative_text] if isinstance(negative_text, str) else list(negative_text)
             encoded["negative_labels"], words = negatives, words + negatives
         if text is not None or negative_text is not None:
             encoded.update(self.tokenize(words))
-        encoded.pop("reshaped_input_sizes", None)  # SAM 1's; this processor computes it from the original size
+        encoded.pop("reshaped_input_sizes", None)  # of SAM 1; this processor computes it from the original size
         return BatchFeature(encoded)
 
     def _clip_window(self, sizes: Tensor) -> Tensor:
-        """The rectangle that CLIP's input covers in each model input, [B, 4] in fractions of the latter."""
+        """The rectangle of each model input that CLIP's input covers, [B, 4] in fractions of the model input."""
         rows = []
         for height, width in sizes.tolist():
             across, down = self.picture_share(height, width)
@@ -177,9 +179,9 @@ class OVSamProcessor(Sam2Processor):
         return torch.tensor(rows)
 
     def mask_prompts(self, masks: Tensor, size: int) -> Tensor:
-        """Masks [n, H, W], bool or logits, over one picture -> input_masks [1, n, size / 4, size / 4], logits."""
+        """Masks [n, H, W], bool or logits, over one image -> input_masks [1, n, size / 4, size / 4], logits."""
         if masks.ndim != 3:
-            raise InputError(f"Masks are [n, H, W], one for each object; got {list(masks.shape)}.")
+            raise InputError(f"Masks must be [n, H, W], one for each object; got {list(masks.shape)}.")
         logits = torch.where(masks, 10.0, -10.0) if masks.dtype == torch.bool else masks.float()
         across, down = self.picture_share(*masks.shape[1:])
         grid = round(down * size / 4), round(across * size / 4)
@@ -189,10 +191,10 @@ class OVSamProcessor(Sam2Processor):
     def tokenize(self, phrases: list[str]) -> dict[str, Tensor]:
         """Phrases -> input_ids and attention_mask [K, T]."""
         if not phrases:
-            raise InputError("The list of words is empty; pass at least one word.")
+            raise InputError("The list of text queries is empty; pass at least one.")
         for phrase in phrases:
             if not isinstance(phrase, str) or not phrase.strip():
-                raise InputError(f"{phrase!r} is no word; a word is a string that is not empty.")
+                raise InputError(f"The text query {phrase!r} is not valid; it must be a non-empty string.")
         lengths = [len(ids) for ids in self.tokenizer(phrases, truncation=False)["input_ids"]]
         check_text_length(phrases, lengths, self.max_text_length)
         tokens = self.tokenizer(
@@ -216,27 +218,30 @@ class OVSamProcessor(Sam2Processor):
     ) -> list[dict[str, Any]]:
         """
         Args:
-            outputs: of OVSamModel.
-            threshold: minimum score of a proposal, or minimum objectness in everything mode; prompts always give their
-                mask. By default the threshold of the checkpoint.
-            mask_threshold: least probability of a pixel.
-            target_sizes: (height, width) per image; the mask decoder's own grid if not given.
-            text_labels: other names for the words; by default those of the processor's input, which the outputs carry.
-            top_k: how many names per instance.
-            nms: how proposals whose masks overlap are thinned out: a key of ovsam.ops.nms.NMS, None for not at all.
-            per_word: an instance of one word leaves those of other words alone.
-            rescore: scores are multiplied by the predicted IoU of the mask (YOLACT++, Bolya et al. 2020, §6.1).
-            exclusive: a pixel belongs to one instance, that of the highest score; proposals left with none go.
-            return_coco_annotation: masks as COCO's run lengths, one dict an instance; dense masks of many instances in
-                a large picture do not fit into memory.
+            outputs: outputs of OVSamModel.
+            threshold: lowest score of a proposal, or lowest objectness in everything mode; masks of prompts are always
+                kept. By default the threshold of the checkpoint.
+            mask_threshold: lowest probability of the pixels of a mask.
+            target_sizes: (height, width) of each image; by default the grid of the mask decoder.
+            text_labels: other names for the text queries; by default those of the processor's input, which are part of
+                the outputs.
+            top_k: number of class names for each instance.
+            nms: non-maximum suppression of proposals by mask overlap: a key of ovsam.ops.nms.NMS, or None for none.
+            per_word: whether suppression is limited to instances of the same class name.
+            rescore: whether scores are multiplied by the predicted IoU of the mask (YOLACT++, Bolya et al. 2020, §6.1).
+            exclusive: whether each pixel belongs to one instance only, that of the highest score; proposals without any
+                pixels are removed.
+            return_coco_annotation: whether masks are COCO run lengths, one dict for each instance; dense masks of many
+                instances in a large image do not fit into memory.
 
         Returns:
-            per image a dict of scores [n], labels [n] (index into the image's labels, -1 without words), text_labels
-            and phrases [n] (the label, and the phrase that stands for it), boxes [n, 4] xyxy, masks [n, H, W] bool,
-            mask_scores [n], objectness [n] (None for prompts), prompt_ids [n] (index of the prompt or proposal) and
-            topk [n] of [[label, score], ...]; best first for proposals, in the prompts' order for prompts. Besides,
-            presence, {label: its best score}, before anything is left out; and dropped, the proposals that looked more
-            like a negative word: dicts of text_label, score, negative, negative_score.
+            for each image a dict of scores [n], labels [n] (index into the labels of the image, -1 without text
+            queries), text_labels and phrases [n] (the label, and the phrase with the highest score for it), boxes [n,
+            4] xyxy, masks [n, H, W] bool, mask_scores [n], objectness [n] (None for prompts), prompt_ids [n] (index of
+            the prompt or proposal) and topk [n] of [[label, score], ...]; proposals by descending score, prompts in the
+            given order. In addition presence, {label: its highest score}, before any instances are removed; and
+            dropped, the proposals with a higher score for a negative query: dicts of text_label, score, negative,
+            negative_score.
         """
         options = {"nms": nms, "per_word": per_word, "rescore": rescore, "top_k": top_k}
         results = []
@@ -286,13 +291,13 @@ class OVSamProcessor(Sam2Processor):
         mask_threshold: float = 0.5,
         return_scores: bool = False,
     ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
-        """Which label each pixel has: that of the instance whose score times the pixel's probability is the largest
-        (MaskFormer, Cheng et al. 2021, §3.4, with the maximum over instances for their sum, since ours may be
+        """Label of each pixel: that of the instance with the highest product of score and pixel probability
+        (MaskFormer, Cheng et al. 2021, §3.4, with the maximum over instances instead of the sum, since instances may be
         duplicates). Arguments as in `post_process_instance_segmentation`.
 
         Returns:
-            per image a map [H, W] of indices into the image's labels, -1 where there is none of them; with
-            `return_scores` also a list of those products [H, W], 0 where there is none.
+            for each image a map [H, W] of indices into the labels of the image, -1 without any; with `return_scores`
+            also a list of the products [H, W], 0 without any.
         """
         maps, scores = [], []
         for chosen, canvas in self._choose(outputs, target_sizes, text_labels, threshold, nms=None):
@@ -312,15 +317,15 @@ class OVSamProcessor(Sam2Processor):
         text_labels: Words | list[Words] | None = None,
         nms: str | None = "fast",
     ) -> list[dict[str, Any]]:
-        """As Mask2Former's method of this name: pixels as in `post_process_semantic_segmentation`, instances apart.
+        """As the method of this name of Mask2Former: pixels as in `post_process_semantic_segmentation`, by instance.
 
         Args:
-            overlap_mask_area_threshold: an instance that keeps no more than this share of its mask goes.
-            label_ids_to_fuse: labels whose instances are one segment, such as those of sky and grass.
+            overlap_mask_area_threshold: instances that keep at most this fraction of their mask are removed.
+            label_ids_to_fuse: labels whose instances form one segment, such as those of sky and grass.
 
         Returns:
-            per image a dict of segmentation [H, W] int32, the segment's id or 0, and segments_info: dicts of id, from 1
-            on, label_id, label, was_fused and score (of a fused segment its best).
+            for each image a dict of segmentation [H, W] int32, the segment id or 0, and segments_info: dicts of id,
+            from 1 on, label_id, label, was_fused and score (the highest score of a fused segment).
         """
         results = []
         for chosen, canvas in self._choose(
@@ -348,11 +353,11 @@ class OVSamProcessor(Sam2Processor):
         text_labels: Words | list[Words] | None = None,
         nms: str | None = "fast",
     ) -> list[dict[str, Any]]:
-        """As the processors of OWLv2 and Grounding DINO: the boxes of `post_process_instance_segmentation`'s instances.
+        """As in the processors of OWLv2 and Grounding DINO: boxes of the instances, without masks.
 
         Returns:
-            per image a dict of scores [n], labels [n], boxes [n, 4] xyxy as they were proposed (in the picture's
-            pixels; without target_sizes in fractions of the model input) and text_labels [n].
+            for each image a dict of scores [n], labels [n], boxes [n, 4] xyxy as proposed (in pixels of the image;
+            without target_sizes in fractions of the model input) and text_labels [n].
         """
         results = []
         given = target_sizes, text_labels, threshold
@@ -374,7 +379,7 @@ class OVSamProcessor(Sam2Processor):
     def _choose(
         self, outputs: OVSamOutput, target_sizes, text_labels, threshold, **options
     ) -> Iterator[tuple[Selection, Canvas]]:
-        """For each image the instances that are kept, and what their masks are to be enlarged to."""
+        """Yield for each image the instances that are kept, and the size of their masks."""
         for image in range(len(outputs.pred_masks)):
             chosen = select(
                 outputs,
@@ -386,7 +391,7 @@ class OVSamProcessor(Sam2Processor):
             yield chosen, self._canvas(outputs, image, target_sizes)
 
     def _canvas(self, outputs: OVSamOutput, image: int, target_sizes) -> Canvas:
-        """What an image's masks are enlarged to: the size that was asked for, or the mask decoder's own grid."""
+        """Size of the masks of an image: the target size, or the grid of the mask decoder."""
         if target_sizes is None:
             return Canvas(*outputs.pred_masks.shape[-2:])
         height, width = (int(side) for side in target_sizes[image])
@@ -394,7 +399,7 @@ class OVSamProcessor(Sam2Processor):
 
 
 def _pad_boxes(boxes) -> tuple[Any, list[int] | None]:
-    """Boxes per image, padded to one length with an empty box; and how many each image had."""
+    """Pad the boxes of each image to one length with empty boxes; also returns the number of each image."""
     if boxes is None:
         return None, None
     if isinstance(boxes, Tensor):
@@ -408,10 +413,10 @@ def _fits(text_labels, images: int) -> bool:
 
 
 def _areas(owners: Tensor, count: int) -> Tensor:
-    """How many pixels each of `count` instances owns; owners [H, W], -1: none -> [count]."""
+    """Number of pixels of each of `count` instances; owners [H, W], -1: none -> [count]."""
     return (owners + 1).flatten().bincount(minlength=count + 1)[1:]
 
 
 def _look_up(values: Tensor, owners: Tensor, empty: int) -> Tensor:
-    """values [n] of the instances that own the pixels, owners [H, W] (-1: none) -> [H, W]."""
+    """Values [n] of the instances at their pixels, owners [H, W] (-1: none) -> [H, W]."""
     return torch.cat([values, values.new_tensor([empty])])[owners]

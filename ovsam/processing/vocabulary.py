@@ -1,4 +1,4 @@
-"""Vocabulary: the words a model is asked to tell apart, and their text embeddings."""
+"""Vocabulary: a list of class names, and their text embeddings."""
 
 import contextlib
 import csv
@@ -14,32 +14,32 @@ from typing import TYPE_CHECKING
 
 from ovsam.errors import InputError
 
-if TYPE_CHECKING:  # torch is imported where it is used, so that words can be checked before it is loaded
+if TYPE_CHECKING:  # torch is imported where it is used, so that class names can be checked before it is loaded
     import torch
 
 logger = logging.getLogger(__name__)
 
 
 class Vocabulary:
-    """Words, and the labels they stand for.
+    """Class names, with one or more prompts (phrases) for each.
 
     Args:
         words: one of
-            - a list of words;
+            - a list of class names;
             - a mapping of prompts to labels, `{"puppy": "dog", "dog": "dog"}`: the prompts of one label are synonyms;
-            - the path of a .txt file (one word per line, lines that start with # are comments), a .json file (a list or
-              a mapping as above) or a .csv file (one column of words, or the header `prompt,label`);
-            - the name of a built-in vocabulary: "coco" (80 words), "lvis" (1,203), "imagenet21k" (21,841).
-        templates: the vocabulary's own sentences around a word, such as `("a photo of a {}",)`; they take the place of
-            those that `embed` is called with.
+            - the path of a .txt file (one class name per line, lines that start with # are comments), a .json file (a
+              list or a mapping as above) or a .csv file (one column of class names, or the header `prompt,label`);
+            - the name of a built-in vocabulary: "coco" (80 class names), "lvis" (1,203), "imagenet21k" (21,841).
+        templates: sentences of this vocabulary, such as `("a photo of a {}",)`; they replace those that `embed` is
+            called with.
 
     Attributes:
-        prompts: what the text tower reads, K strings, each one once.
-        labels: what a user reads, unique, in the order of their first prompt.
-        prompt_label_ids: for each prompt the index of its label.
+        prompts: input of the text tower, K unique strings.
+        labels: the class names, unique, in the order of their first prompt.
+        prompt_label_ids: index of the label of each prompt.
 
     Raises:
-        InputError: no words, an empty word, one prompt for two labels, an unknown name, an unreadable file.
+        InputError: there are no class names, one is empty, a prompt has two labels, or a file is missing or unreadable.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class Vocabulary:
         for prompt, label in _read_words(words):
             for text in (prompt, label):
                 if not isinstance(text, str):
-                    raise InputError(f"a vocabulary holds words, not {text!r}.")
+                    raise InputError(f"A vocabulary must hold class names as strings, not {text!r}.")
                 if not text.strip():
-                    raise InputError("a word of the vocabulary is empty; leave it out or fill it in.")
+                    raise InputError("A class name of the vocabulary is empty; remove it or fill it in.")
             prompt, label = prompt.strip(), label.strip()
             if labels.setdefault(prompt, label) != label:
                 raise InputError(
-                    f"the word {prompt!r} stands for two labels, {labels[prompt]!r} and {label!r}; keep one of them."
+                    f"The prompt {prompt!r} has two labels, {labels[prompt]!r} and {label!r}; keep one of them."
                 )
         if not labels:
-            raise InputError("the vocabulary is empty; it needs at least one word.")
+            raise InputError("The vocabulary is empty; it needs at least one class name.")
         self.prompts = list(labels)
         self.labels = list(dict.fromkeys(labels.values()))
         label_ids = {label: index for index, label in enumerate(self.labels)}
@@ -76,17 +76,18 @@ class Vocabulary:
         progress: bool = True,
         chunk_size: int = 256,
     ) -> "torch.Tensor":
-        """Text embeddings of the prompts, from the cache when they were computed before.
+        """Return the text embeddings of the prompts, from the cache if they have been computed before.
 
-        The embeddings of a prompt's sentences are normalised, averaged and normalised again (ViLD, Gu et al., 2022).
+        The embeddings of the sentences of a prompt are normalised, averaged and normalised again (ViLD, Gu et al.,
+        2022).
 
         Args:
-            encode: n sentences -> their embeddings [n, D].
-            templates: the checkpoint's sentences around a word, each with one `{}`.
-            text_hash: identifies the text tower and its weights; needed for the cache.
-            cache_dir: folder of the cache; None computes anew.
-            progress: show a progress bar where there is more than a moment's work.
-            chunk_size: words that are encoded at a time.
+            encode: function from n sentences to their embeddings [n, D].
+            templates: sentences of the checkpoint, each with one `{}` for the class name.
+            text_hash: fingerprint of the text tower and its weights; required for the cache.
+            cache_dir: folder of the cache; None for no cache.
+            progress: whether to show a progress bar if there is more than one chunk.
+            chunk_size: number of sentences that are encoded at a time.
 
         Returns:
             [K, D] in float32 on the CPU, L2-normalised.
@@ -95,7 +96,7 @@ class Vocabulary:
         if cache_dir is None:
             return self._compute(encode, templates, progress, chunk_size)
         if not text_hash:
-            raise ValueError("a cache needs text_hash: embeddings of two text towers must not be mixed up.")
+            raise ValueError("The cache needs text_hash, so that embeddings of two text towers are not confused.")
         metadata = {
             "format": "ovsam-vocabulary",
             "prompts": json.dumps(self.prompts),
@@ -126,40 +127,40 @@ class Vocabulary:
         return torch.cat(chunks)
 
     def as_mapping(self) -> dict[str, str]:
-        """Return the label of each prompt, {prompt: label}; post-processing takes it as `text_labels`."""
+        """Return {prompt: label}, which post-processing takes as `text_labels`."""
         return {prompt: self.labels[i] for prompt, i in zip(self.prompts, self.prompt_label_ids, strict=True)}
 
 
 def check_text_length(phrases: Sequence[str], lengths: Sequence[int], max_length: int) -> None:
-    """Refuse phrases that a text tower cannot read whole.
+    """Raise InputError for phrases that are too long for the text tower.
 
     Args:
-        phrases: what the user typed.
-        lengths: their numbers of tokens, special tokens included, before any truncation.
-        max_length: the tower's limit in tokens.
+        phrases: phrases of the user.
+        lengths: length of each phrase in tokens, including special tokens, before truncation.
+        max_length: length limit of the tower in tokens.
 
     Raises:
-        InputError: names the first phrase that is too long.
+        InputError: a phrase is too long; the message names the first one.
     """
     for phrase, length in zip(phrases, lengths, strict=True):
         if length > max_length:
             shown = phrase if len(phrase) <= 60 else phrase[:57] + "..."
             raise InputError(
-                f"the phrase {shown!r} is too long: {length} tokens where this model reads at most {max_length}."
+                f"The phrase {shown!r} is too long: {length} tokens; this model takes at most {max_length}."
             )
 
 
 def _check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     for template in templates:
         if template.count("{}") != 1:
-            raise InputError(f"the template {template!r} needs exactly one {{}}, which a word takes the place of.")
+            raise InputError(f"The template {template!r} must have exactly one {{}}, which stands for the class name.")
     if not templates:
-        raise InputError('a vocabulary needs at least one template; "{}" is the bare word.')
+        raise InputError('A vocabulary needs at least one template; "{}" is the class name alone.')
     return tuple(templates)
 
 
 def _read_words(words) -> list[tuple[str, str]]:
-    """The (prompt, label) pairs of whatever `Vocabulary` accepts, not yet checked."""
+    """Return (prompt, label) pairs from any input of `Vocabulary`, not yet checked."""
     if isinstance(words, Mapping):
         return list(words.items())
     if isinstance(words, str) and words in _BUILT_IN:
@@ -173,13 +174,13 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
     parse = _PARSERS.get(path.suffix.lower())
     if parse is None or not path.is_file():
         raise InputError(
-            f"there is no vocabulary {str(path)!r}: give the name of a built-in one ({', '.join(_BUILT_IN)}), the path "
-            "of a .txt, .json or .csv file, or a list of words."
+            f"There is no vocabulary {str(path)!r}: give the name of a built-in one ({', '.join(_BUILT_IN)}), the path "
+            "of a .txt, .json or .csv file, or a list of class names."
         )
     try:
         return parse(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"the vocabulary file {str(path)!r} cannot be read: {error}") from error
+        raise InputError(f"The vocabulary file {str(path)!r} cannot be read: {error}") from error
 
 
 def _parse_txt(text: str) -> list[tuple[str, str]]:
@@ -189,7 +190,7 @@ def _parse_txt(text: str) -> list[tuple[str, str]]:
 def _parse_json(text: str) -> list[tuple[str, str]]:
     words = json.loads(text)
     if not isinstance(words, list | dict):
-        raise ValueError("it holds neither a list of words nor a mapping of prompts to labels.")
+        raise ValueError("it must hold a list of class names or a mapping of prompts to labels.")
     return _read_words(words)
 
 
@@ -212,10 +213,10 @@ def _bundled(name: str) -> list[str]:
 
 
 def _imagenet21k() -> list[str]:
-    """The 21,841 classes of ImageNet-21k (fall 2011) by WordNet lemmas, of which timm carries the list.
+    """The 21,841 classes of ImageNet-21k (fall 2011) by WordNet lemmas, from the list in timm.
 
-    Classes may share lemmas. A class is called by its first one; where other classes begin with the same, by the first
-    that is its own ("loft" -> "pigeon loft"); where there is none, by a number, as in a dictionary: "hen", "hen (2)".
+    Classes may share lemmas. The name of a class is its first lemma; if other classes begin with the same one, the
+    first lemma that no other class has ("loft" -> "pigeon loft"); else the first lemma and a number: "hen", "hen (2)".
     """
     from timm.data import ImageNetInfo
 
@@ -239,7 +240,7 @@ _BUILT_IN = {"coco": lambda: _bundled("coco"), "lvis": lambda: _bundled("lvis"),
 
 
 def _load_cached(path: Path, metadata: dict[str, str], count: int) -> "torch.Tensor | None":
-    """The embeddings in a cache file, or None where there is none or it is not what was saved."""
+    """Return the embeddings in a cache file, or None if it is missing or damaged."""
     import torch
     from safetensors import SafetensorError, safe_open
 

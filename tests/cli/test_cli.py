@@ -136,7 +136,7 @@ def test_a_bad_picture_does_not_stop_the_others(folder, loaded, capsys):
     [
         ("segment missing.png --text dog", "missing.png does not exist"),
         ("segment out --text dog", "out is a folder"),
-        ("segment text.png --text dog", "text.png is not a picture"),
+        ("segment text.png --text dog", "text.png is not an image"),
         ("segment empty.png --text dog", "empty.png is empty"),
         ("segment cut.jpg --text dog", "cut.jpg cannot be read"),
         ("segment dot.png --text dog", "dot.png is 1x1 pixels"),
@@ -280,7 +280,7 @@ def test_help_and_mistakes_do_not_wait_for_torch(arguments):
     [
         (["--model", "no-such-model", "--text", "cat"], "There is no model 'no-such-model'"),
         (["--device", "warp9", "--text", "cat"], "device 'warp9' cannot be used here"),
-        (["--text", "cat " * 20], "tokens where this model reads at most 12"),
+        (["--text", "cat " * 20], "tokens; this model takes at most 12"),
     ],
 )
 def test_mistakes_that_only_the_model_finds_are_one_line_too(folder, tiny_folder, capsys, arguments, sentence):

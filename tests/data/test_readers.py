@@ -209,14 +209,17 @@ def edit(table, **values):
             edit("annotations", segmentation=[rectangle(0, 0, 60, 10)]),
             r"annotation 1 of .*1\.png\) lies outside .* 48x32",
         ),
-        (edit("annotations", segmentation=[rectangle(0, -9, 40, 10)]), "lies outside its picture: .* y -9 to 10"),
-        (edit("annotations", segmentation=[[0, 0, float("nan"), 5, 9, 9]]), "lies outside its picture"),
-        (edit("annotations", segmentation=[[0, 0, 9, 0, 9, 9, 9]]), "no list of numbers x, y, x, y"),
-        (edit("annotations", segmentation=[["a"] * 6]), "no list of numbers"),
+        (edit("annotations", segmentation=[rectangle(0, -9, 40, 10)]), "lies outside its image: .* y -9 to 10"),
+        (edit("annotations", segmentation=[[0, 0, float("nan"), 5, 9, 9]]), "lies outside its image"),
+        (edit("annotations", segmentation=[[0, 0, 9, 0, 9, 9, 9]]), "not a list of numbers x, y, x, y"),
+        (edit("annotations", segmentation=[["a"] * 6]), "not a list of numbers"),
         (edit("annotations", segmentation={"size": [48, 32], "counts": [1536]}), r"size \[48, 32\].* \[32, 48\]"),
         (edit("annotations", segmentation={"size": [32, 48], "counts": [3, 40]}), "do not add up to .* 1536 pixels"),
         (edit("annotations", segmentation={"size": [32, 48], "counts": "X1"}), "do not add up to"),
-        (edit("annotations", segmentation={"size": [32, 48], "counts": "~~"}), "run lengths that are not COCO's"),
+        (
+            edit("annotations", segmentation={"size": [32, 48], "counts": "~~"}),
+            "run lengths that are not in COCO's format",
+        ),
         (edit("annotations", segmentation="1.png"), "neither polygons nor run lengths"),
     ],
 )
@@ -274,7 +277,7 @@ def test_pictures_that_cannot_be_read_are_listed_before_training(tmp_path):
     white_on_black(32, 32).save(tmp_path / "5.png")
     data = open_data(config)
     assert data.pictures == data.instances == 1
-    reasons = ("does not exist", "is empty", "is not a picture", "cannot be read", "is 32x32 pixels, .* for 48x32")
+    reasons = ("does not exist", "is empty", "is not an image", "cannot be read", "is 32x32 pixels, .* for 48x32")
     for number, reason in enumerate(reasons, start=1):
         with pytest.raises(AssertionError, match=rf"{number}\.png .*{reason}"):
             raise AssertionError(data.skipped[number - 1])
@@ -601,7 +604,7 @@ def test_huggingface_refuses_what_cannot_work(tmp_path):
     assert "no instance" in refused(make_rows({"category": ["cup"], "segmentation": [[]]}, segmentation=POLYGONS))
     assert "has no name" in refused(make_rows({"category": [" "], "segmentation": inside}, segmentation=POLYGONS))
     damaged = make_rows({"category": ["cup"], "segmentation": inside}, picture="damaged", segmentation=POLYGONS)
-    assert "is not a picture that can be read" in refused(damaged)
+    assert "is not an image in a supported format" in refused(damaged)
     numbers = make_rows({"category": [5], "segmentation": inside}, datasets.Value("int64"), segmentation=POLYGONS)
     assert "numbers without names" in refused(numbers)
     assert "of the class 5, which has no name" in refused(numbers, names=["cup"])

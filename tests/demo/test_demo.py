@@ -270,7 +270,7 @@ def test_a_client_gets_what_the_library_and_the_page_give(page, client):  # noqa
 @pytest.mark.parametrize(
     "endpoint, asked, sentence",
     [
-        ("/what", {"points": [[600, 5]]}, "The point 600,5 is outside the picture, which is 512x512 pixels."),
+        ("/what", {"points": [[600, 5]]}, "The point 600,5 is outside the image, which is 512x512 pixels."),
         ("/what", {"points": [[5]]}, "A point is"),
         ("/what", {"boxes": [[5, 6]]}, "A box is"),
         ("/what", {}, "Pass points, boxes or masks"),

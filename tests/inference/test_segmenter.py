@@ -170,10 +170,10 @@ def test_the_best_of_synonyms_counts(segmenter, scene):
     "prompt, message",
     [
         ({}, "Pass points, boxes"),
-        ({"points": [[128, 5]]}, "point 128,5 is outside the picture, which is 128x128"),
+        ({"points": [[128, 5]]}, "point 128,5 is outside the image, which is 128x128"),
         ({"points": [[-1, 5]]}, "point -1,5 is outside"),
         ({"boxes": [[50, 5, 10, 60]]}, "box 50,5,10,60 is not left,top,right,bottom"),
-        ({"boxes": [[0, 0, SIZE + 1, 60]]}, "inside the picture"),
+        ({"boxes": [[0, 0, SIZE + 1, 60]]}, "inside the image"),
         ({"points": [[5, 5]], "labels": [1, 0]}, "2 labels for 1 points"),
         ({"points": [[5, 5]], "boxes": [[0, 0, 5, 5], [5, 5, 9, 9]]}, "one box"),
     ],
@@ -290,7 +290,7 @@ def test_a_list_of_images_gives_a_list_of_results(segmenter, scene, path, monkey
         (b"no image", "bytes are not an image"),
         (torch.zeros(512, 512, 3), "an image is \\[3, H, W\\]"),
         (torch.zeros(3, 64, 64, dtype=torch.int64), "of torch.int64"),
-        (torch.full((3, 64, 64), 255.0), "floats of an image are in \\[0, 1\\]"),
+        (torch.full((3, 64, 64), 255.0), "floats of an image must be in \\[0, 1\\]"),
     ],
 )
 def test_something_that_is_no_image_is_refused_in_one_sentence(segmenter, image, message):

@@ -75,9 +75,9 @@ def test_what_cannot_be_is_found_before_and_at_writing(tmp_path, name, message):
 def test_no_permission(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     for attempt in (check_target, lambda path: write_text(path, "text")):
-        with pytest.raises(InputError, match="there is no permission"):
+        with pytest.raises(InputError, match="permission is denied"):
             attempt(tmp_path / "locked" / "a.txt")
-    with pytest.raises(InputError, match="there is no permission"):
+    with pytest.raises(InputError, match="permission is denied"):
         check_output_folder(tmp_path / "locked" / "b")
 
 

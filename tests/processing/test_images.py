@@ -102,7 +102,7 @@ def test_arrays():
     ],
 )
 def test_wrong_arrays(array):
-    with pytest.raises(InputError, match=r"The array is \[.*; a picture is \[H, W\]"):
+    with pytest.raises(InputError, match=r"The array is \[.*; an image must be \[H, W\]"):
         open_image(array)
 
 
@@ -110,7 +110,7 @@ def test_wrong_arrays(array):
     ("name", "content", "message"),
     [
         ("missing.png", None, "does not exist"),
-        ("text.png", b"not a picture", "not a picture that can be read"),
+        ("text.png", b"not a picture", "not an image in a supported format"),
         ("empty.jpg", b"", r"is empty \(0 bytes\)"),
         ("bomb.png", png_header(20_000, 20_000), "too large.*400000000 pixels.*limit"),
         ("cut.png", png_header(64, 64), "cannot be read .*truncated"),
@@ -215,7 +215,7 @@ def test_postscript_in_disguise_starts_no_program(picture, tmp_path, monkeypatch
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(InputError, match="not a picture that can be read"):
+    with pytest.raises(InputError, match="not an image in a supported format"):
         open_image(tmp_path / "holiday.jpg")
     assert not (tmp_path / "ran").exists()
 

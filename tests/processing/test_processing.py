@@ -63,12 +63,12 @@ def test_lists_per_image_share_their_words():
 @pytest.mark.parametrize(
     "text, said",
     [
-        ([], "list of words is empty"),
-        ([[], []], "list of words is empty"),
-        ("", "'' is no word"),
-        (["cat", "  "], "'  ' is no word"),
-        (["cat", 3], "3 is no word"),
-        (["red ball " * 6], "14 tokens where this model reads at most 12"),
+        ([], "list of text queries is empty"),
+        ([[], []], "list of text queries is empty"),
+        ("", "'' is not valid"),
+        (["cat", "  "], "'  ' is not valid"),
+        (["cat", 3], "3 is not valid"),
+        (["red ball " * 6], "14 tokens; this model takes at most 12"),
         ([["cat"]], "one list for each image"),
         ([["cat"], "dog"], "one list for each image"),
     ],

@@ -90,11 +90,11 @@ def test_names_that_imagenet_classes_share_are_told_apart():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "the vocabulary is empty"),
-        (["dog", "  "], "a word of the vocabulary is empty"),
-        ({"dog": ""}, "a word of the vocabulary is empty"),
-        (["dog", 7], "holds words, not 7"),
-        ({"dog": "animal", "dog ": "pet"}, "'dog' stands for two labels, 'animal' and 'pet'"),
+        ([], "The vocabulary is empty"),
+        (["dog", "  "], "A class name of the vocabulary is empty"),
+        ({"dog": ""}, "A class name of the vocabulary is empty"),
+        (["dog", 7], "must hold class names as strings, not 7"),
+        ({"dog": "animal", "dog ": "pet"}, "'dog' has two labels, 'animal' and 'pet'"),
         ("koko", r"no vocabulary 'koko'.*coco, lvis, imagenet21k.*the path of a .txt, .json or .csv file"),
         ("missing.txt", "no vocabulary 'missing.txt'"),
     ],
@@ -108,14 +108,14 @@ def test_bad_words_are_one_clear_sentence(words, message):
     ("name", "content", "message"),
     [
         ("picture.txt", b"\x89PNG\r\n\x1a\n\x00\xff", "picture.txt' cannot be read"),
-        ("empty.txt", b"", "the vocabulary is empty"),
+        ("empty.txt", b"", "The vocabulary is empty"),
         ("broken.json", b'["dog", ', "broken.json' cannot be read"),
-        ("number.json", b"3", "neither a list of words nor a mapping"),
-        ("nested.json", b'[["dog"]]', "holds words, not"),
+        ("number.json", b"3", "a list of class names or a mapping"),
+        ("nested.json", b'[["dog"]]', "must hold class names as strings, not"),
         ("wide.csv", b"dog,cat\nbird,fish\n", "first line must be 'prompt,label'"),
         ("ragged.csv", b"prompt,label\ndog,dog\ncat\n", "'cat' has 1 columns instead of 2"),
-        ("twice.csv", b"prompt,label\ndog,animal\ndog,pet\n", "'dog' stands for two labels"),
-        ("words.yaml", b"- dog\n", "there is no vocabulary"),
+        ("twice.csv", b"prompt,label\ndog,animal\ndog,pet\n", "'dog' has two labels"),
+        ("words.yaml", b"- dog\n", "There is no vocabulary"),
     ],
 )
 def test_bad_files_are_one_clear_sentence(tmp_path, name, content, message):

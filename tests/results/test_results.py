@@ -171,7 +171,7 @@ def test_run_lengths_of_parts_are_those_of_the_whole():
         assert part["counts"] == reference["counts"].decode() and part["size"] == reference["size"]
         np.testing.assert_array_equal(rle.decode(part), inside)
         assert rle.area(part) == inside.sum()
-    with pytest.raises(InputError, match="20x30 pixels at 1,0 does not lie inside"):
+    with pytest.raises(InputError, match="20x30 pixels at 1,0 does not fit into"):
         rle.encode(whole, 1, 0, (30, 20))
 
 
