@@ -6,6 +6,7 @@ from ovsam.checkpoints.compose import from_parts
 from ovsam.errors import InputError
 from ovsam.inference.pipeline import TASK, OpenVocabularySegmentationPipeline, register_pipeline
 from ovsam.inference.segmenter import EncodedImage, Segmenter, load
+from ovsam.inference.video import Prompt, VideoSegmenter, VideoStream, load_video
 from ovsam.modeling.adapters import (
     Clip2SamAdapter,
     Clip2SamConfig,
@@ -21,12 +22,14 @@ from ovsam.modeling.adapters import (
 )
 from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamMaskDecoder, OVSamModel, OVSamVisionModel
-from ovsam.modeling.modeling_ovsam_video import OVSamVideoModel, OVSamVideoOutput, OVSamVideoSession
+from ovsam.modeling.modeling_ovsam_video import OVSamVideoModel
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
+from ovsam.modeling.tracking import OVSamVideoOutput, OVSamVideoSession
 from ovsam.processing.processing_ovsam import OVSamProcessor
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.results.instance import Instance
 from ovsam.results.results import Results
+from ovsam.results.tracks import FrameResults, Tracks
 
 __version__ = "0.1.0"
 
@@ -55,6 +58,7 @@ __all__ = [
     "ConceptHeadConfig",
     "ConceptOutput",
     "EncodedImage",
+    "FrameResults",
     "InputError",
     "Instance",
     "OVSamConfig",
@@ -68,13 +72,18 @@ __all__ = [
     "OVSamVideoSession",
     "OVSamVisionModel",
     "OpenVocabularySegmentationPipeline",
+    "Prompt",
     "Results",
     "Sam2ClipAdapter",
     "Sam2ClipConfig",
     "Sam2ClipVitAdapter",
     "Sam2ClipVitConfig",
     "Segmenter",
+    "Tracks",
+    "VideoSegmenter",
+    "VideoStream",
     "Vocabulary",
     "from_parts",
     "load",
+    "load_video",
 ]

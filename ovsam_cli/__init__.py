@@ -21,6 +21,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "segment": "find things in pictures by words, clicks, boxes or all at once",
+    "video": "follow things through a video",
     "label": "label a folder: many pictures, into the files of labelling and training tools",
     "eval": "measure a model on a data set",
     "models": "list the presets: parts, licences, size, and whether they are here",

@@ -9,7 +9,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenc
 
 import ovsam
 from ovsam.errors import InputError
-from ovsam.modeling.modeling_ovsam_video import OVSamVideoSession, VideoPrompt
+from ovsam.modeling.tracking import OVSamVideoSession, VideoPrompt
 from tests.common import SIZE, tiny_config, tiny_video_model
 
 STOCK = {"sam2_video": Sam2VideoModel, "edgetam_video": EdgeTamVideoModel}
@@ -165,10 +165,82 @@ def test_streaming_removal_and_reset():
         model(session, frame=video[3])
 
 
-def test_a_model_without_memory_is_refused():
-    with pytest.raises(InputError, match="has no memory"):
-        ovsam.OVSamVideoModel(tiny_config())
+def test_sizes_of_the_memory_and_an_unknown_tracker_are_refused():
     config = copy.deepcopy(tiny_video_model().config)
     config.sam_config.memory_attention_rope_feat_sizes = [4, 4]
     with pytest.raises(InputError, match="rope_feat_sizes"):
         ovsam.OVSamVideoModel(config)
+    with pytest.raises(InputError, match="no tracker 'magic'"):
+        OVSamVideoSession(tracker="magic")
+    session = OVSamVideoSession(tracker="memory")
+    session.add_prompt(1, 0, VideoPrompt(mask=square(20)))
+    with pytest.raises(InputError, match="has no memory"):
+        ovsam.OVSamVideoModel(tiny_config(adapters=False))(session, frame=frames(1)[0])
+
+
+# ---- propagation, which any SAM side has ----------------------------------------------------------------------------
+
+
+def moving(count: int, step: int = 16) -> torch.Tensor:
+    """A picture that moves to the right, a whole cell of stride 16 a frame."""
+    torch.manual_seed(4)
+    wide = torch.randn(3, SIZE, SIZE + step * count)
+    wide = torch.nn.functional.avg_pool2d(wide, 5, 1, 2)
+    return torch.stack([wide[:, :, step * (count - n) : step * (count - n) + SIZE] for n in range(count)])
+
+
+def test_labels_follow_a_picture_that_moves_and_each_object_is_independent():
+    model = ovsam.OVSamVideoModel(tiny_config(adapters=False)).eval()
+    video, squares = moving(3), {1: (16, 48), 2: (48, 16)}
+    truth = {n: torch.zeros(3, SIZE, SIZE, dtype=torch.bool) for n in squares}
+    for number, (x, y) in squares.items():
+        for frame in range(3):
+            truth[number][frame, y : y + 32, x + 16 * frame : x + 16 * frame + 32] = True
+    together = session_of(video)
+    for number in squares:
+        together.add_prompt(number, 0, VideoPrompt(mask=truth[number][0]))
+    outputs = list(model.propagate_in_video_iterator(together))
+    for number in squares:
+        alone = session_of(video)
+        alone.add_prompt(number, 0, VideoPrompt(mask=truth[number][0]))
+        for frame, (output, one) in enumerate(zip(outputs, model.propagate_in_video_iterator(alone), strict=True)):
+            mask = output.pred_masks[output.object_ids.index(number)]
+            torch.testing.assert_close(mask, one.pred_masks[0])
+            full = torch.nn.functional.interpolate(mask[None], (SIZE, SIZE), mode="bilinear")[0, 0] > 0
+            both, either = (full & truth[number][frame]).sum(), (full | truth[number][frame]).sum()
+            assert both / either > 0.8, (number, frame)
+
+
+def test_an_object_that_enters_later_and_frames_without_objects():
+    model = ovsam.OVSamVideoModel(tiny_config(adapters=False)).eval()
+    session = session_of(moving(5))
+    session.add_prompt(5, 2, VideoPrompt(mask=square(40)))
+    shown = [model(session, frame_idx=frame).object_ids for frame in range(5)]
+    assert shown == [[], [], [5], [5], [5]]
+
+
+def test_what_propagation_keeps_is_bounded():
+    model = ovsam.OVSamVideoModel(tiny_config(adapters=False)).eval()
+    session, sizes = OVSamVideoSession(), []
+    session.add_prompt(1, 0, VideoPrompt(mask=square(20)))
+    for number, frame in enumerate(torch.randn(24, 3, SIZE, SIZE)):
+        if number >= 12:  # a correction on every frame
+            session.add_prompt(1, number, VideoPrompt(mask=square(20)))
+        model(session, frame=frame)
+        sizes.append(session.nbytes())
+    assert sizes[11] == sizes[5] and sizes[23] == sizes[21]
+    assert min(session.labels.frames) > 12  # the newest prompts stay
+
+
+def test_a_box_and_clicks_are_what_the_image_model_makes_of_them():
+    model = ovsam.OVSamVideoModel(tiny_config()).eval()
+    video = frames(1)
+    corners = torch.tensor([[20.0, 20.0], [80.0, 90.0]])
+    session = session_of(video)
+    session.add_prompt(1, 0, VideoPrompt(corners, torch.tensor([2, 3])))
+    tracked = model(session, frame_idx=0).pred_masks[0, 0]
+    image = model(pixel_values=video, input_boxes=corners.reshape(1, 1, 4)).pred_masks[0, 0, 0]
+    size = (SIZE // 8, SIZE // 8)  # labels have stride 8
+    soft = torch.nn.functional.interpolate((image > 0).float()[None, None], size, mode="bilinear", antialias=True)
+    again = torch.nn.functional.interpolate(soft, image.shape, mode="bilinear")[0, 0]
+    torch.testing.assert_close(tracked.sigmoid(), again.clamp(1e-4, 1 - 1e-4), atol=1e-4, rtol=0)

@@ -1,0 +1,153 @@
+"""Frames of a video from any source, one at a time, and a file to write frames to. PyAV decodes and encodes."""
+
+import os
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ovsam.errors import InputError
+from ovsam.processing.images import open_image
+
+DEFAULT_RATE = Fraction(25)  # frames a second of what has no rate of its own
+TICKS = 90_000  # a second, of the files that are written
+MISSING = 2  # frames that a header may count too many
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One upright RGB image of a video; `time` in seconds from its beginning."""
+
+    index: int
+    time: float
+    image: Image.Image
+
+
+class FrameSource:
+    """Frames that are read when they are asked for.
+
+    Args:
+        source: a video file, the number of a camera, an RTSP or HTTP address, a folder of images (in the order of
+            their names), or an iterable of images of any kind that `Segmenter` takes.
+
+    Attributes:
+        rate: frames a second.
+        length: number of frames, as far as it is known; else None.
+
+    Raises:
+        InputError: there is nothing there that can be read. While frames are read: the video breaks off.
+    """
+
+    def __init__(self, source: Any):
+        self.source, self.rate, self.length = source, DEFAULT_RATE, None
+        self._container: Any = None
+        if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+            self._files = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in PICTURES)
+            if not self._files:
+                raise InputError(f"There are no images in {source}; a folder holds one image for each frame.")
+            self.length = len(self._files)
+        elif isinstance(source, int | str | os.PathLike):
+            self._open()
+        elif not isinstance(source, Iterable):
+            raise InputError(
+                "A video is a file, the number of a camera, an address, a folder of images or an iterable of images; "
+                f"got {type(source).__name__}."
+            )
+        elif isinstance(source, Sized):
+            self.length = len(source)
+
+    def __iter__(self) -> Iterator[Frame]:
+        if self._container is not None:
+            yield from self._decode()
+            return
+        images = self._files if isinstance(self.source, str | os.PathLike) else self.source
+        for index, image in enumerate(images):
+            yield Frame(index, float(index / self.rate), open_image(image))
+
+    def close(self) -> None:
+        """Close the file or the camera; it may be called twice."""
+        if self._container is not None:
+            self._container.close()
+
+    def _open(self) -> None:
+        av = import_av()
+        name, options = str(self.source), {}
+        if isinstance(self.source, int):
+            name, options = f"/dev/video{self.source}", {"format": "v4l2"}
+        elif "://" not in name and not Path(name).is_file():
+            raise InputError(f"There is no video {name}; pass a file, a folder of images, a camera or an address.")
+        try:
+            self._container = av.open(name, **options)
+            self._stream = self._container.streams.video[0]
+        except (av.FFmpegError, IndexError) as error:
+            raise InputError(f"{name} cannot be read as a video: {error}.") from error
+        self._stream.thread_type = "AUTO"
+        self.rate = self._stream.average_rate or self._stream.guessed_rate or DEFAULT_RATE
+        self.length = self._stream.frames or None
+
+    def _decode(self) -> Iterator[Frame]:
+        av, index, start = import_av(), 0, None
+        try:
+            for frame in self._container.decode(self._stream):
+                time = float(index / self.rate) if frame.time is None else frame.time
+                start = time if start is None else start
+                pixels = frame.to_ndarray(format="rgb24")
+                if frame.rotation:  # counterclockwise degrees, as phones note how they were held
+                    pixels = np.rot90(pixels, round(frame.rotation / 90))
+                yield Frame(index, time - start, Image.fromarray(np.ascontiguousarray(pixels)))
+                index += 1
+        except av.FFmpegError as error:
+            raise InputError(f"The video {self.source} breaks off after {index:,} frames: {error}.") from error
+        if self.length and index < self.length - MISSING:
+            raise InputError(f"The video {self.source} breaks off after {index:,} of {self.length:,} frames.")
+
+
+class VideoWriter:
+    """A video file of frames of one size, H.264 in mp4 where PyAV has it.
+
+    Args:
+        path: of the file; its ending chooses the container.
+        rate: frames a second.
+        size: width and height in pixels; odd ones are kept.
+    """
+
+    def __init__(self, path: str | os.PathLike, rate: Fraction, size: tuple[int, int]):
+        av = import_av()
+        self._av, self.size = av, size
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        self._container = av.open(str(path), "w")
+        self._stream = self._container.add_stream(codec, rate=rate)
+        self._stream.width, self._stream.height = size
+        # Colours of half the resolution, which every player takes, need even sides.
+        even = codec != "libx264" or not (size[0] % 2 or size[1] % 2)
+        self._stream.pix_fmt = "yuv420p" if even else "yuv444p"
+        self._stream.codec_context.time_base = Fraction(1, TICKS)
+        self._last = -1
+
+    def write(self, image: Image.Image, time: float) -> None:
+        """Add a frame that is shown from `time` on, in seconds; times ascend."""
+        frame = self._av.VideoFrame.from_image(image)
+        self._last = max(self._last + 1, round(time * TICKS))
+        frame.pts, frame.time_base = self._last, Fraction(1, TICKS)
+        self._container.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        """Write what is left; without it the file cannot be played."""
+        if self._container is not None:
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+            self._container = None
+
+
+def import_av() -> Any:
+    """PyAV; raises InputError where it is not installed."""
+    try:
+        import av
+    except ImportError as error:
+        raise InputError('Videos need PyAV: pip install "ovsam[video]".') from error
+    return av

@@ -1,0 +1,431 @@
+"""`ovsam.load_video(...)` -> VideoSegmenter: words, clicks, boxes and masks in a video -> tracks, frame by frame."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from ovsam.errors import InputError
+from ovsam.inference.frames import Frame, FrameSource
+from ovsam.inference.segmenter import EncodedImage, Segmenter, Words, load
+from ovsam.modeling.outputs import OVSamFeatures
+from ovsam.modeling.sam.propagation import cover, frame_keys
+from ovsam.modeling.tracking import OVSamVideoOutput, OVSamVideoSession, Tracker, VideoPrompt
+from ovsam.ops import rle
+from ovsam.results.instance import Instance
+from ovsam.results.results import Results
+from ovsam.results.tracks import FrameResults
+
+SAME = 0.5  # mask IoU from which on a detection and a track are one object
+COVERED = 0.7  # share of a detection inside one track from which on it is no new object
+ALIKE = 0.8  # cosine of appearances from which on an object has come back
+LARGER = 3.0  # ratio of areas up to which an object may have come back
+OBJECT = "object"  # the label where there are no class names
+
+
+def load_video(model: Any = "auto", device: Any = None, dtype: Any = None, tracker: str = "auto") -> "VideoSegmenter":
+    """A VideoSegmenter for a preset, a folder or a Hub id; model, device and dtype are those of `ovsam.load`."""
+    return VideoSegmenter(load(model, device, dtype), tracker)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What selects one object on one frame of a video, in pixels of the frame.
+
+    Attributes:
+        points: [[x, y], ...], with labels: 1 on the object, 0 beside it; all 1 if not given.
+        box: [x1, y1, x2, y2].
+        mask: [H, W], true on the object.
+        frame: number of the frame.
+        id: the object's; by default a new one.
+        name: its class name; by default the likeliest one of the vocabulary.
+    """
+
+    points: Sequence[Sequence[float]] | None = None
+    labels: Sequence[int] | None = None
+    box: Sequence[float] | None = None
+    mask: Any = None
+    frame: int = 0
+    id: int | None = None
+    name: str | None = None
+
+    def check(self) -> None:
+        """Raises InputError: it selects nothing, or in two ways that exclude each other."""
+        if self.points is None and self.box is None and self.mask is None:
+            raise InputError("A prompt needs points, a box or a mask.")
+        if self.mask is not None and (self.points is not None or self.box is not None):
+            raise InputError("A mask is the whole of a prompt; leave out its points and its box.")
+        if self.labels is not None and len(self.labels) != len(self.points or ()):
+            raise InputError(f"There are {len(self.labels)} labels for {len(self.points or ())} points.")
+        if self.frame < 0:
+            raise InputError(f"The frame is {self.frame}; frames count from 0.")
+
+
+@dataclass
+class _Object:
+    """What is known of an object beside its memory. `appearance`: mean features of its mask, L2-normalised."""
+
+    id: int
+    label: str
+    label_id: int
+    source: str
+    prompt: Any
+    score: float
+    topk: list[tuple[str, float]] = field(default_factory=list)
+    appearance: Tensor | None = None
+    area: int = 0
+    seen: int = 0
+
+
+class VideoSegmenter:
+    """A Segmenter whose objects keep their identity through a video.
+
+    Args:
+        segmenter: what answers about single frames.
+        tracker: "memory", the SAM side's own; "propagation", which needs no training; "auto": the former where there is
+            one.
+    """
+
+    def __init__(self, segmenter: Segmenter, tracker: str = "auto"):
+        OVSamVideoSession(tracker=tracker)  # an unknown one is refused here
+        self.segmenter, self.tracker = segmenter, tracker
+
+    def track(
+        self,
+        source: Any,
+        words: Words | None = None,
+        prompts: Sequence[Prompt] = (),
+        *,
+        negative: Sequence[str] = (),
+        threshold: float | None = None,
+        vocabulary: Words | None = None,
+        redetect_every: int = 10,
+        patience: int = 30,
+        exclusive: bool = True,
+        every: int = 1,
+        top_k: int = 5,
+    ) -> "VideoStream":
+        """Follow objects through a video.
+
+        Args:
+            source: what `FrameSource` takes: a file, a camera, an address, a folder of images, or images.
+            words: text queries; their instances are detected on the first frame and every `redetect_every` frames.
+            prompts: objects that are selected by hand; more can be added while it runs.
+            negative, threshold: as in `Segmenter.where`.
+            vocabulary: class names for what was selected by hand; by default the checkpoint's own.
+            patience: frames after which an object that is not in the picture leaves; it comes back under its old id.
+            exclusive: give each pixel to one object.
+            every: read each such frame only.
+            top_k: class names listed for each object.
+
+        Returns:
+            an iterator over `FrameResults`; nothing is read before the first one is asked for.
+
+        Raises:
+            InputError: there is nothing to follow, or the video cannot be read.
+        """
+        for name, value in (("redetect_every", redetect_every), ("patience", patience), ("every", every)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; it must be 1 or more.")
+        for prompt in prompts:
+            prompt.check()
+        return VideoStream(
+            self, FrameSource(source), words, prompts, negative, threshold, vocabulary,
+            redetect_every, patience, exclusive, every, top_k,
+        )  # fmt: skip
+
+
+class VideoStream:
+    """The frames of a video and the objects in them, as they are computed; from `VideoSegmenter.track`.
+
+    Attributes:
+        source: the FrameSource, with its rate and length.
+        frame: the FrameResults that were yielded last, None before the first.
+    """
+
+    def __init__(
+        self,
+        video: VideoSegmenter,
+        source: FrameSource,
+        words: Words | None,
+        prompts: Sequence[Prompt],
+        negative: Sequence[str],
+        threshold: float | None,
+        vocabulary: Words | None,
+        redetect_every: int,
+        patience: int,
+        exclusive: bool,
+        every: int,
+        top_k: int,
+    ):
+        self.segmenter, self.source = video.segmenter, source
+        self.words, self.negative, self.threshold, self.vocabulary = words, negative, threshold, vocabulary
+        self.redetect_every, self.patience, self.exclusive, self.every = redetect_every, patience, exclusive, every
+        self.top_k = top_k
+        self.frame: FrameResults | None = None
+        self._tracker, self._session = Tracker(self.segmenter.model), OVSamVideoSession(tracker=video.tracker)
+        self._pending = list(prompts)
+        self._objects: dict[int, _Object] = {}
+        self._lost: dict[int, _Object] = {}
+        self._last_id = max([prompt.id or 0 for prompt in prompts], default=0)
+        self._now: tuple[Frame, EncodedImage] | None = None
+
+    def __iter__(self) -> Iterator[FrameResults]:
+        detections = 0
+        for frame in self.source:
+            if frame.index % self.every:
+                continue
+            encoded = self.segmenter.encode(frame.image)
+            self._now = frame, encoded
+            self._prompt(frame, encoded)
+            found = self._run(frame, encoded)
+            if self.words is not None and detections % self.redetect_every == 0:
+                if self._detect(frame, encoded, found):
+                    found = self._run(frame, encoded)
+            detections += 1
+            self.frame = self._results(frame, encoded, found)
+            yield self.frame
+
+    def close(self) -> None:
+        """Close the video."""
+        self.source.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept of earlier frames."""
+        return self._session.nbytes()
+
+    # ---- while it runs ----------------------------------------------------------------------------------------------
+
+    def add(self, prompt: Prompt) -> None:
+        """Select an object on a frame that is still to come, or correct one by its id.
+
+        Raises:
+            InputError: the prompt selects nothing, or its frame has passed.
+        """
+        prompt.check()
+        if self.frame is not None and prompt.frame <= self.frame.index:
+            raise InputError(f"Frame {prompt.frame} has passed; `correct` changes frame {self.frame.index}.")
+        self._pending.append(prompt)
+
+    def correct(self, prompt: Prompt) -> FrameResults:
+        """Select or correct an object on the frame that was yielded last, and return that frame anew.
+
+        Raises:
+            InputError: there is no frame yet, or the prompt selects nothing.
+        """
+        prompt.check()
+        if self._now is None or self.frame is None:
+            raise InputError("There is no frame yet; pass the prompt to `track`, or ask for the first frame.")
+        frame, encoded = self._now
+        self._add(frame, encoded, prompt)
+        self.frame = self._results(frame, encoded, self._run(frame, encoded))
+        return self.frame
+
+    def remove(self, number: int) -> None:
+        """Follow an object no longer. Raises InputError: there is none of this id."""
+        if number not in self._objects:
+            raise InputError(f"There is no track {number}; there are {sorted(self._objects) or 'none'}.")
+        self._session.remove_object(number)
+        del self._objects[number]
+
+    def what(self, number: int, vocabulary: Words | None = None) -> list[tuple[str, float]]:
+        """The likeliest class names of a track on the frame that was yielded last, out of any vocabulary.
+
+        Raises:
+            InputError: the track is not in the frame.
+        """
+        shown = [] if self.frame is None else [one for one in self.frame.results if one.id == number]
+        if not shown or self._now is None:
+            raise InputError(f"The track {number} is not in the frame.")
+        masks = torch.from_numpy(shown[0].mask)[None]
+        named = self.segmenter.what(self._now[1], masks=masks, vocabulary=vocabulary, top_k=self.top_k)
+        return cast(Results, named)[0].topk
+
+    # ---- prompts ----------------------------------------------------------------------------------------------------
+
+    def _prompt(self, frame: Frame, encoded: EncodedImage) -> None:
+        due = [prompt for prompt in self._pending if prompt.frame <= frame.index]
+        self._pending = [prompt for prompt in self._pending if prompt.frame > frame.index]
+        for prompt in due:
+            self._add(frame, encoded, prompt)
+
+    def _add(self, frame: Frame, encoded: EncodedImage, prompt: Prompt) -> None:
+        """Give a prompt to the session, and a name to its object if that is new."""
+        width, height = frame.image.size
+        number = self._new_id() if prompt.id is None else prompt.id
+        self._last_id = max(self._last_id, number)
+        if prompt.mask is not None:
+            mask = torch.as_tensor(np.asarray(prompt.mask), dtype=torch.bool)
+            if tuple(mask.shape) != (height, width):
+                got = "x".join(map(str, reversed(mask.shape)))
+                raise InputError(f"The mask is {got} pixels and the frame {width}x{height}; they must be equal.")
+            if not mask.any():
+                raise InputError("The mask is empty; it needs at least one pixel of the object.")
+            given = self._mask_prompt(mask)
+        else:
+            given = self._point_prompt(prompt, width, height)
+        source = "mask" if prompt.mask is not None else "point" if prompt.box is None else "box"
+        shown = {"mask": "mask", "point": prompt.points, "box": prompt.box}[source]
+        self._session.add_prompt(number, frame.index, given)
+        self._lost.pop(number, None)
+        if number not in self._objects:
+            name = prompt.name or ""
+            self._objects[number] = _Object(number, name, -1, source, shown, 1.0, seen=frame.index)
+
+    def _mask_prompt(self, mask: Tensor) -> VideoPrompt:
+        """A mask [H, W] of the frame as the model's input shows it."""
+        logits = self.segmenter.processor.mask_prompts(mask[None], self.segmenter.model.sam.image_size)  # [1, 1, h, w]
+        size = (self.segmenter.model.sam.image_size,) * 2
+        whole = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)[0, 0] > 0
+        return VideoPrompt(mask=whole)
+
+    def _point_prompt(self, prompt: Prompt, width: int, height: int) -> VideoPrompt:
+        points = [[float(x), float(y)] for x, y in prompt.points or ()]
+        labels = list(prompt.labels or [1] * len(points))
+        if prompt.box is not None:
+            x1, y1, x2, y2 = map(float, prompt.box)
+            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+                raise InputError(
+                    f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not left,top,right,bottom inside the frame, which is "
+                    f"{width}x{height} pixels."
+                )
+            points, labels = [[x1, y1], [x2, y2], *points], [2, 3, *labels]
+        for x, y in points:
+            if not (0 <= x <= width and 0 <= y <= height):
+                raise InputError(f"The point {x:g},{y:g} is outside the frame, which is {width}x{height} pixels.")
+        inputs = self.segmenter.processor(
+            original_sizes=[(height, width)], input_points=[[points]], input_labels=[[labels]]
+        )
+        return VideoPrompt(inputs["input_points"][0, 0].float(), torch.tensor(labels))
+
+    def _new_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    # ---- words ------------------------------------------------------------------------------------------------------
+
+    def _detect(self, frame: Frame, encoded: EncodedImage, found: OVSamVideoOutput | None) -> bool:
+        """Search for the words; match, let in and let back in. Returns whether anything was added."""
+        size = frame.image.height, frame.image.width
+        answer = self.segmenter.where(
+            encoded, self.words, negative=self.negative, threshold=self.threshold, top_k=self.top_k
+        )
+        detected = cast(Results, answer).instances
+        masks = {} if found is None else dict(zip(found.object_ids, self._full_masks(found, size), strict=True))
+        live = [number for number in masks if masks[number].any()]
+        tracks = [rle.encode(masks[number]) for number in live]
+        overlap = rle.iou([one.segmentation for one in detected], tracks)  # [detections, tracks]
+        same = np.array([[one.label == self._objects[n].label for n in live] for one in detected], dtype=bool)
+        allowed = np.where(same.reshape(overlap.shape), overlap, 0.0)
+        matched = {d: live[t] for d, t in zip(*linear_sum_assignment(-allowed), strict=True) if allowed[d, t] >= SAME}
+        for place, number in matched.items():
+            known = self._objects[number]
+            known.score, known.topk = detected[place].score, detected[place].topk
+        inside = rle.covered([one.segmentation for one in detected], tracks)
+        added, taken = False, list(tracks)
+        for place, one in enumerate(detected):
+            if place in matched or (inside.shape[1] and inside[place].max() > COVERED):
+                continue
+            if any(share > SAME for share in rle.iou([one.segmentation], taken[len(tracks) :])[0]):
+                continue
+            self._enter(frame, encoded.features, one)
+            taken.append(one.segmentation)
+            added = True
+        return added
+
+    def _enter(self, frame: Frame, features: OVSamFeatures, one: Instance) -> None:
+        """A detection that is no track: one that was lost, or a new object."""
+        mask = torch.from_numpy(one.mask)
+        prompt = self._mask_prompt(mask)
+        appearance = _appearance(features, prompt.mask)
+        number = None
+        for lost in self._lost.values():
+            alike = float(appearance @ lost.appearance) if lost.appearance is not None else 0.0
+            ratio = max(one.area, lost.area) / max(1, min(one.area, lost.area))
+            if lost.label == one.label and alike >= ALIKE and ratio <= LARGER:
+                number = lost.id
+                break
+        if number is None:
+            number = self._new_id()
+        self._lost.pop(number, None)
+        self._session.add_prompt(number, frame.index, prompt)
+        self._objects[number] = _Object(
+            number, one.label, one.label_id, "text", one.prompt, one.score, one.topk, appearance, one.area, frame.index
+        )
+
+    # ---- frames -----------------------------------------------------------------------------------------------------
+
+    def _run(self, frame: Frame, encoded: EncodedImage) -> OVSamVideoOutput | None:
+        return self._tracker(self._session, frame.index, encoded.features) if self._objects else None
+
+    def _full_masks(self, found: OVSamVideoOutput, size: tuple[int, int]) -> list[np.ndarray]:
+        """The masks of all objects at the size of the frame, [H, W] bool each; empty where an object is not there."""
+        if not found.object_ids:
+            return []
+        across, down = self.segmenter.processor.picture_share(*size)
+        height, width = found.pred_masks.shape[-2:]
+        logits = found.pred_masks[..., : round(down * height), : round(across * width)].float()
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)[:, 0]  # [P, 1, h, w] -> [P, H, W]
+        logits = logits.masked_fill(found.object_score_logits[..., None] <= 0, -1.0)
+        masks = logits > 0
+        if self.exclusive and len(logits) > 1:
+            masks &= logits == logits.amax(0, keepdim=True)
+        return list(masks.cpu().numpy())
+
+    def _results(self, frame: Frame, encoded: EncodedImage, found: OVSamVideoOutput | None) -> FrameResults:
+        size = frame.image.height, frame.image.width
+        instances = []
+        masks = [] if found is None else self._full_masks(found, size)
+        shown = {n: mask for n, mask in zip(found.object_ids, masks, strict=True) if mask.any()} if found else {}
+        self._name(encoded, shown)
+        for number, known in list(self._objects.items()):
+            if number in shown:
+                segmentation = rle.encode(shown[number])
+                known.seen, known.area = frame.index, rle.area(segmentation)
+                quality = found.iou_scores[found.object_ids.index(number)]
+                instances.append(
+                    Instance(
+                        id=number,
+                        label=known.label,
+                        label_id=known.label_id,
+                        score=known.score,
+                        mask_score=float(quality.clamp(0, 1)),
+                        prompt=known.prompt,
+                        source=known.source,
+                        bbox=rle.bbox(segmentation),
+                        area=known.area,
+                        segmentation=segmentation,
+                        topk=known.topk,
+                    )
+                )
+            elif frame.index - known.seen >= self.patience:
+                self._session.remove_object(number)
+                self._lost[number] = self._objects.pop(number)
+        return FrameResults(frame.index, frame.time, Results(instances, size, self.segmenter.name), frame.image)
+
+    def _name(self, encoded: EncodedImage, shown: dict[int, np.ndarray]) -> None:
+        """Names and appearances of objects that were selected by hand and have none yet."""
+        new = [number for number in shown if self._objects[number].appearance is None]
+        if not new:
+            return
+        masks = torch.from_numpy(np.stack([shown[number] for number in new]))
+        named = self.segmenter.what(encoded, masks=masks, vocabulary=self.vocabulary, top_k=self.top_k)
+        for number, mask, one in zip(new, masks, cast(Results, named).instances, strict=True):
+            known = self._objects[number]
+            known.appearance = _appearance(encoded.features, self._mask_prompt(mask).mask)
+            known.topk, known.score = one.topk, one.score
+            if not known.label:
+                known.label, known.label_id = one.label, one.label_id
+
+
+def _appearance(features: OVSamFeatures, mask: Tensor) -> Tensor:
+    """The mean of an image's features over a mask [H, W] at the size of the model input, [D], L2-normalised."""
+    keys = frame_keys(features)
+    share = cover(mask[None].float().to(keys.fine.device), keys.side)[0]  # [L, parts]
+    return F.normalize((keys.fine * share[..., None]).sum((0, 1)), dim=0)

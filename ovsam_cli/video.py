@@ -1,0 +1,255 @@
+"""`ovsam video`: follow objects through a video, found by words or selected by hand."""
+
+import json
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ovsam.errors import InputError
+from ovsam.ops.files import check_output_folder, check_target, write_text
+from ovsam.processing.vocabulary import Vocabulary
+from ovsam_cli import arguments
+
+if TYPE_CHECKING:
+    from ovsam.inference.video import Prompt, VideoStream
+
+EXAMPLES = """\
+what to follow; frames count from 0, and coordinates are pixels from the top left corner:
+  ovsam video clip.mp4 --text dog "red ball" -o found.mp4 --json found.json
+  ovsam video clip.mp4 --point 0:210,140 --box 30:40,60,300,280 -o found.mp4
+  ovsam video frames/ --mask 0:first.png --masks out/
+"""
+PARSER = {
+    "usage": "ovsam video IN [--text WORD...] [--point FRAME:X,Y] [--box FRAME:X1,Y1,X2,Y2] [--mask FRAME:FILE] "
+    "[options]",
+    "description": "Follow objects through a video; each keeps its number, its colour and its name.",
+    "epilog": EXAMPLES,
+}
+
+
+def on_frame(read: Callable[[str], Any]) -> Callable[[str], tuple[int, Any]]:
+    """`FRAME:VALUE` -> the number of the frame, and what `read` makes of the value."""
+
+    def parse(text: str) -> tuple[int, Any]:
+        frame, colon, value = text.partition(":")
+        if not colon or not frame.isdecimal():
+            raise ArgumentTypeError(f"{text!r} does not begin with the number of a frame and a colon, such as 0:")
+        return int(frame), read(value)
+
+    return parse
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("video", metavar="IN", help="a video file, a folder of images, a camera's number or an address")
+    what = parser.add_argument_group("what to follow")
+    what.add_argument("--text", metavar="WORD", nargs="+", action="extend", default=[], help="find these words")
+    what.add_argument(
+        "--not",
+        metavar="WORD",
+        nargs="+",
+        action="extend",
+        default=[],
+        dest="negative",
+        help="with --text: leave out what these words describe better",
+    )
+    what.add_argument(
+        "--point",
+        metavar="FRAME:X,Y",
+        type=on_frame(arguments.point),
+        action="append",
+        default=[],
+        dest="points",
+        help="an object at this place; repeat it for more objects",
+    )
+    what.add_argument(
+        "--box",
+        metavar="FRAME:X1,Y1,X2,Y2",
+        type=on_frame(arguments.box),
+        action="append",
+        default=[],
+        dest="boxes",
+        help="an object in this box; repeat it for more objects",
+    )
+    what.add_argument(
+        "--mask",
+        metavar="FRAME:FILE",
+        type=on_frame(Path),
+        action="append",
+        default=[],
+        dest="given",
+        help="the objects of a mask: a binary image is one object, an id map one for each value but 0, with that id",
+    )
+    what.add_argument(
+        "--vocabulary",
+        metavar="NAME|FILE",
+        help="the names of what was selected by hand: coco, lvis, imagenet21k or a file with one word a line "
+        "(default: the model's own)",
+    )
+    what.add_argument("--threshold", metavar="SCORE", type=arguments.share, help="with --text: minimum score, 0 to 1")
+    how = parser.add_argument_group("how to follow")
+    how.add_argument(
+        "--redetect-every",
+        metavar="N",
+        type=arguments.count,
+        default=10,
+        help="with --text: search again every N frames (default: 10)",
+    )
+    how.add_argument(
+        "--patience",
+        metavar="N",
+        type=arguments.count,
+        default=30,
+        help="an object leaves after N frames without it (default: 30)",
+    )
+    how.add_argument("--every", metavar="N", type=arguments.count, default=1, help="read every Nth frame (default: 1)")
+    how.add_argument(
+        "--tracker", choices=("auto", "memory", "propagation"), default="auto", help="what follows (default: auto)"
+    )
+    model = parser.add_argument_group("the model")
+    model.add_argument("--model", metavar="PRESET|PATH|ID", default="auto", help="default: auto")
+    arguments.add_device(model)
+    output = parser.add_argument_group("the output")
+    output.add_argument("-o", "--output", metavar="OUT.mp4", help="the video with masks, names and numbers over it")
+    output.add_argument("--json", metavar="OUT.json", help="all tracks, as a data set of YouTube-VIS")
+    output.add_argument(
+        "--masks", metavar="DIR", help="an 8-bit id map for each frame, 00000.png and on; 0 is the background"
+    )
+
+
+def check(args: Namespace) -> None:
+    """Refuse an unclear question, a video that is not there and impossible targets.
+
+    Sets `args.words`, the vocabulary of --text or None, and `args.source`.
+    """
+    if not (args.text or args.points or args.boxes or args.given):
+        raise InputError("There is nothing to follow; give --text WORD..., --point, --box or --mask.")
+    if args.negative and not args.text:
+        raise InputError("--not goes with --text, which says what to find.")
+    if args.threshold is not None and not args.text:
+        raise InputError("--threshold goes with --text; what is selected by hand is always followed.")
+    if args.vocabulary and not (args.points or args.boxes or args.given):
+        raise InputError("--text already gives the words; use --vocabulary with --point, --box or --mask.")
+    if not (args.output or args.json or args.masks):
+        raise InputError("Nothing would be written; give -o OUT.mp4, --json OUT.json or --masks DIR.")
+    args.words = Vocabulary(args.text) if args.text else None
+    args.source = int(args.video) if args.video.isdecimal() else args.video
+    if isinstance(args.source, str) and "://" not in args.source and not Path(args.source).exists():
+        raise InputError(f"There is no video {args.video}; pass a file, a folder of images, a camera or an address.")
+    for _, path in args.given:
+        if not path.is_file():
+            raise InputError(f"There is no mask {path}.")
+    for option, target in (("-o", args.output), ("--json", args.json)):
+        if target:
+            check_target(target, option)
+    if args.output and Path(args.output).exists() and Path(args.output).resolve() == Path(args.video).resolve():
+        raise InputError(f"-o {args.output} is the video itself; write to another file.")
+    if args.masks:
+        check_output_folder(args.masks, "--masks")
+
+
+def run(args: Namespace) -> int:
+    """Follow, and write what was asked for as frames come; what is written stays valid when it is interrupted."""
+    import ovsam
+    from ovsam.inference.frames import VideoWriter
+
+    prompts = read_prompts(args)
+    video = ovsam.load_video(args.model, device=args.device, tracker=args.tracker)
+    stream = video.track(
+        args.source,
+        args.words,
+        prompts,
+        negative=args.negative,
+        threshold=args.threshold,
+        vocabulary=args.vocabulary,
+        redetect_every=args.redetect_every,
+        patience=args.patience,
+        every=args.every,
+    )
+    if args.masks:
+        Path(args.masks).mkdir(parents=True, exist_ok=True)
+    tracks, writer, failed = ovsam.Tracks(), None, False
+    progress = Progress(stream)
+    try:
+        for frame in stream:
+            tracks.add(frame)
+            if args.output:
+                writer = writer or VideoWriter(args.output, stream.source.rate / args.every, frame.image.size)
+                writer.write(frame.overlay(), frame.time)
+            if args.masks:
+                frame.save_id_map(Path(args.masks))
+            progress.show(len(frame.results))
+    except InputError as error:  # a video that breaks off: what could be read is kept
+        failed = True
+        print(f"\novsam: error: {error}", file=sys.stderr)
+    finally:
+        stream.close()
+        if writer is not None:
+            writer.close()
+        if args.json and tracks.length:
+            names = args.words.labels if args.words else ()
+            write_text(args.json, json.dumps(tracks.to_youtube_vis(args.video, names)))
+    progress.close()
+    for track in tracks.tracks.values():
+        frames = sorted(track.frames)
+        print(f"{track.id:4}  {track.label:24} {track.score:.2f}  frames {frames[0]}-{frames[-1]} ({len(frames)})")
+    for option, path in (("video", args.output), ("json", args.json), ("masks", args.masks)):
+        if path:
+            print(f"{option}: {path}")
+    return 2 if failed else 0
+
+
+def read_prompts(args: Namespace) -> list["Prompt"]:
+    """The prompts of --point, --box and --mask, in that order."""
+    from ovsam.inference.video import Prompt
+
+    prompts = [Prompt(points=[(x, y)], labels=[label], frame=frame) for frame, (x, y, label) in args.points]
+    prompts += [Prompt(box=box, frame=frame) for frame, box in args.boxes]
+    for frame, path in args.given:
+        prompts += [Prompt(mask=mask, id=number, frame=frame) for number, mask in read_masks(path)]
+    taken = {prompt.id for prompt in prompts if prompt.id is not None}
+    free = (number for number in range(1, 10**6) if number not in taken)
+    return [prompt if prompt.id is not None else _numbered(prompt, next(free)) for prompt in prompts]
+
+
+def _numbered(prompt: "Prompt", number: int) -> "Prompt":
+    from dataclasses import replace
+
+    return replace(prompt, id=number)
+
+
+def read_masks(path: Path) -> list[tuple[int | None, np.ndarray]]:
+    """The objects of a mask file: of a binary image one without an id, of an id map one for each value but 0."""
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image if image.mode in ("L", "P", "I", "I;16", "1") else image.convert("L"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as a mask: {error}.") from error
+    ids = [int(value) for value in np.unique(values) if value]
+    if not ids:
+        raise InputError(f"The mask {path} is empty; it needs at least one pixel of an object.")
+    if len(ids) == 1 or values.dtype == bool:
+        return [(None, values > 0)]
+    return [(number, values == number) for number in ids]
+
+
+class Progress:
+    """A line on stderr: frames, frames a second, objects, memory of the tracker."""
+
+    def __init__(self, stream: "VideoStream"):
+        from tqdm import tqdm
+
+        length = stream.source.length
+        self.stream = stream
+        self.bar = tqdm(total=None if length is None else -(-length // stream.every), unit=" frames")
+
+    def show(self, objects: int) -> None:
+        self.bar.set_postfix_str(f"{objects} objects, {self.stream.nbytes / 2**20:.0f} MB of memory", refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
