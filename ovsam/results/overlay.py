@@ -1,4 +1,4 @@
-"""Drawing masks and their names over a picture so that a person can read them."""
+"""Drawing masks and class names over an image, readable for people."""
 
 import math
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ from ovsam.results.instance import Instance
 
 Colour = tuple[int, int, int]
 
-# Far apart in hue or in lightness, the first ones the most.
+# Distant in hue or in lightness, the first ones most.
 PALETTE: list[Colour] = [
     (230, 25, 75), (0, 130, 200), (255, 225, 25), (60, 180, 75), (245, 130, 48), (145, 30, 180),
     (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 0, 160), (250, 190, 212), (0, 128, 128),
     (170, 110, 40), (220, 190, 255), (128, 0, 0), (170, 255, 195), (128, 128, 0), (255, 150, 120),
 ]  # fmt: skip
 FILL = 0.4  # opacity of a mask
-MIN_FONT = 10  # px; smaller letters cannot be read
+MIN_FONT = 10  # px; smaller letters are not legible
 
 
 def draw_overlay(image: Image.Image, instances: Sequence[Instance], zoom: int = 1) -> Image.Image:
-    """Return a copy of the RGB picture, `zoom` times as large, with each mask filled, outlined and tagged.
+    """Return a copy of the RGB image, enlarged by `zoom`, with each mask filled, outlined and tagged.
 
-    A label has one colour, as far as possible the same one in every picture. Large masks are drawn first, so that small
-    ones stay visible. Tags stay inside the picture and, where there is room, off each other and off small things.
-    Letters outside the Latin alphabet are missing from the font that comes with Pillow, and show as boxes.
+    A label has one colour, if possible the same one in every image. Large masks are drawn first, so that small ones
+    stay visible. Tags stay inside the image and, if there is room, do not cover each other or small objects. Letters
+    outside the Latin alphabet are missing in the font of Pillow, and appear as boxes.
     """
     if zoom > 1:
         image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
@@ -52,7 +52,7 @@ def _enlarge(instance: Instance, zoom: int) -> Instance:
 
 
 def _choose_colours(instances: Sequence[Instance]) -> dict[str, Colour]:
-    """Each label takes the colour of its place in the vocabulary, or the next one free in this picture."""
+    """Assign to each label the colour of its index in the vocabulary, or the next unused one of this image."""
     colours: dict[str, Colour] = {}
     free: list[Colour] = []
     for label_id, label in sorted({(instance.label_id, instance.label) for instance in instances}):
@@ -64,7 +64,7 @@ def _choose_colours(instances: Sequence[Instance]) -> dict[str, Colour]:
 
 
 def _contrast(colour: Colour) -> Colour:
-    """Black over light colours, white over dark ones."""
+    """Return black for light colours, white for dark ones."""
     red, green, blue = colour
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
@@ -75,11 +75,11 @@ def _paint_mask(canvas: np.ndarray, instance: Instance, colour: Colour, line: fl
     x1, y1, x2, y2 = instance.box
     window = np.s_[max(0, int(y1 - margin)) : int(y2 + margin) + 1, max(0, int(x1 - margin)) : int(x2 + margin) + 1]
     inside = instance.mask[window]
-    # The blurred mask passes through a half at the edge: what is near a half is a line with soft borders.
+    # The blurred mask is 0.5 at the edge: values near 0.5 form a line with soft borders.
     blurred = Image.fromarray(np.uint8(inside) * 255).filter(ImageFilter.GaussianBlur(line))
     edge = np.asarray(blurred, np.float32) / 255
     outline = np.clip((0.4 - abs(edge - 0.5)) * 5, 0, 1)
-    halo = np.clip(edge * 20, 0, 1) * ~inside * 0.5  # sets the outline off from a ground of the same colour
+    halo = np.clip(edge * 20, 0, 1) * ~inside * 0.5  # separates the outline from a background of the same colour
 
     pixels = canvas[window].astype(np.float32)
     for paint, opacity in ((colour, FILL * inside), (_contrast(colour), halo), (colour, outline)):
@@ -88,7 +88,7 @@ def _paint_mask(canvas: np.ndarray, instance: Instance, colour: Colour, line: fl
 
 
 def _draw_tags(picture: Image.Image, instances: list[Instance], colours: dict[str, Colour], line: float) -> None:
-    """Draw all tags in place: the smallest things, which have the least room, choose their places first."""
+    """Draw all tags in place: the smallest objects, which have the least room, come first."""
     draw = ImageDraw.Draw(picture)
     crowd = min(1.0, (20 / len(instances)) ** 0.25)
     font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(MIN_FONT, 10 * line * crowd)))
@@ -112,7 +112,7 @@ def _draw_tags(picture: Image.Image, instances: list[Instance], colours: dict[st
 
 
 def _fit_text(instance: Instance, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Label and score; without the score or with a shortened label where the picture is too narrow."""
+    """Label and score; without the score or with a shortened label if the image is too narrow."""
     text = f"{instance.label} {instance.score:.2f}"
     if font.getlength(text) > width:
         text = instance.label
@@ -122,7 +122,7 @@ def _fit_text(instance: Instance, font: ImageFont.FreeTypeFont, width: float) ->
 
 
 def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Shared areas [n, m] of boxes [n, 4] and [m, 4]."""
+    """Areas of intersection [n, m] of boxes [n, 4] and [m, 4]."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     return (high - low).clip(0).prod(axis=-1)
@@ -131,11 +131,11 @@ def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 def _place_tag(
     size: np.ndarray, instance: Instance, limits: tuple[int, int], things: np.ndarray, tags: np.ndarray
 ) -> np.ndarray:
-    """Choose the corners [4] of a tag of this size near its mask, away from other tags and small things."""
+    """Choose the corners [4] of a tag of this size near its mask, away from other tags and small objects."""
     width, height = size
     mask = instance.mask
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    sites = np.array(  # centres of the tag, the best first: above, below, right, left of the mask's tips, in its middle
+    sites = np.array(  # centres of the tag in order of preference: above, below, right, left of the mask, in its middle
         [
             (np.flatnonzero(mask[rows[0]]).mean(), rows[0] - height / 2),
             (np.flatnonzero(mask[rows[-1]]).mean(), rows[-1] + height / 2),
@@ -152,7 +152,7 @@ def _place_tag(
     moved = np.linalg.norm(centres - sites.repeat(len(steps), axis=0), axis=1) / height
     moved += 0.5 * np.arange(len(sites)).repeat(len(steps))
     over_things = _overlap(places, things)
-    hidden = (over_things / (things[:, 2:] - things[:, :2]).prod(axis=1)).sum(axis=1)  # shares of the things
-    misleading = over_things.sum(axis=1) / size.prod()  # a tag on a thing seems to name it
+    hidden = (over_things / (things[:, 2:] - things[:, :2]).prod(axis=1)).sum(axis=1)  # hidden fractions of the objects
+    misleading = over_things.sum(axis=1) / size.prod()  # a tag on another object would seem to name it
     covered = _overlap(places, tags).sum(axis=1) / size.prod()
     return places[np.argmin(moved + misleading + 8 * hidden + 50 * covered)].round()

@@ -1,4 +1,4 @@
-"""The instances of an image: one record each, and exports, which are pure functions of the records."""
+"""The instances of an image: one record each, and exports as pure functions of the records."""
 
 import os
 from collections import Counter
@@ -35,17 +35,18 @@ if TYPE_CHECKING:
 
 
 class Results(Sequence[Instance]):
-    """The instances of one image, in the order in which they were given.
+    """The instances of one image, in the given order.
 
     `results[0]` is an `Instance`, `results[:3]` are `Results`.
 
     Args:
-        instances: The records.
-        size: Height and width of the upright image in pixels.
-        model: The model that made them.
-        file_name: File of the image.
-        presence: For each label of the query, the highest score of any candidate, kept or not.
-        dropped: Instances that scored higher for a negative word: dicts of text_label, score, negative, negative_score.
+        instances: records of the instances.
+        size: height and width of the upright image in pixels.
+        model: name of the model.
+        file_name: file of the image.
+        presence: for each label of the query, the highest score of any candidate, kept or not.
+        dropped: instances with a higher score for a negative query: dicts of text_label, score, negative,
+            negative_score.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class Results(Sequence[Instance]):
         presence: Mapping[str, float] | None = None,
         dropped: Sequence[dict[str, Any]] = (),
     ) -> Self:
-        """Make the records from masks and n values of everything else.
+        """Build the records from masks and n values of everything else.
 
-        masks: [n, H, W] of bool, or a CPU tensor of them; or n of COCO's run lengths, and then the `size` (height,
-        width) of the picture too.
+        masks: [n, H, W] bool, array or CPU tensor; or n COCO run lengths together with the `size` (height, width) of
+        the image.
         """
         if size is None:
             masks = np.asarray(masks)
@@ -141,12 +142,12 @@ class Results(Sequence[Instance]):
 
     @cached_property
     def masks(self) -> np.ndarray:
-        """All masks [n, H, W] as bool, decoded at the first use; `instance.mask` decodes one."""
+        """All masks [n, H, W] as bool, decoded on first use; `instance.mask` decodes one."""
         return np.array([instance.mask for instance in self], dtype=bool).reshape(len(self), *self.size)
 
     @property
     def boxes(self) -> np.ndarray:
-        """Corners x1, y1, x2, y2 [n, 4] in pixels, as float32."""
+        """Boxes [n, 4] as x1, y1, x2, y2 in pixels, float32."""
         return np.array([instance.box for instance in self], dtype=np.float32).reshape(-1, 4)
 
     @property
@@ -155,12 +156,12 @@ class Results(Sequence[Instance]):
 
     @property
     def scores(self) -> np.ndarray:
-        """[n], float32."""
+        """Scores [n], float32."""
         return np.array([instance.score for instance in self], dtype=np.float32)
 
     @property
     def mask_scores(self) -> np.ndarray:
-        """[n], float32."""
+        """Mask scores [n], float32."""
         return np.array([instance.mask_score for instance in self], dtype=np.float32)
 
     def filter(
@@ -173,17 +174,18 @@ class Results(Sequence[Instance]):
         nms_threshold: float = 0.6,
         per_word: bool = False,
     ) -> Self:
-        """Other thresholds on the same instances: no model runs, and these results stay as they are.
+        """Return the instances that pass other thresholds; no model runs, and these results are not changed.
 
         Args:
-            score, mask_score: minimum of each.
-            labels: keep only these.
-            min_area: in pixels.
-            nms: a key of `ovsam.ops.nms.NMS`; where masks overlap by an IoU over `nms_threshold`, better ones stay, and
-                soft kinds lower the others' scores. `per_word`: only among instances of one label.
+            score, mask_score: lowest value of each.
+            labels: labels to keep.
+            min_area: lowest area in pixels.
+            nms: a key of `ovsam.ops.nms.NMS`: of masks that overlap by an IoU over `nms_threshold` the highest score is
+                kept; soft methods lower the scores of the others.
+            per_word: whether suppression is limited to instances of one label.
 
         Raises:
-            InputError: unknown NMS method.
+            InputError: the NMS method is unknown.
         """
         labels = {labels} if isinstance(labels, str) else labels
         kept = [
@@ -195,7 +197,7 @@ class Results(Sequence[Instance]):
         ]
         if nms is not None:
             if nms not in NMS:
-                raise InputError(f"There is no NMS {nms!r}; there are {', '.join(NMS)}.")
+                raise InputError(f"There is no NMS method {nms!r}; choose one of {', '.join(NMS)}.")
             masks = [instance.segmentation for instance in kept]
             overlap = torch.from_numpy(rle.iou(masks, masks))
             if per_word:
@@ -207,30 +209,30 @@ class Results(Sequence[Instance]):
         return self._of(instance for instance in kept if instance.score >= score)
 
     def proposals(self) -> tuple[np.ndarray, np.ndarray]:
-        """Class-agnostic object proposals: boxes [n, 4] and scores [n], highest first, as detectors take them
-        (SAM, Kirillov et al. 2023, §7.3). The score is the objectness if there is one."""
+        """Class-agnostic object proposals: boxes [n, 4] and scores [n], highest first, for detectors (SAM, Kirillov et
+        al. 2023, §7.3). The score is the objectness if there is one."""
         scores = np.array([one.score if one.objectness is None else one.objectness for one in self], dtype=np.float32)
         order = np.argsort(-scores, kind="stable")
         return self.boxes[order], scores[order]
 
     def id_map(self) -> np.ndarray:
-        """Which instance each pixel belongs to, [H, W] int32: its place counted from 1, 0 for none. Where masks
-        overlap, the higher score has the pixel."""
+        """Return the instance of each pixel, [H, W] int32: its index counted from 1, 0 for none. If masks overlap, the
+        pixel belongs to the higher score."""
         return id_map(self)
 
     def to_semantic(self) -> np.ndarray:
-        """The label_id of each pixel [H, W] int32, -1 where there is no instance; see `id_map` for overlaps."""
+        """Return the label_id of each pixel [H, W] int32, -1 without an instance; see `id_map` for overlaps."""
         label_ids = np.array([-1, *(instance.label_id for instance in self)], dtype=np.int32)
         return label_ids[self.id_map()]
 
     def to_panoptic(
         self, label_ids_to_fuse: Collection[int] = (), overlap_mask_area_threshold: float = 0.8
     ) -> dict[str, Any]:
-        """As Mask2Former's `post_process_panoptic_segmentation`: segmentation [H, W] int32, the segment's id or 0, and
+        """As `post_process_panoptic_segmentation` of Mask2Former: segmentation [H, W] int32, the segment id or 0, and
         segments_info, dicts of id, label_id, label, was_fused and score.
 
-        An instance that keeps no more than `overlap_mask_area_threshold` of its mask goes; those of one label in
-        `label_ids_to_fuse` are one segment. See `id_map` for overlaps.
+        Instances that keep at most `overlap_mask_area_threshold` of their mask are removed; those of one label in
+        `label_ids_to_fuse` form one segment. See `id_map` for overlaps.
         """
         owners = self.id_map()
         left = np.bincount(owners.ravel(), minlength=len(self) + 1)[1:]
@@ -240,12 +242,12 @@ class Results(Sequence[Instance]):
         return {"segmentation": np.array([0, *ids], dtype=np.int32)[owners], "segments_info": segments}
 
     def counts(self) -> dict[str, int]:
-        """How many there are of each label, the most frequent first."""
+        """Number of instances of each label, the most frequent first."""
         return dict(Counter(self.labels).most_common())
 
     def table(self) -> str:
-        """The instances as lines of text; boxes are x1,y1,x2,y2, as the command line reads them. Of several the last
-        line says how many there are of each label."""
+        """The instances as lines of text; boxes are x1,y1,x2,y2, as in the arguments of the command line. For several
+        instances a last line counts them by label."""
         rows = [("label", "score", "mask score", "box", "area")]
         for instance in self:
             box = ",".join(f"{value:.0f}" for value in instance.box)
@@ -260,49 +262,49 @@ class Results(Sequence[Instance]):
         return "\n".join([*lines, self._count()] if len(self) > 1 else lines)
 
     def overlay(self, image: Picture, zoom: int = 1) -> Image.Image:
-        """Draw masks and names over the picture they were found in, enlarged by a whole factor.
+        """Draw masks and class names over the image of these results, enlarged by a whole factor.
 
-        Names need room: a picture under about 256 pixels wants a `zoom`. Raises InputError for a picture of another
-        size than theirs.
+        Tags need room: use `zoom` for images under about 256 pixels. Raises InputError if the image has another size
+        than these results.
         """
         return draw_overlay(self.check_picture(image), self, zoom)
 
     def check_picture(self, image: Picture) -> Image.Image:
-        """Open the picture that these were found in; raises InputError for one of another size."""
+        """Open the image of these results; raises InputError if it has another size."""
         return open_for(self, image)
 
     def to_coco(self, image_id: int = 1, labels: Sequence[str] = ()) -> dict[str, Any]:
-        """This one image as a COCO data set; see `ovsam.results.formats.coco.to_coco`."""
+        """Return this image as a COCO data set; see `ovsam.results.formats.coco.to_coco`."""
         return to_coco([self], image_id, labels)
 
     def to_yolo(self, labels: Sequence[str] = (), tolerance: float = 0.0) -> str:
-        """Lines of YOLO-seg; see `ovsam.results.formats.yolo.to_yolo`."""
+        """Return the lines of YOLO-seg; see `ovsam.results.formats.yolo.to_yolo`."""
         return to_yolo(self, labels, tolerance)
 
     def to_labelme(self, shape: str = "polygon", tolerance: float = 0.0) -> dict[str, Any]:
-        """LabelMe's record; see `ovsam.results.formats.labelme.to_labelme`."""
+        """Return the LabelMe record; see `ovsam.results.formats.labelme.to_labelme`."""
         return to_labelme(self, shape, tolerance)
 
     def to_cvat(self) -> str:
-        """The `<image>` element of CVAT for images 1.1 as text; see `ovsam.results.formats.cvat`."""
+        """Return the `<image>` element of CVAT for images 1.1 as text; see `ovsam.results.formats.cvat`."""
         return ElementTree.tostring(to_cvat(self), encoding="unicode")
 
     def to_label_studio(self, shape: str = "brush", image_url: str = "") -> dict[str, Any]:
-        """Label Studio's task with a prediction; see `ovsam.results.formats.label_studio.to_label_studio`."""
+        """Return a Label Studio task with a prediction; see `ovsam.results.formats.label_studio.to_label_studio`."""
         return to_label_studio(self, shape, image_url)
 
     def to_geojson(
         self, transform: Sequence[float] | None = None, crs: str | None = None, tolerance: float = 0.0
     ) -> dict[str, Any]:
-        """A FeatureCollection; see `ovsam.results.formats.geojson.to_geojson`."""
+        """Return a GeoJSON FeatureCollection; see `ovsam.results.formats.geojson.to_geojson`."""
         return to_geojson(self, transform, crs, tolerance)
 
     def to_supervision(self) -> "supervision.Detections":
-        """`supervision.Detections`, masks dense; needs `pip install supervision`."""
+        """Return `supervision.Detections` with dense masks; needs `pip install supervision`."""
         return libraries.to_supervision(self)
 
     def to_fiftyone(self) -> "fiftyone.Detections":
-        """`fiftyone.Detections`, masks cut to their boxes; needs `pip install fiftyone`."""
+        """Return `fiftyone.Detections` with masks cropped to their boxes; needs `pip install fiftyone`."""
         return libraries.to_fiftyone(self)
 
     @classmethod
@@ -312,53 +314,54 @@ class Results(Sequence[Instance]):
         format: str | None = None,
         images: str | os.PathLike[str] | None = None,
     ) -> list[Self]:
-        """The images of a label file or folder, in any format of `ovsam.results.formats`; see `read_labels`."""
+        """Read the images of a label file or folder, in any format of `ovsam.results.formats`; see `read_labels`."""
         return [cls._from(image) for image in read_labels(source, format, images)]
 
     @classmethod
     def from_coco(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Self]:
-        """The images of a COCO json, or of its content; see `ovsam.results.formats.coco.read_coco`."""
+        """Read the images of a COCO JSON file, or of its content; see `ovsam.results.formats.coco.read_coco`."""
         return [cls._from(image) for image in read_coco(source)]
 
     @classmethod
     def from_yolo(
         cls, folder: str | os.PathLike[str], images: str | os.PathLike[str] | None = None, labels: Sequence[str] = ()
     ) -> list[Self]:
-        """The images of a YOLO-seg data set; see `ovsam.results.formats.yolo.read_yolo`."""
+        """Read the images of a YOLO-seg data set; see `ovsam.results.formats.yolo.read_yolo`."""
         return [cls._from(image) for image in read_yolo(folder, images, labels)]
 
     @classmethod
     def from_labelme(cls, source: str | os.PathLike[str]) -> list[Self]:
-        """The images of LabelMe's json files; see `ovsam.results.formats.labelme.read_labelme`."""
+        """Read the images of LabelMe's JSON files; see `ovsam.results.formats.labelme.read_labelme`."""
         return [cls._from(image) for image in read_labelme(source)]
 
     @classmethod
     def from_cvat(cls, path: str | os.PathLike[str]) -> list[Self]:
-        """The images of an xml of CVAT for images 1.1; see `ovsam.results.formats.cvat.read_cvat`."""
+        """Read the images of an XML file of CVAT for images 1.1; see `ovsam.results.formats.cvat.read_cvat`."""
         return [cls._from(image) for image in read_cvat(path)]
 
     @classmethod
     def from_label_studio(cls, path: str | os.PathLike[str]) -> list[Self]:
-        """The images of Label Studio's json; see `ovsam.results.formats.label_studio.read_label_studio`."""
+        """Read the images of a JSON file of Label Studio; see
+        `ovsam.results.formats.label_studio.read_label_studio`."""
         return [cls._from(image) for image in read_label_studio(path)]
 
     @classmethod
     def from_geojson(cls, source: str | os.PathLike[str]) -> list[Self]:
-        """The images of GeoJSON files that ovsam wrote; see `ovsam.results.formats.geojson.read_geojson`."""
+        """Read the images of GeoJSON files of ovsam; see `ovsam.results.formats.geojson.read_geojson`."""
         return [cls._from(image) for image in read_geojson(source)]
 
     @classmethod
     def from_supervision(
         cls, detections: "supervision.Detections", labels: Sequence[str] = (), file_name: str | None = None
     ) -> Self:
-        """The instances of `supervision.Detections` with masks; see `ovsam.results.formats.libraries`."""
+        """Read the instances of `supervision.Detections` with masks; see `ovsam.results.formats.libraries`."""
         return cls._from(libraries.from_supervision(detections, labels, file_name))
 
     @classmethod
     def from_fiftyone(
         cls, detections: "fiftyone.Detections", size: tuple[int, int], file_name: str | None = None
     ) -> Self:
-        """The instances of `fiftyone.Detections` in an image of this size (height, width)."""
+        """Read the instances of `fiftyone.Detections` in an image of this size (height, width)."""
         return cls._from(libraries.from_fiftyone(detections, size, file_name))
 
     @classmethod

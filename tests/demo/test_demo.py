@@ -163,7 +163,7 @@ def test_limits_of_uploads_are_one_sentence_without_the_path(tmp_path, monkeypat
     Image.new("1", (6000, 5000)).save(tmp_path / "wide.png")
     assert sentence("wide.png").startswith("wide.png has 6000x5000 pixels; 25 million are the most here.")
     (tmp_path / "text.png").write_text("no picture")
-    assert "text.png is not a picture that can be read" in sentence("text.png")
+    assert "text.png is not an image in a supported format" in sentence("text.png")
     monkeypatch.setattr(engine, "MAX_MEGABYTES", 0.01)
     (tmp_path / "heavy.png").write_bytes(b"0" * 20_000)
     assert "heavy.png has more than" in sentence("heavy.png")

@@ -314,7 +314,7 @@ def test_sources(photos, tmp_path):
     listing = list_items([str(photos / "coco.json")])
     assert listing.root == photos.absolute() and listing.items[0].open().size == (48, 40)
     (photos / "coco.json").write_text("{}")
-    with pytest.raises(InputError, match="is no COCO json"):
+    with pytest.raises(InputError, match="is not a COCO JSON file"):
         keys(photos / "coco.json")
     with pytest.raises(InputError, match="No file matches"):
         keys("photos/*.gif")
@@ -338,7 +338,7 @@ def test_archives(photos):
     with Image.open(photos / "1/004.png") as expected:
         for place in (1, 3):
             assert (np.asarray(listing.items[place].open()) == np.asarray(expected)).all()
-    with pytest.raises(InputError, match="in/text.png in .*some.zip is not a picture"):
+    with pytest.raises(InputError, match="in/text.png in .*some.zip is not an image"):
         listing.items[4].open()
     with tarfile.open("some.tar.gz", "w:gz") as tar:
         tar.add("photos/1/001.png")

@@ -112,7 +112,7 @@ def test_yolo_is_read_back(results, tmp_path):
         '  0: "dot"', '  1: "ring"', '  2: "two"', '  3: "noise"', '  4: "all"',
     ]  # fmt: skip
     assert to_yolo(results).split("\n")[0].startswith("4 ")  # without names, the label_id
-    with pytest.raises(InputError, match="'ring' is not among the 1 labels"):
+    with pytest.raises(InputError, match="'ring' is not one of the 1 labels"):
         to_yolo(results, ["dot"])
 
 
@@ -233,8 +233,8 @@ def test_coco_of_other_tools(tmp_path, caplog):
     assert found[0].mask[5:25, 5:25].all() and found[0].mask[30:40, 30:40].any() and not found[0].mask[:5].any()
     assert "1 crowds (iscrowd) left out" in caplog.text and "1 boxes without an outline left out" in caplog.text
     for wrong, message in (
-        ({"category_id": 5}, "of the category 5, which the file does not have"),
-        ({"image_id": 5}, "of the image 5, which the file does not have"),
+        ({"category_id": 5}, "has the category 5, which is missing in the file"),
+        ({"image_id": 5}, "has the image 5, which is missing in the file"),
         ({"segmentation": [[0, 0, 500, 0, 500, 9]]}, "The annotation 1 of The data set lies outside"),
     ):
         broken = content | {"annotations": [content["annotations"][0] | wrong]}
@@ -255,9 +255,9 @@ def test_yolo_of_other_tools(tmp_path):
         assert found.labels == ["dog"] and found.file_name == "a.png" and 280 < found[0].area < 320
     assert Results.from_yolo(tmp_path, labels=["cow", "ant"])[0].labels == ["ant"]
     for line, message in (
-        ("2 0 0 1 0 1 1", "Line 1 of .*a.txt is not the number of one of 2 names"),
-        ("1 0 0 1 0 1", "is not the number of one of 2 names and x, y of a polygon"),
-        ("1 0 0 3 0 3 3", "Line 1 of .*a.txt lies outside its picture"),
+        ("2 0 0 1 0 1 1", "Line 1 of .*a.txt must be the number of one of 2 names"),
+        ("1 0 0 1 0 1", "must be the number of one of 2 names and a polygon x, y"),
+        ("1 0 0 3 0 3 3", "Line 1 of .*a.txt lies outside its image"),
     ):
         (tmp_path / "labels/a.txt").write_text(line)
         with pytest.raises(InputError, match=message):
@@ -283,7 +283,7 @@ def test_labelme_of_people(tmp_path):
     assert found[0].area == 400 and found[1].area == pytest.approx(314, abs=12)
     shapes[0]["points"][0][0] = 300
     (tmp_path / "a.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="The shape 1 of .*a.json lies outside its picture"):
+    with pytest.raises(InputError, match="The shape 1 of .*a.json lies outside its image"):
         Results.from_labelme(tmp_path)
 
 
@@ -305,10 +305,10 @@ def test_label_studio_of_people(tmp_path):
     np.testing.assert_array_equal(found[0].mask, mask)
     brush["value"]["rle"] = brush["value"]["rle"][:-8]
     (tmp_path / "a.json").write_text(json.dumps([task]))
-    with pytest.raises(InputError, match="The region b of task 1 in .* has run lengths that end too soon"):
+    with pytest.raises(InputError, match="The region b of task 1 in .* has incomplete run lengths"):
         Results.from_label_studio(tmp_path / "a.json")
     (tmp_path / "a.json").write_text(json.dumps([{"data": {"image": "a.png"}}]))
-    with pytest.raises(InputError, match="Task 1 of .* its size is unknown"):
+    with pytest.raises(InputError, match="Task 1 of .* has no size"):
         Results.from_label_studio(tmp_path / "a.json")
 
 
@@ -328,7 +328,7 @@ def test_label_studio_polygons(results, tmp_path):
 def test_run_lengths_of_label_studio(number):
     mask = odd_masks()[number]
     np.testing.assert_array_equal(decode_rle(encode_rle(mask), *SIZE), mask)
-    with pytest.raises(InputError, match="has run lengths of 4800 pixels; its picture has 4900"):
+    with pytest.raises(InputError, match="has run lengths of 4800 pixels; its image has 4900"):
         decode_rle(encode_rle(mask), 70, 70)
 
 
@@ -363,10 +363,10 @@ def test_parts_are_the_mask(number):
 
 def test_formats_are_recognised_or_refused(results, tmp_path):
     for name, content, message in (
-        ("a.json", "{}", "is in none of the formats coco, yolo"),
-        ("b.json", "{", "is not a json file"),
-        ("c.xml", "<a", "is not an xml file"),
-        ("d.xml", "<a/>", "is not of CVAT for images 1.1"),
+        ("a.json", "{}", "has none of the supported formats, coco, yolo"),
+        ("b.json", "{", "is not a JSON file"),
+        ("c.xml", "<a", "is not an XML file"),
+        ("d.xml", "<a/>", "is not a file of CVAT for images 1.1"),
         ("e.txt", "", "is one label file of YOLO"),
     ):
         (tmp_path / name).write_text(content)

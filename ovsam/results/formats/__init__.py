@@ -1,7 +1,8 @@
-"""Label formats, one file each: `to_*` makes the record of one image, `write_*` a file or a folder, `read_*` reads it.
+"""Label formats, one module each: `to_*` returns the record of one image, `write_*` writes a file or a folder, `read_*`
+reads it.
 
-Writers take any iterable of images and hold one in memory at a time. Masks are exact in every format but for `masks`,
-whose maps have one instance a pixel.
+Writers take any iterable of images and hold one in memory at a time. Masks are exact in every format except `masks`,
+whose maps have one instance at each pixel.
 """
 
 import os
@@ -18,7 +19,7 @@ from ovsam.results.formats.labelme import read_labelme, write_labelme
 from ovsam.results.formats.masks import read_masks, write_masks
 from ovsam.results.formats.yolo import read_yolo, write_yolo
 
-FORMATS = {  # what each is written to: a file with this ending, or a folder
+FORMATS = {  # format -> ending of its file, or "" for a folder
     "coco": ".json",
     "yolo": "",
     "labelme": "",
@@ -30,9 +31,9 @@ FORMATS = {  # what each is written to: a file with this ending, or a folder
 
 
 def check_format(name: str) -> str:
-    """Raises InputError for an unknown format."""
+    """Return the name; raises InputError for an unknown format."""
     if name not in FORMATS:
-        raise InputError(f"There is no label format {name!r}; there are {', '.join(FORMATS)}.")
+        raise InputError(f"There is no label format {name!r}; choose one of {', '.join(FORMATS)}.")
     return name
 
 
@@ -43,15 +44,16 @@ def write_labels(
     labels: Sequence[str] = (),
     images: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write images in a label format to a file or a folder, whichever the format has (`FORMATS`).
+    """Write images in a label format to a file or a folder, depending on the format (`FORMATS`).
 
     Args:
-        labels: the label names in their order; "yolo" needs all of them.
-        images: the folder that file names start from: LabelMe's paths lead there, and GeoJSON takes its map coordinates
-            from georeferenced images there.
+            labels: the label names in order; "yolo" needs all of them.
+            images: the folder that file names are relative to: LabelMe's paths lead there, and GeoJSON takes its map
+                coordinates from georeferenced images there.
 
     Raises:
-        InputError: unknown format, a label that is not among those of "yolo", two images with one label file.
+        InputError: the format is unknown, a label is missing in those of "yolo", or two images have the same label
+            file.
     """
     match check_format(format):
         case "coco":
@@ -76,11 +78,11 @@ def read_labels(
     """Read the images of a label file or folder.
 
     Args:
-        format: by default recognised from the content.
-        images: the folder of the image files, where the format does not hold their sizes ("yolo").
+        format: name of the format; by default recognised from the content.
+        images: folder of the image files, for formats without image sizes ("yolo").
 
     Raises:
-        InputError: a format that is unknown or not recognised, or what the readers of the formats raise.
+        InputError: the format is unknown or not recognised, or the files are invalid.
     """
     match check_format(format) if format else recognise(source):
         case "coco":
@@ -100,7 +102,7 @@ def read_labels(
 
 
 def recognise(source: str | os.PathLike[str]) -> str:
-    """The format of a label file or folder; raises InputError if it is none of them."""
+    """Return the format of a label file or folder; raises InputError if it is unknown."""
     path = Path(source)
     if not path.exists():
         raise InputError(f"There are no labels at {path}; check the path.")
@@ -110,15 +112,15 @@ def recognise(source: str | os.PathLike[str]) -> str:
         if any(path.rglob("*.geojson")):
             return "geojson"
         if any(path.rglob("*.xml")):
-            raise InputError(f"{path} is a folder; CVAT's labels are one xml: name it.")
+            raise InputError(f"{path} is a folder; CVAT's labels are one XML file: name that file.")
         example = next(iter(sorted(path.rglob("*.json"))), None)
         if example is None:
-            raise InputError(f"{path} has no label files.")
+            raise InputError(f"{path} has no label files; name a folder or a file of labels.")
         if example.with_suffix(".png").is_file() and "instances" in load_json(example):
             return "masks"
         found = recognise(example)
         if found != "labelme":
-            raise InputError(f"{path} is a folder; {found} is one file: name it.")
+            raise InputError(f"{path} is a folder; {found} is one file: name that file.")
         return found
     if path.suffix.lower() == ".xml":
         return "cvat"
@@ -135,4 +137,4 @@ def recognise(source: str | os.PathLike[str]) -> str:
         for key, name in (("annotations", "coco"), ("shapes", "labelme"), ("features", "geojson")):
             if key in content:
                 return name
-    raise InputError(f"{path} is in none of the formats {', '.join(FORMATS)}.")
+    raise InputError(f"{path} has none of the supported formats, {', '.join(FORMATS)}.")

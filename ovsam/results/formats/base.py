@@ -1,4 +1,4 @@
-"""What the label formats share: the records that readers return, numbers of labels, names of label files."""
+"""Shared code of the label formats: the records that readers return, numbers of labels, names of label files."""
 
 import json
 import os
@@ -17,7 +17,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 
 class Labelled(Protocol):
-    """One image with its instances: `Results`, and what the readers return."""
+    """One image with its instances: `Results`, or the output of a reader."""
 
     size: tuple[int, int]
     file_name: str | None
@@ -39,7 +39,7 @@ class LabelledImage:
         return iter(self.instances)
 
     def add(self, label: str, label_id: int, segmentation: rle.RLE, **known: Any) -> None:
-        """Append an instance; what a format does not hold takes the values of an annotation made by hand."""
+        """Append an instance; fields that a format lacks take the values of a manual annotation."""
         kept: dict[str, Any] = {"score": 1.0, "mask_score": 1.0, "prompt": label, "source": "file", "topk": []} | known
         kept["topk"] = [(str(name), float(score)) for name, score in kept["topk"] or []]
         self.instances.append(
@@ -56,7 +56,7 @@ class LabelledImage:
 
 
 class Numbers(dict[str, int]):
-    """Labels numbered from 0: the given ones in their order, then others as they come."""
+    """Labels numbered from 0: the given ones in order, then others in order of appearance."""
 
     def __init__(self, labels: Iterable[str] = ()):
         super().__init__({label: number for number, label in enumerate(dict.fromkeys(labels))})
@@ -66,21 +66,21 @@ class Numbers(dict[str, int]):
 
 
 def visible(result: Labelled) -> list[Instance]:
-    """The instances that have a pixel; label formats have no empty masks."""
+    """Instances with a non-empty mask; label formats have no empty masks."""
     return [instance for instance in result if instance.area]
 
 
 def stem(result: Labelled) -> str:
-    """The place of an image's label file in a folder, without ending: the image's own place if that is relative."""
+    """Path of an image's label file in a folder, without ending: that of the image itself if it is relative."""
     path = PurePosixPath((result.file_name or "").replace("\\", "/"))
     if not path.name:
-        raise InputError("A picture without a file_name cannot have a label file; set `results.file_name`.")
+        raise InputError("An image without a file_name cannot have a label file; set `results.file_name`.")
     inside = not (path.is_absolute() or ".." in path.parts or ":" in path.parts[0])
     return str(path.with_suffix("")) if inside else path.stem
 
 
 class Stems:
-    """Gives each image the place of its label file; raises InputError where two would share one."""
+    """Assigns a label file to each image; raises InputError if two images would share one."""
 
     def __init__(self) -> None:
         self.taken: dict[str, str | None] = {}
@@ -89,7 +89,7 @@ class Stems:
         name = stem(result)
         if name in self.taken:
             raise InputError(
-                f"The pictures {self.taken[name]} and {result.file_name} would both have the label file {name!r}; "
+                f"The images {self.taken[name]} and {result.file_name} would both have the label file {name!r}; "
                 "rename one of them."
             )
         self.taken[name] = result.file_name
@@ -97,26 +97,26 @@ class Stems:
 
 
 def load_json(path: str | os.PathLike[str]) -> Any:
-    """Raises InputError for what is missing or no json."""
+    """Load a JSON file; raises InputError if it is missing or invalid."""
     if not Path(path).is_file():
         raise InputError(f"There is no file {path}; check the path.")
     try:
         return json.loads(Path(path).read_bytes())
     except ValueError as error:
-        raise InputError(f"{path} is not a json file: {error}.") from error
+        raise InputError(f"{path} is not a JSON file: {error}.") from error
 
 
 def files_below(folder: str | os.PathLike[str], endings: Sequence[str]) -> list[Path]:
-    """Files below a folder, or the one file that is given, sorted; raises InputError if there is none."""
+    """Sorted files below a folder, or the given file itself; raises InputError if there are none."""
     path = Path(folder)
     found = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.suffix.lower() in endings)
     if not found:
-        raise InputError(f"There is no {' or '.join(endings)} file in {folder}.")
+        raise InputError(f"There is no {' or '.join(endings)} file in {folder}; check the path.")
     return found
 
 
 def picture_of(folders: Iterable[Path], place: str) -> Path | None:
-    """The image file at a place without ending below one of the folders."""
+    """Find the image file of a path without ending below one of the folders."""
     for folder in folders:
         for ending in PICTURES:
             for path in (folder / f"{place}{ending}", folder / f"{place}{ending.upper()}"):
@@ -126,11 +126,11 @@ def picture_of(folders: Iterable[Path], place: str) -> Path | None:
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file with its EXIF orientation applied, from its header."""
+    """Height and width of an image file after its EXIF orientation, from its header."""
     try:
         with Image.open(path) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) >= 5
-    except Exception as error:  # each decoder has errors of its own
-        raise InputError(f"{path} cannot be read ({error}), and its label file needs its size.") from error
+    except Exception as error:  # each decoder raises errors of its own
+        raise InputError(f"{path} cannot be read ({error}); its label file needs its size.") from error
     return (width, height) if turned else (height, width)

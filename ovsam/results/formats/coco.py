@@ -1,4 +1,4 @@
-"""COCO's instances: one json; masks as compressed run lengths, boxes as x, y, width, height, iscrowd always 0."""
+"""COCO instances: one JSON file; masks as compressed run lengths, boxes as x, y, width, height, iscrowd always 0."""
 
 import json
 import logging
@@ -16,15 +16,15 @@ from ovsam.results.instance import Instance
 
 logger = logging.getLogger(__name__)
 
-EXTRAS = ("score", "mask_score", "prompt", "source", "topk", "objectness")  # of an annotation, beyond COCO's own keys
+EXTRAS = ("score", "mask_score", "prompt", "source", "topk", "objectness")  # keys of an annotation beyond COCO's own
 
 
 def to_coco(results: Iterable[Labelled], first_image_id: int = 1, labels: Sequence[str] = ()) -> dict[str, Any]:
     """Return images as one COCO data set: boxes are x, y, width, height, masks compressed RLE, iscrowd always 0.
 
-    Each annotation also carries `label`, `score`, `mask_score`, `prompt`, `source`, `topk` and `objectness`.
-    Categories are numbered from 1: first `labels` in their order (give the vocabulary to have the same numbers in every
-    file), then other labels as they come.
+    Each annotation also has `label`, `score`, `mask_score`, `prompt`, `source`, `topk` and `objectness`. Categories are
+    numbered from 1: first `labels` in order (pass the vocabulary to have the same numbers in every file), then other
+    labels in order of appearance.
     """
     results = list(results)
     numbers, images, annotations = Numbers(labels), [], []
@@ -41,7 +41,7 @@ def to_coco(results: Iterable[Labelled], first_image_id: int = 1, labels: Sequen
 
 
 def write_coco(results: Iterable[Labelled], path: str | os.PathLike[str], labels: Sequence[str] = ()) -> None:
-    """Write images to one COCO json file, with what `to_coco` returns, in the memory that one image takes.
+    """Write images to one COCO JSON file with the content of `to_coco`, in the memory of one image.
 
     Raises InputError if its folder does not exist.
     """
@@ -73,23 +73,23 @@ def write_coco(results: Iterable[Labelled], path: str | os.PathLike[str], labels
 def read_coco(
     source: str | os.PathLike[str] | Mapping[str, Any], images: str | os.PathLike[str] | None = None
 ) -> list[LabelledImage]:
-    """The images of a COCO json, in its order; `label_id` is a category's place in the file.
+    """Return the images of a COCO JSON file, in its order; `label_id` is the index of the category in the file.
 
-    Crowds and annotations without an outline are left out with a warning: neither is the mask of one object.
+    Crowds and annotations without an outline are skipped with a warning: neither is the mask of one object.
 
     Args:
-        source: the path of a json, or its content.
-        images: folder of the image files, read only for sizes that the json does not state.
+        source: path of a JSON file, or its content.
+        images: folder of the image files, read only for sizes that the JSON file lacks.
 
     Raises:
-        InputError: no such file or another format, unknown ids, an outline that does not fit its image.
+        InputError: the file is missing or has another format, has unknown ids, or an outline does not fit its image.
     """
     name = "The data set" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else load_json(source)
     if not isinstance(content, Mapping) or not all(
         isinstance(content.get(table), list) for table in ("images", "annotations", "categories")
     ):
-        raise InputError(f"{name} is no COCO json: it must have the lists images, annotations and categories.")
+        raise InputError(f"{name} is not a COCO JSON file: it must have the lists images, annotations and categories.")
     places = {category["id"]: place for place, category in enumerate(content["categories"])}
     names = [str(category["name"]) for category in content["categories"]]
     model = str(content.get("info", {}).get("model", "")) if isinstance(content.get("info"), Mapping) else ""
@@ -107,8 +107,8 @@ def read_coco(
         if image is None or place is None:
             kind = "image" if image is None else "category"
             raise InputError(
-                f"The annotation {annotation.get('id')} of {name} is of the {kind} {annotation.get(kind + '_id')!r}, "
-                "which the file does not have."
+                f"The annotation {annotation.get('id')} of {name} has the {kind} {annotation.get(kind + '_id')!r}, "
+                "which is missing in the file."
             )
         if annotation.get("iscrowd") or not outlines.is_outline(annotation.get("segmentation")):
             skipped["crowds (iscrowd)" if annotation.get("iscrowd") else "boxes without an outline"] += 1

@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: one xml; masks as run lengths of their box, row by row, background first."""
+"""CVAT for images 1.1: one XML file; masks as run lengths of their box, row by row, background first."""
 
 import os
 import tempfile
@@ -18,7 +18,7 @@ from ovsam.results.instance import Instance
 
 
 def to_cvat(result: Labelled, image_id: int = 0) -> ElementTree.Element:
-    """The element <image> of one image, with a <mask> an instance; the score is an attribute of the mask."""
+    """Return the element <image> of one image, with one <mask> for each instance; scores are attributes of masks."""
     height, width = result.size
     facts = {"id": image_id, "name": result.file_name or "", "width": width, "height": height}
     image = _element("image", facts)
@@ -34,9 +34,9 @@ def to_cvat(result: Labelled, image_id: int = 0) -> ElementTree.Element:
 
 
 def write_cvat(results: Iterable[Labelled], path: str | os.PathLike[str], labels: Iterable[str] = ()) -> None:
-    """Write images to one xml of CVAT for images 1.1, in the memory that one image takes.
+    """Write images to one XML file of CVAT for images 1.1, in the memory of one image.
 
-    Its <meta> names the labels, those of `labels` first. Raises InputError if its folder does not exist.
+    Its <meta> lists the labels, those of `labels` first. Raises InputError if its folder does not exist.
     """
 
     def write(temporary: Path) -> None:
@@ -60,21 +60,23 @@ def write_cvat(results: Iterable[Labelled], path: str | os.PathLike[str], labels
 
 
 def read_cvat(path: str | os.PathLike[str]) -> list[LabelledImage]:
-    """The images of an xml of CVAT for images 1.1: masks, polygons and unrotated boxes.
+    """Return the images of an XML file of CVAT for images 1.1: masks, polygons and unrotated boxes.
 
-    Tags, points and lines have no area and are left out.
+    Tags, points and lines have no area and are skipped.
 
     Raises:
-        InputError: no such file, another format, a shape that does not fit its image.
+        InputError: the file is missing, has another format, or a shape does not fit its image.
     """
     if not Path(path).is_file():
         raise InputError(f"There is no file {path}; check the path.")
     try:
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
-        raise InputError(f"{path} is not an xml file: {error}.") from error
+        raise InputError(f"{path} is not an XML file: {error}.") from error
     if root.tag != "annotations" or root.find("track") is not None:
-        raise InputError(f"{path} is not of CVAT for images 1.1: it must have <annotations> with an <image> each.")
+        raise InputError(
+            f"{path} is not a file of CVAT for images 1.1: it must be <annotations> with <image> elements."
+        )
     numbers, found = Numbers(name.text or "" for name in root.iterfind("meta//label/name")), []
     for element in root.iterfind("image"):
         size = int(element.get("height")), int(element.get("width"))

@@ -1,4 +1,4 @@
-"""GeoJSON (RFC 7946): a FeatureCollection an image, in map coordinates where the image has them."""
+"""GeoJSON (RFC 7946): a FeatureCollection for each image, in map coordinates if the image has them."""
 
 import json
 import os
@@ -27,14 +27,14 @@ PIXELS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 def to_geojson(
     result: Labelled, transform: Sequence[float] | None = None, crs: str | None = None, tolerance: float = 0.0
 ) -> dict[str, Any]:
-    """The instances of one image as features: a Polygon, or a MultiPolygon of several parts.
+    """Return the instances of one image as features: a Polygon, or a MultiPolygon for several parts.
 
     Args:
         transform: a, b, c, d, e, f of the affine map from pixels: x = a column + b row + c, y = d column + e row + f;
             the first six numbers of rasterio's `transform`. Without it coordinates are pixels from the upper left.
-        crs: the coordinate system of these, such as "EPSG:32633"; RFC 7946 has WGS 84 only, and others are named by the
+        crs: coordinate system of these, such as "EPSG:32633"; RFC 7946 has WGS 84 only, and others are stored in the
             member `crs` of its predecessor, which GIS programs read.
-        tolerance: that of `ovsam.ops.polygons.to_polygon`.
+        tolerance: as in `ovsam.ops.polygons.to_polygon`.
     """
     a, b, c, d, e, f = transform or PIXELS
     turned = a * e - b * d < 0  # the map's y axis points up: clockwise becomes counterclockwise
@@ -73,8 +73,8 @@ def write_geojson(
 ) -> None:
     """Write <image>.geojson for every image.
 
-    images: the folder that file names start from; a georeferenced image there gives its features map coordinates, if
-    rasterio is installed.
+    images: the folder that file names are relative to; georeferenced images there give their features map coordinates,
+    if rasterio is installed.
     """
     stems = Stems()
     for result in results:
@@ -84,19 +84,17 @@ def write_geojson(
 
 
 def read_geojson(source: str | os.PathLike[str]) -> list[LabelledImage]:
-    """The images of the files that `write_geojson` wrote in a folder, or of one; map coordinates become pixels again.
+    """Return the images of the files of `write_geojson` in a folder, or of one file, in pixels.
 
     Raises:
-        InputError: no such file, another format, a polygon that does not fit its image.
+        InputError: a file is missing, has another format, or a polygon does not fit its image.
     """
     found, numbers = [], Numbers()
     for path in files_below(source, (".geojson", ".json")):
         content = load_json(path)
         facts = content.get("image") if isinstance(content, dict) else None
         if not isinstance(facts, dict) or not {"height", "width"} <= facts.keys():
-            raise InputError(
-                f"{path} does not hold the size of its image; only the GeoJSON that ovsam writes can be read back."
-            )
+            raise InputError(f"{path} does not hold the size of its image; only GeoJSON files of ovsam can be read.")
         a, b, c, d, e, f = facts.get("transform") or PIXELS
         inverse = np.linalg.inv([[a, b, c], [d, e, f], [0, 0, 1]])
         image = LabelledImage((int(facts["height"]), int(facts["width"])), facts.get("file_name"))
@@ -104,7 +102,7 @@ def read_geojson(source: str | os.PathLike[str]) -> list[LabelledImage]:
             geometry, known = feature["geometry"], dict(feature["properties"])
             polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
             rings = [np.array(one, float) @ inverse[:2, :2].T + inverse[:2, 2] for part in polygons for one in part]
-            # Bridges without width between rings keep holes open when one polygon is filled.
+            # Rings are connected by bridges without width, so that holes stay open in one filled polygon.
             whole = np.concatenate([part for one in rings for part in (one, rings[0][:1])])
             try:
                 segmentation = fill([whole.round(6)], *image.size)
@@ -118,7 +116,8 @@ def read_geojson(source: str | os.PathLike[str]) -> list[LabelledImage]:
 
 
 def georeference(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """`transform` and `crs` of a georeferenced image file for `to_geojson`; nothing for others, or without rasterio."""
+    """`transform` and `crs` of a georeferenced image file for `to_geojson`; empty for other files, or without
+    rasterio."""
     try:
         import rasterio
     except ImportError:
@@ -127,7 +126,7 @@ def georeference(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # most images have no georeference, and need none
+            warnings.simplefilter("ignore")  # most images have no georeference
             with rasterio.open(path) as image:
                 if image.crs is None or image.transform.is_identity:
                     return {}

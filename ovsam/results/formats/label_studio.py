@@ -1,6 +1,7 @@
-"""Label Studio: a json of tasks with predictions; masks in its own run lengths, polygons in percent.
+"""Label Studio: a JSON file of tasks with predictions; masks in its own run lengths, polygons in percent.
 
-Its run lengths are those of thi.ng/rle-pack over the four channels of an RGBA image, row by row; they are not COCO's.
+Its run lengths have the format of thi.ng/rle-pack over the four channels of an RGBA image, row by row; they are not
+COCO's.
 """
 
 import json
@@ -20,15 +21,15 @@ from ovsam.ops.polygons import fill, to_polygon
 from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, load_json, visible
 
 SHAPES = ("brush", "polygon")
-SIZES = (3, 4, 8, 16)  # bits in which the length of a run may be written
+SIZES = (3, 4, 8, 16)  # numbers of bits of the length of a run
 
 
 def to_label_studio(result: Labelled, shape: str = "brush", image_url: str = "") -> dict[str, Any]:
-    """One task with a prediction.
+    """Return one task with a prediction.
 
     Args:
-        shape: "brush", exact, or "polygon", which Label Studio can also export as COCO and YOLO.
-        image_url: what stands before the file name in `data.image`, such as "/data/local-files/?d=".
+        shape: "brush" (exact), or "polygon", which Label Studio can also export as COCO and YOLO.
+        image_url: prefix of the file name in `data.image`, such as "/data/local-files/?d=".
     """
     _check(shape)
     height, width = result.size
@@ -45,7 +46,7 @@ def to_label_studio(result: Labelled, shape: str = "brush", image_url: str = "")
         scores.append(instance.score)
         regions.append({"id": str(instance.id), **facts, "value": value, "score": round(instance.score, 4)})
     prediction: dict[str, Any] = {"model_version": result.model, "result": regions}
-    if regions:  # tasks can be sorted by it
+    if regions:  # a key to sort tasks by
         prediction["score"] = round(sum(scores) / len(scores), 4)
     name = result.file_name or ""
     data = {"image": f"{image_url}{name}", "file_name": name, "width": width, "height": height}
@@ -59,8 +60,8 @@ def write_label_studio(
     shape: str = "brush",
     image_url: str = "",
 ) -> None:
-    """Write a json of tasks, in the memory that one image takes, and beside it <name>.xml, the labelling interface that
-    shows them. Raises InputError if the folder does not exist."""
+    """Write a JSON file of tasks, in the memory of one image, and <name>.xml beside it, the labelling interface for
+    them. Raises InputError if the folder does not exist."""
     numbers = Numbers(labels)
 
     def write(temporary: Path) -> None:
@@ -78,7 +79,7 @@ def write_label_studio(
 
 
 def labelling_interface(labels: Iterable[str], shape: str = "brush") -> str:
-    """The labelling interface (its "labeling config") for tasks of `to_label_studio`."""
+    """Return the labelling interface (the "labeling config") for tasks of `to_label_studio`."""
     _check(shape)
     tag = f"{shape.title()}Labels"
     lines = ["<View>", '  <Image name="image" value="$image" zoom="true"/>', f'  <{tag} name="label" toName="image">']
@@ -87,15 +88,15 @@ def labelling_interface(labels: Iterable[str], shape: str = "brush") -> str:
 
 
 def read_label_studio(path: str | os.PathLike[str]) -> list[LabelledImage]:
-    """The images of Label Studio's json: brushes, polygons and unrotated rectangles of the last annotation that was not
-    cancelled, or else of the last prediction.
+    """Return the images of a JSON file of Label Studio: brushes, polygons and unrotated rectangles of the last
+    annotation that was not cancelled, or else of the last prediction.
 
     Raises:
-        InputError: no such file, another format, an image of unknown size, a region that does not fit its image.
+        InputError: the file is missing or has another format, an image has no size, or a region does not fit its image.
     """
     tasks = load_json(path)
     if not isinstance(tasks, list) or not all(isinstance(task, dict) and "data" in task for task in tasks):
-        raise InputError(f"{path} is no json of Label Studio: it must be a list of tasks with data.")
+        raise InputError(f"{path} is not a JSON file of Label Studio: it must be a list of tasks with data.")
     found, numbers = [], Numbers()
     for number, task in enumerate(tasks, start=1):
         drawn = [one for one in task.get("annotations") or [] if not one.get("was_cancelled")]
@@ -106,7 +107,7 @@ def read_label_studio(path: str | os.PathLike[str]) -> list[LabelledImage]:
         if regions:
             size = regions[0]["original_height"], regions[0]["original_width"]
         if not all(size):
-            raise InputError(f"Task {number} of {path} has no region and no width and height: its size is unknown.")
+            raise InputError(f"Task {number} of {path} has no size: it must have a region, or width and height.")
         image = LabelledImage((int(size[0]), int(size[1])), _file_name(data), model=chosen.get("model_version") or "")
         for region in regions:
             try:
@@ -121,7 +122,7 @@ def read_label_studio(path: str | os.PathLike[str]) -> list[LabelledImage]:
 
 
 def encode_rle(mask: np.ndarray) -> list[int]:
-    """A mask [H, W] of bool as Label Studio's run lengths, the bytes that its SDK's `mask2rle(mask * 255)` gives."""
+    """Encode a mask [H, W] bool as Label Studio's run lengths: the bytes of `mask2rle(mask * 255)` of its SDK."""
     flat = mask.ravel().astype(np.uint8) * 255
     starts = np.flatnonzero(np.diff(flat, prepend=~flat[:1]))
     lengths = 4 * np.diff(starts, append=len(flat))  # four channels
@@ -138,9 +139,9 @@ def encode_rle(mask: np.ndarray) -> list[int]:
 
 
 def decode_rle(counts: Iterable[int], height: int, width: int) -> np.ndarray:
-    """The mask [H, W] of Label Studio's run lengths: where the alpha channel is not 0.
+    """Decode Label Studio's run lengths into a mask [H, W]: the pixels whose alpha is not 0.
 
-    Raises InputError where they are not of an image of this size; the message lacks its subject.
+    Raises InputError if they do not fit an image of this size; the message lacks its subject.
     """
     bits = "".join(f"{byte:08b}" for byte in counts)
     place = 0
@@ -154,7 +155,7 @@ def decode_rle(counts: Iterable[int], height: int, width: int) -> np.ndarray:
         total, word = read(32), read(5) + 1
         sizes = [read(4) + 1 for _ in range(4)]
         if total != 4 * height * width:
-            raise InputError(f"has run lengths of {total // 4} pixels; its picture has {height * width}")
+            raise InputError(f"has run lengths of {total // 4} pixels; its image has {height * width}")
         pixels, at = np.zeros(total, dtype=np.uint8), 0
         while at < total:
             run, end = read(1), at + 1 + read(sizes[read(2)])
@@ -166,7 +167,7 @@ def decode_rle(counts: Iterable[int], height: int, width: int) -> np.ndarray:
     except ValueError as error:
         if isinstance(error, InputError):
             raise
-        raise InputError("has run lengths that end too soon") from error
+        raise InputError("has incomplete run lengths") from error
     return pixels.reshape(height, width, 4)[..., 3] > 0
 
 
@@ -196,4 +197,4 @@ def _file_name(data: dict[str, Any]) -> str | None:
 
 def _check(shape: str) -> None:
     if shape not in SHAPES:
-        raise InputError(f"Label Studio's shape is 'brush' or 'polygon', not {shape!r}.")
+        raise InputError(f"The shape for Label Studio must be 'brush' or 'polygon', not {shape!r}.")

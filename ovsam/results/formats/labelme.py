@@ -1,4 +1,4 @@
-"""LabelMe: a json an image, with polygons, or masks cut to their box as a PNG."""
+"""LabelMe: a JSON file for each image, with polygons, or masks cropped to their box as PNG."""
 
 import base64
 import io
@@ -28,12 +28,12 @@ from ovsam.results.formats.base import (
 
 
 def to_labelme(result: Labelled, shape: str = "polygon", tolerance: float = 0.0) -> dict[str, Any]:
-    """LabelMe's record of one image.
+    """Return the LabelMe record of one image.
 
-    shape: "polygon", which every tool reads (parts and holes are joined by bridges without width), or "mask".
+    shape: "polygon", which every tool reads (parts and holes are connected by bridges without width), or "mask".
     """
     if shape not in ("polygon", "mask"):
-        raise InputError(f"LabelMe's shape is 'polygon' or 'mask', not {shape!r}.")
+        raise InputError(f"The shape for LabelMe must be 'polygon' or 'mask', not {shape!r}.")
     height, width = result.size
     shapes = []
     for instance in visible(result):
@@ -63,8 +63,8 @@ def write_labelme(
 ) -> None:
     """Write LabelMe's <image>.json for every image.
 
-    images: the folder that file names start from; LabelMe looks for an image from where its json is. Without it, each
-    image is expected beside its json.
+    images: the folder that file names are relative to; LabelMe resolves the path of an image from its JSON file.
+    Without it, each image is expected beside its JSON file.
     """
     stems = Stems()
     for result in results:
@@ -78,18 +78,18 @@ def write_labelme(
 
 
 def read_labelme(source: str | os.PathLike[str]) -> list[LabelledImage]:
-    """The images of LabelMe's json files in a folder, or of one: polygons, rectangles, circles and masks.
+    """Return the images of LabelMe's JSON files in a folder, or of one file: polygons, rectangles, circles and masks.
 
-    Points and lines have no area and are left out.
+    Points and lines have no area and are skipped.
 
     Raises:
-        InputError: no such file, another format, a shape that does not fit its image.
+        InputError: a file is missing, has another format, or a shape does not fit its image.
     """
     found, numbers = [], Numbers()
     for path in files_below(source, (".json",)):
         record = load_json(path)
         if not isinstance(record, dict) or not {"shapes", "imageHeight", "imageWidth"} <= record.keys():
-            raise InputError(f"{path} is no file of LabelMe: it must have shapes, imageHeight and imageWidth.")
+            raise InputError(f"{path} is not a file of LabelMe: it must have shapes, imageHeight and imageWidth.")
         root = path.parent if Path(source).is_file() else Path(source)
         name = Path(str(record.get("imagePath") or path.stem).replace("\\", "/")).name
         place = (path.parent.relative_to(root) / name).as_posix()

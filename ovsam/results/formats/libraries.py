@@ -1,4 +1,4 @@
-"""Instances as objects of other Python libraries, which are imported only here: supervision and FiftyOne."""
+"""Conversion of instances to objects of supervision and FiftyOne, which are imported only here."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def to_supervision(result: Labelled) -> "supervision.Detections":
-    """`supervision.Detections` with dense masks; needs `pip install supervision`."""
+    """Return `supervision.Detections` with dense masks; needs `pip install supervision`."""
     import supervision
 
     instances = list(result)
@@ -34,18 +34,18 @@ def to_supervision(result: Labelled) -> "supervision.Detections":
 def from_supervision(
     detections: "supervision.Detections", labels: Sequence[str] = (), file_name: str | None = None
 ) -> LabelledImage:
-    """The instances of `supervision.Detections`, which must have masks.
+    """Return the instances of `supervision.Detections`, which must have masks.
 
-    labels: the names of class ids, for detections without `data["class_name"]`.
+    labels: class names by class id, for detections without `data["class_name"]`.
     """
     if detections.mask is None:
-        raise InputError("These detections have boxes only; an instance needs its mask.")
+        raise InputError("These detections have boxes only; instances need masks.")
     names = detections.data.get("class_name")
     image, numbers = LabelledImage(tuple(detections.mask.shape[1:]), file_name), Numbers(labels)
     for place, mask in enumerate(detections.mask):
         number = None if detections.class_id is None else int(detections.class_id[place])
         if names is None and (number is None or not number < len(labels)):
-            raise InputError(f"The class id {number} has no name; pass the labels.")
+            raise InputError(f"The class id {number} has no name; pass `labels`.")
         label = str(names[place] if names is not None else labels[number])
         known = {} if detections.confidence is None else {"score": float(detections.confidence[place])}
         image.add(label, numbers.of(label) if number is None else number, rle.encode(np.asarray(mask, bool)), **known)
@@ -53,7 +53,7 @@ def from_supervision(
 
 
 def to_fiftyone(result: Labelled) -> "fiftyone.Detections":
-    """`fiftyone.Detections`: boxes relative to the image, masks cut to their box; needs `pip install fiftyone`."""
+    """Return `fiftyone.Detections`: relative boxes, masks cropped to their box; needs `pip install fiftyone`."""
     import fiftyone
 
     height, width = result.size
@@ -67,8 +67,8 @@ def to_fiftyone(result: Labelled) -> "fiftyone.Detections":
 
 
 def from_fiftyone(detections: Any, size: tuple[int, int], file_name: str | None = None) -> LabelledImage:
-    """The instances of `fiftyone.Detections` in an image of this size (height, width); boxes without a mask are left
-    out."""
+    """Return the instances of `fiftyone.Detections` in an image of this size (height, width); boxes without a mask are
+    skipped."""
     height, width = size
     image, numbers = LabelledImage(size, file_name), Numbers()
     for one in detections.detections:

@@ -1,4 +1,4 @@
-"""Masks as pictures: a map of instance numbers as a 16-bit PNG with a json of their labels, and cut-outs."""
+"""Masks as image files: a map of instance numbers as 16-bit PNG with a JSON file of their labels, and cut-outs."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from ovsam.results.formats.base import (
 
 
 def id_map(result: Labelled) -> np.ndarray:
-    """Which instance each pixel belongs to, [H, W] int32: its place counted from 1, 0 for none. Where masks overlap,
-    the higher score has the pixel."""
+    """Return the instance of each pixel, [H, W] int32: its index counted from 1, 0 for none. If masks overlap, the
+    pixel belongs to the higher score."""
     instances = list(result)
     owners = np.zeros(result.size, dtype=np.int32)
     scores = np.array([instance.score for instance in instances], dtype=np.float32)
@@ -35,13 +35,13 @@ def id_map(result: Labelled) -> np.ndarray:
 
 
 def write_id_map(result: Labelled, path: str | os.PathLike[str]) -> None:
-    """Write `id_map` as a PNG of 16 bits a pixel: 0 is nothing, 1 the first instance."""
+    """Write `id_map` as a PNG with 16 bits a pixel: 0 is background, 1 the first instance."""
     image = Image.fromarray(id_map(result).astype(np.uint16))
     write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
 def write_masks(results: Iterable[Labelled], folder: str | os.PathLike[str]) -> None:
-    """Write <image>.png, the map of instance numbers, and <image>.json, their labels and scores, for every image."""
+    """Write <image>.png, the map of instance numbers, and <image>.json, with labels and scores, for every image."""
     stems = Stems()
     for result in results:
         path = Path(folder) / f"{stems.of(result)}.png"
@@ -56,11 +56,11 @@ def write_masks(results: Iterable[Labelled], folder: str | os.PathLike[str]) -> 
 
 
 def read_masks(source: str | os.PathLike[str]) -> list[LabelledImage]:
-    """The images of the maps that `write_masks` wrote in a folder, or of one. Where masks overlapped, the lower score
-    has lost the pixels; an instance that lost all is left out.
+    """Return the images of the maps of `write_masks` in a folder, or of one file. Overlaps have been assigned to the
+    higher score; instances without any remaining pixel are left out.
 
     Raises:
-        InputError: no such file, or a map without its json.
+        InputError: a file is missing, or a map has no JSON file.
     """
     found, numbers = [], Numbers()
     for path in files_below(source, (".png",)):
@@ -68,7 +68,7 @@ def read_masks(source: str | os.PathLike[str]) -> list[LabelledImage]:
         with Image.open(path) as picture:
             owners = np.asarray(picture)
         if owners.ndim != 2 or not isinstance(record, dict) or "instances" not in record:
-            raise InputError(f"{path} is no map of instance numbers, or its json does not list them.")
+            raise InputError(f"{path} is not a map of instance numbers, or its JSON file does not list them.")
         image = LabelledImage(owners.shape, record.get("file_name"))
         for one in record["instances"]:
             mask = owners == one["id"]
@@ -80,7 +80,7 @@ def read_masks(source: str | os.PathLike[str]) -> list[LabelledImage]:
 
 
 def cutouts(result: Labelled, image: Picture) -> list[Image.Image]:
-    """Each instance cut out of its image along its mask: RGBA of the size of its box, transparent around it."""
+    """Cut each instance out of its image along its mask: RGBA, as large as its box, transparent outside the mask."""
     picture = open_for(result, image)
     cut = []
     for instance in visible(result):
@@ -92,12 +92,12 @@ def cutouts(result: Labelled, image: Picture) -> list[Image.Image]:
 
 
 def open_for(result: Labelled, image: Picture) -> Image.Image:
-    """Open the image that these were found in; raises InputError for one of another size."""
+    """Open the image of these results; raises InputError if it has another size."""
     picture = open_image(image)
     if (picture.height, picture.width) != tuple(result.size):
         height, width = result.size
         raise InputError(
-            f"The picture is {picture.width}x{picture.height} pixels and these results are for {width}x{height}; "
-            "draw them over the picture they were found in."
+            f"The image is {picture.width}x{picture.height} pixels and these results are for {width}x{height}; "
+            "draw them over their own image."
         )
     return picture

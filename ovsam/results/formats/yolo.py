@@ -1,7 +1,7 @@
-"""YOLO-seg: a text file an image, one line an instance: the number of its label, then its polygon in [0, 1].
+"""YOLO-seg: a text file for each image, a line for each instance: the number of its label, its polygon in [0, 1].
 
-A line holds one polygon; parts and holes are joined to it by bridges without width (`ovsam.ops.polygons.to_polygon`),
-so that no instance is split and no hole is filled.
+A line holds one polygon; parts and holes are connected to it by bridges without width
+(`ovsam.ops.polygons.to_polygon`), so no instance is split and no hole is filled.
 """
 
 import ast
@@ -27,19 +27,19 @@ from ovsam.results.formats.base import (
 
 
 def to_yolo(result: Labelled, labels: Sequence[str] = (), tolerance: float = 0.0) -> str:
-    """The lines of one image.
+    """Return the lines of one image.
 
-    Labels are numbered from 0: their place in `labels`, or `label_id` without. `tolerance` is that of `to_polygon`.
+    Labels are numbered from 0: their index in `labels`, or `label_id` without. `tolerance` is as in `to_polygon`.
 
     Raises:
-        InputError: a label that is not among `labels`.
+        InputError: a label is missing in `labels`.
     """
     height, width = result.size
     number = {label: i for i, label in enumerate(labels)}
     lines = []
     for instance in visible(result):
         if labels and instance.label not in number:
-            raise InputError(f"{instance.label!r} is not among the {len(labels)} labels that were to be numbered.")
+            raise InputError(f"{instance.label!r} is not one of the {len(labels)} labels; add it to them.")
         corners = (to_polygon(instance.mask, tolerance) / [width, height]).ravel()
         label_id = number.get(instance.label, instance.label_id)
         lines.append(" ".join([str(label_id), *(f"{value:.6g}" for value in corners)]) + "\n")
@@ -49,8 +49,8 @@ def to_yolo(result: Labelled, labels: Sequence[str] = (), tolerance: float = 0.0
 def write_yolo(
     results: Iterable[Labelled], folder: str | os.PathLike[str], labels: Sequence[str], tolerance: float = 0.0
 ) -> None:
-    """Write a YOLO-seg data set: labels/<image>.txt for every image, also for those where nothing was found,
-    scores/<image>.txt with a score a line, and data.yaml with the names. The images belong into images/."""
+    """Write a YOLO-seg data set: labels/<image>.txt for every image, including those without instances,
+    scores/<image>.txt with one score a line, and data.yaml with the names. Put the images into images/."""
     folder, stems = Path(folder), Stems()
     for result in results:
         name = stems.of(result)
@@ -64,15 +64,15 @@ def write_yolo(
 def read_yolo(
     folder: str | os.PathLike[str], images: str | os.PathLike[str] | None = None, labels: Sequence[str] = ()
 ) -> list[LabelledImage]:
-    """The images of a YOLO-seg data set: labels/, and scores/ where it is there.
+    """Return the images of a YOLO-seg data set: labels/, and scores/ if it exists.
 
     Args:
-        folder: of data.yaml, or of the label files alone.
+        folder: folder of data.yaml, or of the label files alone.
         images: folder of the image files, whose sizes are needed; default: images/ beside labels/.
-        labels: the names, in place of those of data.yaml.
+        labels: class names, in place of those of data.yaml.
 
     Raises:
-        InputError: no names, an image file that is not there, a line that cannot be read.
+        InputError: there are no names, an image file is missing, or a line is invalid.
     """
     root = Path(folder)
     place = root / "labels" if (root / "labels").is_dir() else root
@@ -83,7 +83,7 @@ def read_yolo(
         name = file.relative_to(place).with_suffix("").as_posix()
         picture = picture_of(pictures, name)
         if picture is None:
-            raise InputError(f"There is no image {name} in {pictures[0]}, and {file} needs its size.")
+            raise InputError(f"There is no image {name} in {pictures[0]}; {file} needs its size.")
         base = next(one for one in pictures if picture.is_relative_to(one))
         image = LabelledImage(upright_size(picture), picture.relative_to(base).as_posix())
         beside = place.parent / "scores" / file.relative_to(place)
@@ -97,7 +97,7 @@ def read_yolo(
                 label = labels[int(number)]
             except (ValueError, IndexError) as error:
                 raise InputError(
-                    f"Line {i + 1} of {file} is not the number of one of {len(labels)} names and x, y of a polygon."
+                    f"Line {i + 1} of {file} must be the number of one of {len(labels)} names and a polygon x, y, ..."
                 ) from error
             try:
                 segmentation = fill([points], height, width)
@@ -110,17 +110,17 @@ def read_yolo(
 
 
 def _names(folder: Path) -> list[str]:
-    """The names of data.yaml or classes.txt. Of YAML only what such files hold is read: a list in either style, or
-    numbers with names."""
+    """Return the names of data.yaml or classes.txt. Only the YAML of such files is supported: a list in either style,
+    or numbers with names."""
     classes, yaml = folder / "classes.txt", folder / "data.yaml"
     if classes.is_file():
         return classes.read_text(encoding="utf-8").split("\n")
     if not yaml.is_file():
-        raise InputError(f"There is no data.yaml in {folder}; it gives the numbers of the label files their names.")
+        raise InputError(f"There is no data.yaml in {folder}; it must give the names of the label numbers.")
     lines = iter(yaml.read_text(encoding="utf-8").splitlines())
     first = next((line for line in lines if line.startswith("names:")), None)
     if first is None:
-        raise InputError(f"{yaml} has no names.")
+        raise InputError(f"{yaml} has no names; add a list `names`.")
     if inline := first.removeprefix("names:").strip():
         listed = ast.literal_eval(inline)
         return list(listed.values() if isinstance(listed, dict) else listed)
