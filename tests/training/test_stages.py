@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from common import SIZE, D, randomise, tiny_config, tiny_model
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
+from testers.stage import WORDS, StageTester, draw_batch, draw_words, towers
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.ops import sigmoid_focal_loss
@@ -20,7 +21,7 @@ from ovsam.errors import InputError
 from ovsam.modeling.adapters.common import maps_at_strides
 from ovsam.modeling.adapters.sam2clip import Sam2ClipAdapter, Sam2ClipConfig
 from ovsam.modeling.clip import CLIP_SIDES, OpenClipConfig
-from ovsam.modeling.sam import SAM_SIDES, DecodedMasks
+from ovsam.modeling.sam import DecodedMasks
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.training.stages import losses
 from ovsam.training.stages import prompts as targets
@@ -35,53 +36,17 @@ from ovsam.training.stages.text_embeddings import WordTable
 from ovsam.training.stages.towers import Towers, build_towers, clip_side, sam_side
 from ovsam.training.stages.word_losses import WordLosses, text_targets
 
-WORDS, OBJECTS = 6, 3
 VIT = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 64}
 
 
 @pytest.fixture(scope="module")
 def words():
-    generator = torch.Generator().manual_seed(0)
-    embeds = F.normalize(torch.randn(WORDS + 4, D, generator=generator), dim=-1)
-    has_keyword = torch.zeros(WORDS, 4, dtype=torch.bool)
-    has_keyword[range(4), range(4)] = True
-    return WordTable(embeds[:WORDS], embeds[WORDS:], has_keyword, torch.tensor([True] * 5 + [False]))
+    return draw_words()
 
 
 @pytest.fixture(scope="module")
 def batch():
     return draw_batch()
-
-
-def draw_batch(size=SIZE, pictures=2):
-    """Rectangles, each coloured by its word, on grey noise."""
-    generator = torch.Generator().manual_seed(1)
-    image = torch.randint(90, 120, (pictures, 3, size, size), generator=generator, dtype=torch.uint8)
-    masks = torch.zeros(pictures, OBJECTS, size, size, dtype=torch.bool)
-    word_ids = torch.full((pictures, OBJECTS), -1)
-    for b in range(pictures):
-        for o in range(OBJECTS - 1):  # one place stays empty
-            side = size // 4 + 8 * b
-            y, x = (int(v) for v in torch.randint(0, size // 2 - side, (2,), generator=generator))
-            masks[b, o, y + o * size // 2 : y + o * size // 2 + side, x : x + side] = True
-            word_ids[b, o] = (b * 2 + o) % 5
-            image[b, :, masks[b, o]] = (word_ids[b, o] * 40 + torch.tensor([10, 40, 70]))[:, None].byte()
-    return {
-        "image": image,
-        "masks": masks,
-        "word_ids": word_ids,
-        "known": torch.ones(pictures, WORDS, dtype=torch.bool),
-    }
-
-
-def towers(composition="dual", sam="edgetam", clip="dual_encoder", **more):
-    torch.manual_seed(0)
-    config = tiny_config(sam=sam, clip=clip, adapters=False)
-    sides = (
-        SAM_SIDES[sam](config.sam_config),
-        CLIP_SIDES[config.clip_config.model_type](config.clip_config, part="vision"),
-    )
-    return Towers(*(randomise(side) for side in sides), composition=composition, **more)
 
 
 def owl():
@@ -93,97 +58,91 @@ def owl():
     return randomise(CLIP_SIDES["owlv2"](config, part="vision"))
 
 
-def make(name, words):
-    """A stage at tiny size, and the prefixes of what it says it trains."""
-    match name:
-        case "clip":
-            return ClipStage(words, towers()), ["clip.", "lit."]
-        case "sam":
-            return SamStage(towers(), prompts=2, clicks=1), ["sam."]
-        case "sam2clip":
-            return Sam2ClipStage(towers(), layers=1, heads=4, cache=False), ["sam2clip."]
-        case "sam2clip, prompts in the loop":
-            return Sam2ClipStage(towers(), layers=1, heads=4, cache=False, loops=1, prompts=2), ["sam2clip."]
-        case "sam2clip, true masks":
-            arguments = {"layers": 1, "heads": 4, "cache": False, "loops": 1, "prompts": 2, "true_masks": True}
-            return Sam2ClipStage(towers(), **arguments), ["sam2clip."]
-        case "clip2sam":
-            return Clip2SamStage(words, towers(), width=16, prompts=2), ["clip2sam.", "word_losses."]
-        case "clip2sam and decoder":
-            arguments = {"width": 16, "prompts": 2, "train_decoder": True, "mask_token": True, "points": 512}
-            trained = ["clip2sam.", "word_losses.", "towers.sam.model.mask_decoder."]
-            return Clip2SamStage(words, towers(), **arguments), trained
-        case "concepts":
-            return ConceptsStage(words, towers(clip="convnext"), width=16, mask_locations=4), [
-                "concepts.",
-                "word_losses.",
-            ]
-        case "adapters":
-            return AdaptersStage(words, towers(), width=16), ["concepts.", "clip2sam.", "word_losses."]
-        case "adapters and clip":
-            trained = ["concepts.", "clip2sam.", "word_losses.", "lit.", "towers.clip."]
-            return AdaptersStage(words, towers(), width=16, train_clip=True), trained
-        case "adapters, taught by OWLv2":
-            both = Towers(towers().sam, owl(), composition="sam")
-            return AdaptersStage(words, both, width=16, teacher_weight=1.0), ["concepts.", "clip2sam.", "word_losses."]
-        case "mae":
-            return MaeStage("test_vit", 96, decoder_width=32, decoder_depth=1, decoder_heads=2), [""]
+class TestClip(StageTester):
+    trained = ("clip.", "lit.")
+
+    def make(self, words):
+        return ClipStage(words, towers())
 
 
-STAGES = [
-    "clip",
-    "sam",
-    "sam2clip",
-    "sam2clip, prompts in the loop",
-    "sam2clip, true masks",
-    "clip2sam",
-    "clip2sam and decoder",
-    "concepts",
-    "adapters",
-    "adapters and clip",
-    "adapters, taught by OWLv2",
-    "mae",
-]
+class TestSam(StageTester):
+    trained = ("sam.",)
+
+    def make(self, words):
+        return SamStage(towers(), prompts=2, clicks=1)
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_learns_and_changes_what_it_declares_and_nothing_else(name, words, batch):
-    stage, trained = make(name, words)
-    stage.train()
-    before = {n: tensor.clone() for n, tensor in stage.state_dict().items()}
-    torch.manual_seed(0)
-    optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=2e-3, weight_decay=0)
-    history, reached = [], set()
-    for _ in range(8):
-        torch.manual_seed(len(history) % 2)  # of boxes and clicks one each: what is compared has the same prompts
-        loss = stage(**batch)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        reached |= {n for n, p in stage.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-        optimizer.step()
-        history.append(float(loss.detach()))
-    assert sum(history[-2:]) < 0.95 * sum(history[:2]), history
-    after = stage.state_dict()
-    changed = {n for n in after if not torch.equal(after[n], before[n])}
-    assert {n for n in changed | reached if not n.startswith(tuple(trained))} == set()
-    for prefix in trained:
-        assert any(n.startswith(prefix) for n in changed), f"{prefix} learned nothing"
-    assert {n for n, p in stage.named_parameters() if p.requires_grad} - reached == set()
+class TestSam2Clip(StageTester):
+    trained = ("sam2clip.",)
+    options: dict = {}
+
+    def make(self, words):
+        return Sam2ClipStage(towers(), layers=1, heads=4, cache=False, **self.options)
 
 
-@pytest.mark.parametrize("name", [name for name in STAGES if name != "mae"])
-def test_a_stage_goes_on_from_what_it_published_and_shows_what_it_finds(name, words, batch):
-    stage, _ = make(name, words)
-    published = {n: tensor.clone() for n, tensor in stage.published_state().items()}
-    other, _ = make(name, words)
-    randomise(other, 1)
-    other.load_published(published)
-    for n, tensor in other.published_state().items():
-        assert torch.equal(tensor, published[n]), n
-    found = stage.eval().predict(**batch)
-    assert len(found) == 2
-    for masks, ids, scores in found:
-        assert masks.dtype == torch.bool and len(masks) == len(ids) == len(scores)
+class TestSam2ClipWithPromptsInTheLoop(TestSam2Clip):
+    options = {"loops": 1, "prompts": 2}
+
+
+class TestSam2ClipWithTrueMasks(TestSam2Clip):
+    options = {"loops": 1, "prompts": 2, "true_masks": True}
+
+
+class TestClip2Sam(StageTester):
+    trained = ("clip2sam.", "word_losses.")
+    options: dict = {}
+
+    def make(self, words):
+        return Clip2SamStage(words, towers(), width=16, prompts=2, **self.options)
+
+
+class TestClip2SamWithDecoder(TestClip2Sam):
+    trained = ("clip2sam.", "word_losses.", "towers.sam.model.mask_decoder.")
+    options = {"train_decoder": True, "mask_token": True, "points": 512}
+
+
+class TestConcepts(StageTester):
+    trained = ("concepts.", "word_losses.")
+
+    def make(self, words):
+        return ConceptsStage(words, towers(clip="convnext"), width=16, mask_locations=4)
+
+
+class TestAdapters(StageTester):
+    trained = ("concepts.", "clip2sam.", "word_losses.")
+
+    def make(self, words):
+        return AdaptersStage(words, towers(), width=16)
+
+    def test_frozen_towers_keep_their_batch_statistics(self, words):
+        stage = self.make(words).train()
+        assert not stage.towers.clip.training and not stage.towers.sam.training and stage.concepts.training
+
+
+class TestAdaptersWithClip(StageTester):
+    trained = ("concepts.", "clip2sam.", "word_losses.", "lit.", "towers.clip.")
+
+    def make(self, words):
+        return AdaptersStage(words, towers(), width=16, train_clip=True)
+
+    def test_a_trained_tower_updates_its_batch_statistics(self, words):
+        assert self.make(words).train().towers.clip.training
+
+
+class TestAdaptersWithTeacher(StageTester):
+    trained = ("concepts.", "clip2sam.", "word_losses.")
+
+    def make(self, words):
+        both = Towers(towers().sam, owl(), composition="sam")
+        return AdaptersStage(words, both, width=16, teacher_weight=1.0)
+
+
+class TestMae(StageTester):
+    trained = ("",)
+    test_it_goes_on_from_its_published_state_and_predicts = None  # the encoder alone is published
+
+    def make(self, words):
+        return MaeStage("test_vit", 96, decoder_width=32, decoder_depth=1, decoder_heads=2)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -210,7 +169,7 @@ def test_point_losses_are_mask2formers():
     torch.testing.assert_close(dice.mean(), mask2former.dice_loss(got, want, 3))
 
 
-def test_background_is_a_class_of_little_weight():
+def test_background_is_a_class_of_low_weight():
     table = WordTable(torch.eye(3), torch.zeros(0, 3), torch.zeros(3, 0, dtype=torch.bool), torch.tensor([True] * 3))
     naming = WordLosses(table, background_weight=0.1)
     embeds = F.normalize(torch.tensor([[1.0, 0.2, 0], [0, 0.3, 1.0], [0.1, 0.1, 0.1]]), dim=-1)
@@ -225,7 +184,7 @@ def test_background_is_a_class_of_little_weight():
     torch.testing.assert_close(alone, F.cross_entropy(embeds[:2] * naming.scale.exp(), torch.tensor([0, 1])))
 
 
-def test_a_word_is_denied_only_where_the_picture_was_searched_for_it(words):
+def test_an_unknown_word_is_no_negative(words):
     naming = WordLosses(words)
     known = torch.ones(1, WORDS, dtype=torch.bool)
     known[0, 3] = False
@@ -241,7 +200,7 @@ def test_a_word_is_denied_only_where_the_picture_was_searched_for_it(words):
     assert logits.grad[0, 3] < 0 and logits.grad[1, 3] == 0
 
 
-def test_text_targets_leave_out_names_that_also_fit():
+def test_text_targets_leave_out_words_that_share_a_keyword():
     table = WordTable(
         names=torch.eye(3),
         keywords=torch.eye(2, 3),
@@ -261,7 +220,7 @@ def decoded(single, three, iou=(0.1, 0.2, 0.9, 0.3)):
     return DecodedMasks(masks=masks, iou=torch.tensor(iou)[None, None])
 
 
-def test_sams_loss_by_hand():
+def test_sam_loss_by_hand():
     stage = SamStage(towers())
     target, valid = torch.ones(1, 1, 4, 4), torch.ones(1, 1)
     out = decoded(1.0, (2.0, -3.0, 0.0))
@@ -286,13 +245,13 @@ def test_sams_loss_by_hand():
     torch.testing.assert_close(got, each[0] + 0.5 * each[1] + quality)
 
 
-def test_the_mask_that_goes_on_is_the_one_the_decoder_thinks_best():
+def test_the_mask_of_the_highest_predicted_iou_goes_on():
     out = decoded(1.0, (2.0, -3.0, 0.0))
     assert (going_on(out, (0.0, 1.0)) == -3.0).all()  # predicted IoU 0.9
     assert (going_on(out, (1.0, 0.0)) == 1.0).all()
 
 
-def test_the_papers_rounds():
+def test_rounds_of_clicks_are_those_of_the_paper():
     stage = SamStage(towers())
     plans = [stage.plan() for _ in range(40)]
     assert all(len(plan) == 11 and sum(plan) == 9 and plan[0] and not plan[-1] for plan in plans)
@@ -302,7 +261,7 @@ def test_the_papers_rounds():
     assert {len(short.plan()) for _ in range(40)} == {1, 2}
 
 
-def test_corrective_clicks_lie_in_the_error_and_say_of_which_kind():
+def test_corrective_clicks_lie_in_the_error_and_have_its_label():
     truth = torch.zeros(1, 3, 8, 8, dtype=torch.bool)
     truth[:, :, 2:4, 2:4] = True
     predicted = truth.clone()
@@ -315,7 +274,7 @@ def test_corrective_clicks_lie_in_the_error_and_say_of_which_kind():
     assert (clicks[0, 1, 0] + 0.5).tolist() == [5.5 * 4, 6.5 * 4]
 
 
-def test_a_point_that_is_none_is_sams_padding(batch):
+def test_points_of_label_minus_one_are_the_padding_of_sam(batch):
     stage = SamStage(towers()).eval()
     points = torch.tensor([[[[20.0, 30.0], [0.0, 0.0]]]])
     padded = stage.embed(points, torch.tensor([[[1, -1]]]))
@@ -348,7 +307,7 @@ class Pictures(Dataset):
         return {name: tensor[index] for name, tensor in self.batch.items()}
 
 
-def test_the_teacher_is_asked_once_and_a_broken_file_is_made_again(batch, tmp_path, monkeypatch):
+def test_the_teacher_runs_once_and_a_broken_file_is_made_again(batch, tmp_path, monkeypatch):
     stage = Sam2ClipStage(towers(), layers=1, heads=4)
     asked = []
     teach = Sam2ClipStage.teach
@@ -388,7 +347,7 @@ def test_the_hash_of_a_teacher_is_that_of_its_numbers():
     assert state_hash(side) != state_hash(towers().sam)
 
 
-def test_sam2clips_loss_is_the_error_per_pixel(batch):
+def test_sam2clip_loss_is_the_error_per_pixel(batch):
     stage = Sam2ClipStage(towers(), layers=1, heads=4, cache=False)
     out = stage(**batch)
     teacher = stage.towers.encode_sam(batch["image"])
@@ -407,7 +366,7 @@ def test_sam2clip_needs_one_geometry():
         Sam2ClipStage(towers(clip_size=64))
 
 
-def test_true_masks_need_no_teacher_and_teach_the_three_masks_too(batch):
+def test_true_masks_need_no_teacher_and_train_all_four_masks(batch):
     stage = Sam2ClipStage(towers(), layers=1, heads=4, cache=False, loops=1, prompts=2, true_masks=True)
     features = stage.towers.encode_sam(batch["image"])
     loss, iou = stage.prompt_in_the_loop(features, None, batch["masks"])
@@ -463,7 +422,7 @@ def test_the_linear_start_is_nearer_to_the_teacher(batch, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- clip2sam
 
 
-def test_a_picture_of_one_thing_has_no_mask_loss(words, batch):
+def test_an_image_label_has_no_mask_loss(words, batch):
     stage = Clip2SamStage(words, towers(), width=16, prompts=2, train_decoder=True, points=256)
     whole = batch | {"masks": torch.zeros_like(batch["masks"]), "word_ids": torch.full_like(batch["word_ids"], -1)}
     whole["masks"][:, 0], whole["word_ids"][:, 0] = True, 2
@@ -475,13 +434,13 @@ def test_a_picture_of_one_thing_has_no_mask_loss(words, batch):
     assert stage(**mixed)["mask"] > 0
 
 
-def test_clip2sams_loss_is_the_papers_sum(words, batch):
+def test_clip2sam_loss_is_the_sum_of_the_paper(words, batch):
     stage = Clip2SamStage(words, towers(), width=16, prompts=3, train_decoder=True, points=256, word_weight=0.0)
     out = stage(**batch)
     torch.testing.assert_close(out["loss"], 2 * out["name"] + out["mask"])
 
 
-def test_background_prompts_hit_no_object_and_only_where_that_is_known(batch):
+def test_background_prompts_hit_no_object_where_all_objects_are_known(batch):
     known = batch["known"].clone()
     known[1, 0] = False
     nothing = background_prompts(batch["masks"], known, 4)
@@ -492,7 +451,7 @@ def test_background_prompts_hit_no_object_and_only_where_that_is_known(batch):
     assert not background_prompts(full, batch["known"], 4).valid.any()
 
 
-def test_clip_may_see_a_smaller_picture(words, batch):
+def test_clip_may_take_a_smaller_image(words, batch):
     """SigLIP at a size of its own beside a larger SAM: boxes and masks move into its frame."""
     stage = Clip2SamStage(words, towers(clip_size=64), width=16, prompts=2)
     assert stage(**batch)["loss"].isfinite()
@@ -519,7 +478,7 @@ def test_a_location_belongs_to_the_object_under_it(batch):
         assert sure == {0, 1}
 
 
-def test_objects_without_a_name_teach_all_but_words(words, batch):
+def test_objects_without_a_name_train_all_but_words(words, batch):
     stage = ConceptsStage(words, towers(), width=16)
     nameless = batch | {"word_ids": torch.full_like(batch["word_ids"], -1)}
     nameless["known"] = torch.zeros_like(batch["known"])
@@ -528,7 +487,7 @@ def test_objects_without_a_name_teach_all_but_words(words, batch):
     assert min(out["box"], out["objectness"], out["mask"]) > 0
 
 
-def test_a_picture_of_one_thing_says_of_no_place_what_is_there(words, batch):
+def test_an_image_label_is_the_label_of_no_location(words, batch):
     stage = ConceptsStage(words, towers(), width=16)
     whole = batch | {"masks": torch.zeros_like(batch["masks"])}
     whole["masks"][:, 0] = True
@@ -548,7 +507,7 @@ def test_an_unknown_word_gets_no_gradient_from_any_location(words, batch):
     assert (gradient[4] == 0).all() and (gradient[:4].abs().sum(1) > 0).all()
 
 
-def test_the_teachers_embedding_is_that_of_the_best_fitting_location(batch):
+def test_the_embedding_of_the_teacher_is_that_of_the_best_fitting_location(batch):
     side = owl()
     both = Towers(towers().sam, side, composition="sam")
     out = side.concepts(side.encode_image(both.clip_pixels(batch["image"])))
@@ -586,7 +545,7 @@ def plain_transformers():
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "timm", "clip", "siglip"])
-def test_half_of_the_patches_are_skipped_in_training_and_none_in_use(kind, words):
+def test_half_of_the_patches_are_skipped_in_training_and_none_in_evaluation(kind, words):
     side, blocks = plain_transformers()[kind]
     stage = ClipStage(words, Towers(clip=side), pictures="whole")
     lengths = []
@@ -616,7 +575,7 @@ def test_patches_are_not_dropped_under_objects(words):
         ClipStage(words, towers(), pictures="crops")
 
 
-def test_a_whole_picture_is_classified_by_the_towers_own_pooling(words):
+def test_a_whole_image_is_classified_by_the_pooling_of_the_tower(words):
     side = open_clip_side(**VIT)
     stage = ClipStage(words, Towers(clip=side), pictures="whole", label_smoothing=0.0, keyword_weight=0.0).eval()
     batch = draw_batch(64)
@@ -629,7 +588,7 @@ def test_a_whole_picture_is_classified_by_the_towers_own_pooling(words):
 
 
 @pytest.mark.parametrize("architecture", ["test_vit", "test_vit2", "test_vit3", "vit_tiny_patch16_224"])
-def test_with_nothing_masked_the_encoder_is_the_towers_own_forward(architecture):
+def test_without_masking_the_encoder_is_the_forward_of_the_tower(architecture):
     """Class token, register tokens, neither with position encodings of their own, layer scale: timm's test variants."""
     torch.manual_seed(0)
     stage = MaeStage(architecture, 96, decoder_width=32, decoder_depth=1, decoder_heads=2).eval()
@@ -659,13 +618,13 @@ def test_mae_loss_is_transformers():
     torch.testing.assert_close(masked_error(out.logits, stage.patchify(pixels), out.mask, True), out.loss)
 
 
-def test_mae_refuses_what_is_no_plain_transformer():
+def test_mae_refuses_other_towers_than_plain_transformers():
     for name in ("convnext_tiny", "hiera_tiny_224", "swin_tiny_patch4_window7_224"):
         with pytest.raises(InputError, match="plain vision transformer"):
             MaeStage(name)
 
 
-def test_what_mae_learned_starts_a_clip_tower(tmp_path):
+def test_weights_of_mae_start_a_clip_tower(tmp_path):
     stage = MaeStage("vit_tiny_patch16_224", 224, decoder_width=32, decoder_depth=1, decoder_heads=2)
     save_file({n: t.contiguous() for n, t in stage.published_state().items()}, tmp_path / "mae.safetensors")
     text = {"context_length": 12, "vocab_size": 64, "width": D, "heads": 2, "layers": 1}
@@ -746,11 +705,3 @@ def test_towers_read_the_four_maps_of_any_sam(sam, batch):
     assert same.channels == [m.shape[1] for m in want] and len(got) == 4
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-
-
-def test_frozen_towers_keep_their_batch_statistics(words, batch):
-    stage, _ = make("adapters", words)
-    stage.train()
-    assert not stage.towers.clip.training and not stage.towers.sam.training and stage.concepts.training
-    stage, _ = make("adapters and clip", words)
-    assert stage.train().towers.clip.training
