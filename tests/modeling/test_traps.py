@@ -29,7 +29,10 @@ KINDS = {
     "sam and SigLIP": {"composition": "sam", "clip": "siglip"},
     "sam and ConvNeXt": {"composition": "sam", "clip": "convnext"},
 }
-kinds = pytest.mark.parametrize("kind", KINDS)
+QUICK = ("dual", "clip, SAM 2 and ResNet", "sam, SAM 2 and CLIP")
+kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in KINDS]
+)
 BOXES = [[[10, 20, 60, 80], [70, 5, 125, 50]]] * 2
 
 

@@ -28,6 +28,7 @@ READERS = Path(__file__).parents[1] / "data" / "readers"
 RECIPES = sorted(path for path in (ROOT / "adapters").glob("*/recipe.toml"))
 READ = {path.parent.name: tomllib.loads(path.read_text(encoding="utf-8")) for path in RECIPES}
 DRY_RUN = [name for name, recipe in READ.items() if recipe["stage"] not in ("calibrate", "finetune")]
+QUICK = ("clip2sam-siglip2", "concepts-convnext", "mae-vit")  # the others run in the whole suite
 # What is smaller in a dry run; the rest of [stage_args] is the recipe's.
 SMALLER = {"width": 16, "prompts": 2, "layers": 1, "heads": 4, "mask_locations": 8, "architecture": "test_vit"}
 SMALLER |= {"image_size": SIZE}
@@ -124,7 +125,9 @@ def tiny_towers(monkeypatch):
     monkeypatch.setattr(training_run, "text_embedder", random_words)
 
 
-@pytest.mark.parametrize("name", DRY_RUN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DRY_RUN]
+)
 def test_a_recipe_runs_over_tiny_towers(name, tmp_path, tiny_towers, capfd):
     folder = training_run.train_recipe(miniature(name, tmp_path), output=tmp_path / "out", device="cpu")
     state = load_file(folder / "model.safetensors")
@@ -136,6 +139,7 @@ def test_a_recipe_runs_over_tiny_towers(name, tmp_path, tiny_towers, capfd):
     assert f"stage {stage}" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip2sam-convnext", "concepts-siglip2"])
 def test_the_same_recipe_reads_lvis(name, tmp_path, tiny_towers):
     folder = training_run.train_recipe(miniature(name, tmp_path, data="lvis"), output=tmp_path / "out", device="cpu")
