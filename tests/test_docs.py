@@ -53,7 +53,7 @@ def test_command_line_snippet(tmp_path, monkeypatch):
     assert (folder / "found.png").exists() and (folder / "found.json").exists()
 
 
-def test_every_file_the_readme_names_exists():
+def test_files_named_in_the_readme_exist():
     named = set(re.findall(r"\]\((?!http)([^)#]+)\)", README))
     named |= set(re.findall(r"`((?:ovsam|adapters|hub)/[\w/.-]+)`", README))
     assert len(named) > 5

@@ -83,7 +83,7 @@ def test_shard_is_built_once_and_repaired(tmp_path, tensors):
     assert os.listdir(folder) == [SHARD]
 
 
-def test_a_shard_that_cannot_be_built_is_one_sentence_and_no_file(tmp_path, tensors):
+def test_a_shard_that_cannot_be_built_is_one_sentence_and_leaves_no_file(tmp_path, tensors):
     sources = {
         "the package": lambda: save(tensors),  # well formed, other weights
         "the mirror": lambda: b"<!doctype html><title>Sign in to the network</title>",
@@ -206,7 +206,7 @@ def test_find_checkpoint_prefers_the_package_to_the_checkout(tmp_path, monkeypat
     assert find_checkpoint() == installed
 
 
-def test_unknown_checkpoint_names_the_one_there_is():
+def test_an_unknown_checkpoint_is_refused_with_the_known_one():
     with pytest.raises(InputError, match="No checkpoint named 'ovsam-huge' comes with ovsam, only ovsam-tiny"):
         find_checkpoint("ovsam-huge")
 

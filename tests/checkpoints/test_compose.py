@@ -72,7 +72,7 @@ def own_owlv2(folder):
 
 
 @torch.no_grad()
-def test_sam1_sees_what_its_own_processor_pads(parts):
+def test_sam1_gets_the_padding_of_its_own_processor(parts):
     """Boxes and clicks on a picture that is no square: the masks of transformers' own pipeline, in its pixels."""
     model, processor = compose(parts["sam"], parts["clip"], vocabulary=list(WORDS))
     segmenter = ovsam.Segmenter(model, processor)
@@ -301,7 +301,7 @@ def test_photo_on_the_command_line(photo, tmp_path, monkeypatch, capsys):
         assert 0 <= x <= x + width <= 150 and 0 <= y <= y + height <= 90
 
 
-def test_what_the_command_says_and_writes(photo, parts, tmp_path, capsys):
+def test_output_of_the_command(photo, parts, tmp_path, capsys):
     target = tmp_path / "composed"
     command = ["compose", "--sam", parts["sam2"], "--clip", parts["owlv2"], "-o", str(target)]
     assert ovsam_cli.main(command) == 0
@@ -384,7 +384,7 @@ def test_a_stand_in_gives_as_many_maps_as_the_decoder_reads(parts):
 
 
 @pytest.mark.weights
-def test_what_is_no_part_is_one_sentence(parts, tmp_path):
+def test_wrong_parts_are_refused_in_one_sentence(parts, tmp_path):
     head = ovsam.ConceptHead(ovsam.ConceptHeadConfig(in_channels=CHANNELS["clip"], embed_dim=D, **HEADS))
     head.save_pretrained(tmp_path / "head")
     damaged = tmp_path / "damaged"
@@ -417,7 +417,7 @@ def test_what_is_no_part_is_one_sentence(parts, tmp_path):
         compose_model(str(damaged), clip)
 
 
-def test_what_names_nothing_says_so(parts):
+def test_a_model_that_names_nothing(parts):
     """Of SAM alone, without adapters, there are masks but no names."""
     segmenter = ovsam.Segmenter(*compose(parts["sam"], parts["clip"], composition="sam", vocabulary=list(WORDS)))
     image = segmenter.encode(PICTURE)

@@ -142,7 +142,7 @@ def stop(folder, tensors, message, **how):
     assert [path.name for path in folder.iterdir()] == ["source.pth"]
 
 
-def test_what_stops_a_conversion_names_the_tensor(tiny_sam, folder):
+def test_a_tensor_that_stops_a_conversion_is_named(tiny_sam, folder):
     whole = tiny_sam
     stop(folder, {k: v for k, v in whole.items() if k != "mask_decoder.iou_token.weight"}, "mask_decoder.iou_token")
     stop(folder, {k: v for k, v in whole.items() if k != "image_encoder.pos_embed"}, "'image_encoder.pos_embed'")
@@ -164,7 +164,7 @@ def test_what_stops_a_conversion_names_the_tensor(tiny_sam, folder):
     stop(folder, whole, "'image_encoder.trunk.patch_embed.proj.weight' is missing", kind="sam2")
 
 
-def test_each_half_of_what_is_new_in_sam_2_1_asks_for_the_other():
+def test_each_half_of_the_new_tensors_of_sam_2_1_needs_the_other():
     keys = parity.read_keys("sam2.1_hiera_tiny")
     for lost in ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight"):
         source = {key: torch.empty(shape, device="meta") for key, shape in keys.items() if key != lost}
@@ -172,7 +172,7 @@ def test_each_half_of_what_is_new_in_sam_2_1_asks_for_the_other():
         assert config.enable_occlusion_spatial_embedding and config.enable_temporal_pos_encoding_for_object_pointers
 
 
-def test_files_that_are_no_checkpoint_of_a_known_kind(folder):
+def test_files_of_an_unknown_kind_are_refused(folder):
     stop(folder, {"encoder.weight": torch.ones(2)}, "of no known kind.*'encoder.weight'.*SAM 2 or 2.1.*EdgeTAM")
     stop(folder, {"model": {}}, "no state dict")
     stop(folder, torch.ones(3), "no state dict")

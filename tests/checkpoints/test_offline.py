@@ -54,7 +54,7 @@ ASKING = {
 
 
 @pytest.mark.slow
-def test_a_cold_cache_is_one_sentence(cut_off):
+def test_an_empty_cache_is_refused_in_one_sentence(cut_off):
     for ask in ASKING.values():
         for name, command in (("org/name", "org/name"), ("org/name@v1.0", "org/name --revision v1.0")):
             start = time.perf_counter()
@@ -68,7 +68,7 @@ def test_a_cold_cache_is_one_sentence(cut_off):
 
 
 @pytest.mark.weights
-def test_auto_does_without(cut_off, capsys):
+def test_auto_works_without_a_network(cut_off, capsys):
     start = time.perf_counter()
     segmenter = ovsam.load(choose_auto(), device="cpu")
     assert time.perf_counter() - start < SECONDS
@@ -76,7 +76,7 @@ def test_auto_does_without(cut_off, capsys):
     assert segmenter.what(picture(0), boxes=[[10, 10, 60, 60]]).model == "ovsam-tiny"
 
 
-def test_auto_does_not_take_a_hotel_for_the_hub(tmp_path, monkeypatch, capsys):
+def test_auto_does_not_take_a_captive_portal_for_the_hub(tmp_path, monkeypatch, capsys):
     class Hotel(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_response(404)
@@ -95,7 +95,7 @@ def test_auto_does_not_take_a_hotel_for_the_hub(tmp_path, monkeypatch, capsys):
     server.server_close()
 
 
-def test_a_warm_cache_is_enough(cut_off):
+def test_a_filled_cache_is_enough(cut_off):
     parts = PRESETS["photo"].parts
     put_into_cache(cut_off, parts["sam"], lambda folder: save_sam(folder, "sam2"))
     put_into_cache(cut_off, parts["clip"], lambda folder: save_clip(folder, "owlv2"))
@@ -121,7 +121,7 @@ def test_a_revision_is_the_one_that_was_asked_for(tmp_path, monkeypatch):
         fetch("org/sam@v2")
 
 
-def test_what_arrived_in_part_is_not_there(tmp_path, monkeypatch):
+def test_an_incomplete_download_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
@@ -150,7 +150,7 @@ def test_names(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_hub_is_asked_once(silent, monkeypatch):
+def test_the_hub_is_contacted_once(silent, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", silent + "/once")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     start = time.perf_counter()

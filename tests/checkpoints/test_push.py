@@ -206,7 +206,7 @@ def test_adapter_as_pull_request_branch_and_private(hub, client, head):
     assert b"A word more" in hub.files("tester/head", "v2")["README.md"].content
 
 
-def test_weights_of_an_earlier_push_go(hub, client, head, tmp_path):
+def test_weights_of_an_earlier_push_are_deleted(hub, client, head, tmp_path):
     """transformers would prefer an old model.safetensors to new shards."""
     hub.put(
         "tester/old", {"model.safetensors": b"old", "model-00001-of-00002.safetensors": b"old", "notes.txt": b"hers"}
@@ -302,14 +302,14 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_header_that_lies(lie, head, tmp_path):
+def test_a_wrong_header(lie, head, tmp_path):
     folder = copied(head, tmp_path / "head")
     wrong_header(folder / "model.safetensors", **LIES[lie])
     with pytest.raises(InputError, match=r"model.safetensors is no whole safetensors file \(.+\): .+\."):
         check_weights(folder)
 
 
-def test_downloaded_header_that_lies(hub, client, source, tmp_path):
+def test_a_downloaded_wrong_header(hub, client, source, tmp_path):
     """ovsam.load refuses it in a sentence, before any memory is taken for what it promises."""
     folder = copied(source, tmp_path / "liar")
     shard = sorted(folder.glob("*.safetensors"))[0]
@@ -319,7 +319,7 @@ def test_downloaded_header_that_lies(hub, client, source, tmp_path):
     assert re.fullmatch(rf"InputError: .+{shard.name} is no whole safetensors file \(.+\): .+\.\n", said), said
 
 
-def test_what_is_refused_before_anything_is_sent(source, head, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_found_before_anything_is_sent(source, head, tmp_path, monkeypatch, capsys):
     """One sentence each, exit code 2, and nothing of the Hub is touched."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(pushing, "get_token", lambda: None)
@@ -373,7 +373,7 @@ def test_what_is_refused_before_anything_is_sent(source, head, tmp_path, monkeyp
     assert "processor.save_pretrained()" in refused(unprocessed, "tester/x", "--dry-run")
 
 
-def test_another_output_is_not_sent(head, tmp_path, monkeypatch):
+def test_a_model_of_other_outputs_is_not_sent(head, tmp_path, monkeypatch):
     """The folder is compared with its source by what it answers, and nothing comes after a difference."""
     model, _ = pushing.open_source(head)
     pushing.save_file(pushing.answers(model), tmp_path / "reference")
@@ -389,7 +389,7 @@ def test_another_output_is_not_sent(head, tmp_path, monkeypatch):
         pushing.build(head, "tester/x", tmp_path)
 
 
-def test_dry_run_says_what_would_be_sent(head, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_lists_the_files(head, tmp_path, monkeypatch, capsys):
     """The same checks, and nothing of the Hub."""
     monkeypatch.setattr(pushing, "load_back", lambda *a, **k: None)
     monkeypatch.setattr(pushing, "get_token", lambda: pytest.fail("the token was asked for"))
@@ -418,7 +418,7 @@ def test_dry_run_says_what_would_be_sent(head, tmp_path, monkeypatch, capsys):
         (CARD + "[out](../README.md)\n", "README.md"),
     ],
 )
-def test_card_that_the_hub_would_not_take(card, problem, tmp_path):
+def test_cards_that_the_hub_would_refuse(card, problem, tmp_path):
     with pytest.raises(InputError, match=problem) as caught:
         check_card(card, tmp_path)
     assert "\n" not in str(caught.value)
@@ -436,14 +436,14 @@ PUBLISHED = ["hub/ovsam-tiny", "adapters/clip2sam-tiny", "adapters/concepts-tiny
 
 
 @pytest.mark.weights
-def test_mirrors_are_what_they_are_made_of():
+def test_mirrors_equal_their_parts():
     """As `python hub/build.py --check` says."""
     builder = script("hub/build.py")
     assert builder.differences() == []
 
 
 @pytest.mark.weights
-def test_what_is_sent_of_a_mirror_is_the_mirror(tmp_path, monkeypatch):
+def test_a_mirror_is_sent_as_it_is(tmp_path, monkeypatch):
     """To the byte, so that --check speaks of what is on the Hub too."""
     monkeypatch.setattr(pushing, "answers", lambda *a: {})
     monkeypatch.setattr(pushing, "load_back", lambda *a, **k: None)

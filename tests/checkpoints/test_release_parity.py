@@ -271,7 +271,7 @@ def test_fused(model, features, numbers, kind):
 
 
 @torch.no_grad()
-def test_fused_where_clip_sees_no_mask(model, features, numbers):
+def test_fused_where_a_mask_vanishes_for_clip(model, features, numbers):
     """Masks that vanish at stride 32 are named by the adapter alone, which here sees the first box's mask each time."""
     masks, boxes = numbers["fuse_probe.masks"][:, 0][None], numbers["fuse_probe.boxes"][None]
     texts, roles = numbers["text_embed"][:, 0], numbers["base_novel_indicator"]
@@ -308,7 +308,7 @@ def test_synonyms_share_the_best_of_them():
         assert distance(ours[:, i].double(), by_name[:, list(rows).index(label)]) < TOLERANCE
 
 
-def test_words_an_image_is_not_asked_about_do_not_count():
+def test_words_of_other_images_do_not_count():
     naming, words = random_naming()
     labels = ["cat", "bat", "dog", "cup", "car", "owl"]
     asked = torch.tensor([[True, False, True, False, True, False]])
@@ -317,7 +317,7 @@ def test_words_an_image_is_not_asked_about_do_not_count():
     assert ours[..., 1::2].max() < -1e30
 
 
-def test_sure_names_stay_finite():
+def test_extreme_logits_stay_finite():
     naming, words = random_naming()
     naming.embeds = naming.clip_embeds = words[None, :4]
     naming.scale = 1e4
@@ -407,7 +407,7 @@ def test_click_and_box_are_named_as_in_the_release(model, processor, picture, nu
     assert (found["masks"].flatten(1).sum(1) - numbers[f"{kind}.mask_area"]).abs().max() <= 2
 
 
-def test_segmenter_tells_which_words_were_trained_on(model, processor, picture, features):
+def test_the_segmenter_passes_on_which_words_were_trained_on(model, processor, picture, features):
     segmenter, words, box = ovsam.Segmenter(model, processor), ["person", "bus"], [22.0, 30.0, 80.0, 95.0]
     found = segmenter.what(ovsam.EncodedImage(picture, features), boxes=[box], vocabulary=words)
     with torch.no_grad():

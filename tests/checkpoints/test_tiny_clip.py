@@ -151,7 +151,7 @@ def test_the_hook_copies_where_there_are_no_links(small, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["cut", "page", "gone", "no tokenizer"])
-def test_a_broken_source_is_one_sentence(small, broken):
+def test_a_broken_source_is_refused_in_one_sentence(small, broken):
     folder, base, adapter = small
     damage = {
         "cut": lambda: adapter.write_bytes(adapter.read_bytes()[:-1]),
@@ -198,7 +198,7 @@ def test_it_loads_whole_and_has_one_backbone(tree):
     assert type(AutoModel.from_pretrained(folder)) is ovsam.OVSamModel
 
 
-def test_what_is_ovsam_tinys_answers_as_in_ovsam_tiny(segmenter):
+def test_parts_of_ovsam_tiny_answer_as_in_ovsam_tiny(segmenter):
     """The CLIP side and the ConceptHead see the same; the SAM features differ."""
     tiny = ovsam.load("ovsam-tiny", device="cpu")
     seen = [each.encode(VAL / "images" / "002.jpg").features for each in (segmenter, tiny)]
@@ -224,7 +224,7 @@ def test_it_answers_the_three_questions(segmenter):
         assert len(results) > 0 and all(0 < each.score <= 1 and each.mask.any() for each in results)
 
 
-def test_it_is_found_in_a_checkout_and_said_to_be_on_the_hub_elsewhere(tree, tmp_path, monkeypatch):
+def test_it_is_found_in_a_checkout_and_named_as_on_the_hub_elsewhere(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "PACKAGE", tree / "ovsam")
     assert find_checkpoint(VARIANT) == tree / hatch_build.VARIANT
     assert ovsam.load(VARIANT, device="cpu").name == VARIANT
@@ -239,7 +239,7 @@ def test_it_is_found_in_a_checkout_and_said_to_be_on_the_hub_elsewhere(tree, tmp
 # ----------------------------------------------------------------------------------------------------- hub/build.py
 
 
-def test_parts_that_do_not_make_the_whole_are_refused(tree, stand_in, tmp_path):
+def test_incomplete_parts_are_refused(tree, stand_in, tmp_path):
     (tmp_path / "sam2clip-tiny").mkdir()
     lacking = {name: tensor for name, tensor in stand_in.items() if "stride4" not in name}
     save_file(lacking, tmp_path / "sam2clip-tiny" / "model.safetensors")
@@ -284,7 +284,7 @@ def test_drift_of_the_variant_is_found(tree, tmp_path):
     assert not any("hatch_build" in each for each in builder.variant_differences(folder, adapter, base))
 
 
-def test_the_cards_show_what_was_measured(tree, tmp_path):
+def test_the_cards_show_the_measured_figures(tree, tmp_path):
     root = shutil.copytree(tree, tmp_path / "tree", copy_function=shutil.copyfile)
     builder, folder = load_builder(root), root / hatch_build.VARIANT
     names = [row[1] if isinstance(row[1], tuple) else (row[1],) for row in builder.figures.ROWS]
@@ -308,6 +308,6 @@ def test_the_cards_show_what_was_measured(tree, tmp_path):
 # -------------------------------------------------------------------------------------------- what is published
 
 
-def test_the_mirror_is_what_it_is_made_of():
+def test_the_mirror_equals_its_parts():
     """As `python hub/build.py --check` says."""
     assert load_builder(ROOT).variant_differences() == []

@@ -117,7 +117,7 @@ def test_clicks_boxes_everything(folder, loaded, capsys):
     assert "a.png: 0 found (fake)" in capsys.readouterr().out
 
 
-def test_a_bad_picture_does_not_stop_the_others(folder, loaded, capsys):
+def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
     (folder / "out" / "sub").mkdir()
     Image.new("RGB", (64, 48)).save("out/sub/a.jpg")
     pictures = ["a.png", "text.png", "out/sub/a.jpg", "missing.png", "b.jpg"]
@@ -190,7 +190,7 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(folder, loaded, capsys, 
     assert not loaded and not out and sorted(folder.rglob("*")) == before
 
 
-def test_what_the_model_refuses_is_one_line_too(folder, monkeypatch, capsys):
+def test_refusals_of_the_model_are_one_line_too(folder, monkeypatch, capsys):
     def load(model, device):
         raise InputError(f"There is no model {model!r}.")
 

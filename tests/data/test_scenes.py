@@ -102,7 +102,7 @@ def test_related_words_are_no_fair_absent_words():
     assert related(dog, face) and not related(dog, Word("c", "bus", ("vehicle",), "base"))
 
 
-def test_frozen_set_is_what_it_says(val):
+def test_the_frozen_set_has_its_documented_counts(val):
     split = {c["id"]: c["split"] for c in val["categories"]}
     names = {c["id"]: c["name"] for c in val["categories"]}
     assert len(val["images"]) == 100
@@ -125,7 +125,7 @@ def test_the_frozen_set_is_what_freeze_draws(val):
     assert here[here >= 64] == pytest.approx(areas, abs=3)  # machines resample a pixel or so differently
 
 
-def test_the_openmoji_set_is_what_it_says(val, openmoji):
+def test_the_openmoji_set_has_its_documented_counts(val, openmoji):
     assert openmoji["info"]["style"] == "openmoji" and openmoji["info"]["seed"] != val["info"]["seed"]
     assert openmoji["categories"] == val["categories"] and len(openmoji["images"]) == 40
     names = {c["id"]: c["name"] for c in openmoji["categories"]}

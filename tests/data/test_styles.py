@@ -78,7 +78,7 @@ def test_another_hash_is_refused(package, monkeypatch):
         styles.read_package(wrong, all_words())
 
 
-def test_without_npm_it_says_so(package, monkeypatch):
+def test_a_missing_npm_is_named(package, monkeypatch):
     def fail(*_, **__):
         raise subprocess.CalledProcessError(1, "npm")
 

@@ -65,7 +65,7 @@ def test_the_score_slider_goes_by_the_score_in_every_mode(session):
     assert [one.score for one in session.shown(Sliders(score=0.5))] == [0.8, 0.5]
 
 
-def test_a_persons_corrections_are_undone_one_by_one(session):
+def test_corrections_are_undone_one_by_one(session):
     def rename(scene):
         return scene.edit("found 3", label="fox")
 
@@ -82,7 +82,7 @@ def test_a_persons_corrections_are_undone_one_by_one(session):
     assert seen == [["cat", "fox"], ["cat", "cat", "fox"], ["cat", "cat", "dog"], []]
 
 
-def test_a_new_answer_forgets_edits_of_the_old_one_but_keeps_what_was_drawn(session):
+def test_a_new_answer_drops_edits_of_the_old_one_and_keeps_drawn_objects(session):
     key, drawn = session.scene.point(3, 4, 1)
     session.change(session.scene.keep(key, replace(drawn, instance=found()[2])))
     session.change(session.scene.edit(key, label="mine").edit("found 1", deleted=True))
@@ -91,7 +91,7 @@ def test_a_new_answer_forgets_edits_of_the_old_one_but_keeps_what_was_drawn(sess
     assert labels(session) == ["mine", "cat", "cat", "dog"]
 
 
-def test_clicks_go_on_with_the_active_object_and_a_box_begins_another(session):
+def test_clicks_refine_the_active_object_and_a_box_starts_another(session):
     with pytest.raises(InputError, match="Click on the object first"):
         session.scene.point(1, 2, 0)
     key, drawn = session.scene.box((1, 2, 30, 20))
@@ -102,7 +102,7 @@ def test_clicks_go_on_with_the_active_object_and_a_box_begins_another(session):
     assert session.scene.box((0, 0, 9, 9))[0] != key
 
 
-def test_an_answer_about_a_picture_that_is_gone_is_dropped(session, tmp_path):
+def test_an_answer_for_a_replaced_image_is_dropped(session, tmp_path):
     old = session.picture
     session.receive(tmp_path / "small.png")
     session.answer(old, "m", lambda scene: scene.find(found(), "words"))
@@ -207,7 +207,7 @@ def test_every_download_holds_the_corrected_names(session, tmp_path, kind):
                     assert cut.size == (5, 5) and cut.mode == "RGBA"
 
 
-def test_the_endpoints_are_the_three_questions_typed_and_told(page):  # noqa: F811
+def test_the_endpoints_are_the_three_questions_with_types_and_descriptions(page):  # noqa: F811
     api = app.demo.get_api_info()
     types = {
         name: {p["parameter_name"]: p["python_type"]["type"] for p in endpoint["parameters"]}
@@ -239,7 +239,7 @@ def assert_same(coco, results):
     assert coco["info"]["model"] == "ovsam-tiny" and coco["images"][0]["file_name"] == EXAMPLE.name
 
 
-def test_a_client_gets_what_the_library_and_the_page_give(page, client):  # noqa: F811
+def test_a_client_gets_the_answers_of_the_library_and_of_the_page(page, client):  # noqa: F811
     segmenter, picture = engine.models.get("ovsam-tiny"), handle_file(str(EXAMPLE))
     encoded = segmenter.encode(EXAMPLE)
     box = [230.0, 190.0, 410.0, 410.0]
@@ -279,7 +279,7 @@ def test_a_client_gets_what_the_library_and_the_page_give(page, client):  # noqa
         ("/where", {"words": ["cat"], "model": "/no/model"}, "no"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence(client, endpoint, asked, sentence):
+def test_mistakes_are_answered_in_one_sentence(client, endpoint, asked, sentence):
     with pytest.raises(Exception, match=re.escape(sentence)) as error:
         client.predict(handle_file(str(EXAMPLE)), **asked, api_name=endpoint)
     assert "Traceback" not in str(error.value)
@@ -301,7 +301,7 @@ def test_on_a_space_models_come_from_the_hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_visitors_at_once_get_their_own_pictures(page, tmp_path, monkeypatch):  # noqa: F811
+def test_twenty_visitors_at_once_get_their_own_images(page, tmp_path, monkeypatch):  # noqa: F811
     """Each has a part of another size of the example by the same file name, and some ask again."""
     monkeypatch.setattr(engine.features, "size", 100_000_000)  # three pictures: most are encoded again
     whole, together = Image.open(EXAMPLE).convert("RGB"), threading.Barrier(20)
@@ -332,7 +332,7 @@ def test_twenty_visitors_at_once_get_their_own_pictures(page, tmp_path, monkeypa
     wait_until(lambda: len(engine.features) <= 1)  # the module's own client may have one
 
 
-def test_the_command_serves_this_machine_only_unless_told(monkeypatch):
+def test_the_command_serves_this_machine_only_by_default(monkeypatch):
     served = []
     monkeypatch.setattr(app, "main", lambda *arguments: served.append(arguments))
     assert ovsam_cli.main(["demo"]) == 0
@@ -340,7 +340,7 @@ def test_the_command_serves_this_machine_only_unless_told(monkeypatch):
     assert served == [("auto", "127.0.0.1", 7860, False), ("m", "0.0.0.0", 80, True)]
 
 
-def test_a_port_that_is_taken_is_one_sentence(page, capsys):  # noqa: F811
+def test_a_port_in_use_is_refused_in_one_sentence(page, capsys):  # noqa: F811
     port = page.url.rstrip("/").rsplit(":", 1)[1]
     assert ovsam_cli.main(["demo", "--model", "ovsam-tiny", "--port", port]) == 2
     assert capsys.readouterr().err.endswith(f"cannot be served at 127.0.0.1:{port}; try another --port.\n")

@@ -158,7 +158,7 @@ def test_from_a_picture_to_a_corrected_coco_file(visitor, page, shots, tmp_path)
     wait_until(lambda: not (len(app.sessions) or len(engine.features) or folder.exists()))
 
 
-def test_what_cannot_work_is_one_message(visitor, page, tmp_path):  # noqa: F811
+def test_mistakes_are_one_message(visitor, page, tmp_path):  # noqa: F811
     tab, message = visitor.tab, visitor.tab.locator(".toast-body")
     visitor.find("hamburger")
     playwright.expect(message).to_contain_text("There is no picture yet: choose one, or take an example.")

@@ -34,7 +34,7 @@ def test_boundary_iou_by_hand():
     assert metrics.boundary_iou(square(20, 20, 30), holed) == pytest.approx(324 / (324 + 48))
 
 
-def test_the_pictures_border_is_outside():
+def test_the_border_of_the_image_counts_as_outside():
     """The boundary of a mask that fills the picture is a frame."""
     assert metrics.erode(np.ones((20, 30), bool), 4).sum() == 12 * 22
     assert not metrics.erode(np.ones((7, 30), bool), 4).any()

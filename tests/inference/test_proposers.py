@@ -159,7 +159,7 @@ def own_answer(detector: Detector, text, labels: list[str]) -> dict:
 
 
 @pytest.mark.parametrize("make", [owlv2, omdet])
-def test_a_detector_that_is_asked_for_all_words_at_once(segmenter, make):
+def test_detectors_that_take_all_words_at_once(segmenter, make):
     detector = make()
     asked = []
     image = segmenter.encode(PICTURE)
@@ -183,7 +183,7 @@ def test_a_detector_that_is_asked_for_all_words_at_once(segmenter, make):
     assert {round(found.score, 4) for found in results} <= given  # the detector's own scores
 
 
-def test_grounding_dino_is_asked_word_by_word(segmenter):
+def test_grounding_dino_is_run_word_by_word(segmenter):
     detector, seen = grounding_dino(), []
     encoded = segmenter.encode(PICTURE)
     image, features = encoded.image, encoded.features
@@ -231,7 +231,7 @@ def test_a_function_is_a_proposer(segmenter):
     assert found[0].source == "text" and asked[0].source == "box"
 
 
-def test_nothing_proposed_is_nothing_found(segmenter):
+def test_no_proposals_give_no_results(segmenter):
     assert len(segmenter.where(PICTURE, WORDS, proposer=lambda _: Proposals(boxes=torch.zeros(0, 4)))) == 0
 
 
@@ -244,7 +244,7 @@ def test_nothing_proposed_is_nothing_found(segmenter):
         (Proposals(boxes=torch.zeros(2, 4), word_scores=torch.ones(2, 3)), r"word_scores must be \[n, 2\]"),
     ],
 )
-def test_proposals_that_cannot_be(segmenter, proposals, message):
+def test_wrong_shapes_of_proposals_are_refused(segmenter, proposals, message):
     with pytest.raises(ovsam.InputError, match=message):
         segmenter.where(PICTURE, WORDS, proposer=lambda _: proposals)
 
@@ -265,7 +265,7 @@ def test_connected_cells():
     assert len({int(first), int(diagonal), int(corner)}) == 3
 
 
-def test_clip_dense_points_lie_where_the_word_is_strongest(segmenter):
+def test_clip_dense_points_lie_at_the_highest_similarity(segmenter):
     encoded = segmenter.encode(PICTURE)
     image, features = encoded.image, encoded.features
     _, embeds = segmenter.embed(WORDS)
@@ -289,7 +289,7 @@ def test_stability_is_the_iou_of_two_cuts():
     assert_close(stability(logits, 1.0), torch.tensor([0.5, 0.0]))
 
 
-def test_the_grid_finds_confident_and_distinct_masks(segmenter):
+def test_the_grid_returns_confident_and_distinct_masks(segmenter):
     encoded = segmenter.encode(PICTURE)
     image, features = encoded.image, encoded.features
     question = ovsam.inference.proposers.Question(image, [], None, True, segmenter.model, segmenter.processor, features)

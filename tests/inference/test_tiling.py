@@ -106,7 +106,7 @@ def test_windows_cover_the_picture_and_overlap():
 
 
 @pytest.mark.slow
-def test_a_photo_of_300_small_and_two_huge_things():
+def test_an_image_of_300_small_and_two_huge_objects():
     picture, truth = scene(4000, 3000, 300)
     seen = []
 
@@ -132,7 +132,7 @@ def test_a_photo_of_300_small_and_two_huge_things():
         assert one.area == one.mask.sum() and one.bbox == rle.bbox(one.segmentation)
 
 
-def test_what_only_the_overview_shows_is_added_and_replaces_its_cut_pieces():
+def test_objects_of_the_overview_are_added_and_replace_their_cut_pieces():
     picture, truth = scene(1000, 760, 0)
 
     def ask(image):
@@ -165,7 +165,7 @@ def pieces(left, right):
     return place(instances((100, 100), *left), LEFT, size) + place(instances((100, 100), *right), RIGHT, size)
 
 
-def test_a_thing_that_a_seam_cuts_is_joined_and_takes_the_better_name():
+def test_an_object_cut_by_a_seam_is_joined_under_the_better_name():
     (one,) = merge(pieces([("dog", 0.6, (20, 10, 100, 30))], [("dog", 0.8, (0, 10, 90, 30))]))
     assert one.bbox == (20, 10, 130, 20) and (one.label, one.score, one.id) == ("dog", 0.8, 1)
     # The whole thing has a say before a piece of it, even a surer one.
@@ -188,7 +188,7 @@ def test_neighbours_in_the_strip_stay_two():
     assert len(found) == 2
 
 
-def test_a_part_of_the_same_word_is_taken_in_and_of_another_is_not():
+def test_a_part_is_merged_only_with_an_object_of_the_same_word():
     whole = ("dog", 0.6, (60, 10, 98, 60))
     assert len(merge(pieces([whole], [("dog", 0.9, (2, 12, 20, 30))]))) == 1
     assert len(merge(pieces([whole], [("eye", 0.9, (2, 12, 20, 30))]))) == 2
@@ -207,7 +207,7 @@ def test_pieces_of_one_window_are_joined_only_through_another():
     assert one.area == 2 * 20 * 100 + 10 * 30 and one.bbox == (20, 10, 100, 70)
 
 
-def test_an_overview_adds_only_what_is_new():
+def test_an_overview_adds_new_objects_only():
     size = (100, 160)
     small = pieces([("dog", 0.6, (20, 10, 95, 30))], [])
     known = instances(size, ("dog", 0.9, (20, 10, 95, 30)))
@@ -220,7 +220,7 @@ def test_an_overview_adds_only_what_is_new():
     assert [(one.score, one.bbox[2]) for one in found] == [(0.9, 160), (0.7, 10)]
 
 
-def test_nothing_and_one_window():
+def test_no_piece_and_one_window():
     assert merge([]) == [] and merge([], instances((9, 9), ("dog", 0.5, (0, 0, 9, 9))))[0].id == 1
     grey = Image.new("RGB", (300, 200))
     empty = segment_tiled(find, grey, tile=128, overlap=32)
@@ -230,7 +230,7 @@ def test_nothing_and_one_window():
     assert once == [(300, 200)]
 
 
-def test_pieces_are_in_the_pictures_coordinates():
+def test_pieces_are_in_coordinates_of_the_image():
     (piece,) = place(instances((100, 100), ("dog", 0.5, (5, 6, 20, 30))), RIGHT, (100, 160))
     assert isinstance(piece, Piece) and piece.window == RIGHT
     assert piece.instance.box == (65, 6, 80, 30) and piece.instance.segmentation["size"] == [100, 160]

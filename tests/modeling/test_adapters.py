@@ -127,7 +127,7 @@ def test_boxes_are_read_at_a_stride_that_suits_them():
         assert_close(features, expected)
 
 
-def test_no_prompt_and_an_empty_mask_are_no_trouble():
+def test_no_prompt_and_an_empty_mask():
     model, inputs = build("clip2sam"), inputs_for("clip2sam")
     inputs["masks"] = torch.zeros_like(inputs["masks"])
     inputs["boxes"] = torch.zeros_like(inputs["boxes"])
@@ -139,7 +139,7 @@ def test_no_prompt_and_an_empty_mask_are_no_trouble():
 # ------------------------------------------------------------------------------------------------ ConceptHead
 
 
-def test_a_new_concept_head_is_modest():
+def test_outputs_of_a_new_concept_head():
     torch.manual_seed(0)
     head = ConceptHead(ADAPTERS["concepts"][1])
     out = head(maps())
@@ -169,7 +169,7 @@ def test_locations_are_row_by_row_stride_16_first(dtype):
 # ------------------------------------------------------------------------------------------------ Sam2ClipAdapter
 
 
-def test_sam2clip_gives_what_a_mask_decoder_reads():
+def test_sam2clip_gives_the_maps_of_a_mask_decoder():
     model = build("sam2clip")
     out = model(maps())
     assert [tuple(level.shape[1:]) for level in (*out.high_res, out.embedding)] == [(4, 32, 32), (8, 16, 16), (C, 8, 8)]

@@ -20,19 +20,19 @@ def concepts():
     return ConceptOutput(objectness=objectness, boxes=boxes, coefficients=torch.eye(3)[None], prototypes=prototypes)
 
 
-def test_a_box_means_the_location_that_fits_it(concepts):
+def test_the_location_of_a_box(concepts):
     boxes = torch.tensor([[[1.0, 0, 33, 60], [30, 2, 64, 64], [2, 2, 62, 62]]])
     assert boxed_locations(concepts, boxes).tolist() == [[0, 1, 2]]
 
 
-def test_clicks_mean_the_location_that_holds_them_all(concepts):
+def test_the_location_of_clicks(concepts):
     points = torch.tensor([[[[10.0, 20], [50, 20]], [[10, 20], [50, 20]], [[50, 20], [10, 20]], [[50, 20], [0, 0]]]])
     labels = torch.tensor([[[1, 1], [1, 0], [1, 0], [0, -10]]])
     found = pointed_locations(concepts, points, labels, stride=4.0)
     assert found.tolist() == [[2, 0, 1, 0]]  # both halves; the left, not the right; the reverse; what is not right
 
 
-def test_clicks_at_the_edge_are_no_error(concepts):
+def test_clicks_at_the_edge(concepts):
     points = torch.tensor([[[[64.0, 64.0]], [[-3.0, 5.0]]]])
     assert pointed_locations(concepts, points, torch.ones(1, 2, 1), stride=4.0).shape == (1, 2)
 

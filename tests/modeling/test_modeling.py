@@ -100,7 +100,7 @@ def test_many_prompts_at_once_are_as_one_by_one(prompts):
     assert min((flat[i] - flat[j]).abs().max() for i in range(4) for j in range(i)) > 0.1  # they are four questions
 
 
-def test_every_kind_of_prompt_counts():
+def test_every_kind_of_prompt_changes_the_masks():
     masks = [ask(model_of(), **inputs_for(**prompts)).pred_masks for prompts in PROMPTS.values()]
     assert min((masks[i] - masks[j]).abs().max() for i in range(len(masks)) for j in range(i)) > 0.1
 
@@ -184,7 +184,7 @@ def test_instances_of_words_are_locations_of_the_concept_head():
         assert 5 < len(expected) < len(order)
 
 
-def test_the_adapter_has_half_a_say_on_words():
+def test_logits_of_words_are_averaged_with_the_adapter():
     model, inputs = tiny_model(), inputs_for(text=["cat", "dog"], negative_text="moon")
     plain = ask(model, refine=False, proposal_threshold=THRESHOLD, **inputs)
     out = ask(model, proposal_threshold=THRESHOLD, **inputs)
@@ -268,7 +268,7 @@ def test_an_image_without_words_has_no_instances():
     assert out.valid[0].any() and not out.valid[1].any()
 
 
-def test_nothing_found_is_an_empty_answer():
+def test_an_empty_answer():
     model, inputs = model_of(), inputs_for(text=["cat"], negative_text=["dog"])
     out = ask(model, proposal_threshold=1.0, **inputs)
     assert out.pred_masks.shape == (2, 0, 1, 32, 32) and out.logits.shape == (2, 0, 1)
@@ -401,7 +401,7 @@ def test_without_adapters_names_are_clips_own(clip):
             ask(model, features=out.features, **asked)
 
 
-def test_clips_own_picture_may_have_another_size():
+def test_clip_pixels_may_have_another_size():
     """Regions are given to CLIP as masks: boxes are pixels of SAM's input."""
     model = tiny_model("dual", "edgetam", "resnet", adapters=False)
     inputs = inputs_for(text=["cat", "dog"], **BOXES)
@@ -438,7 +438,7 @@ def test_without_a_concept_head_prompts_are_named_and_words_refused():
 # ------------------------------------------------------------------------------------------------ mistakes, SAM's way
 
 
-def test_questions_about_nothing_are_refused():
+def test_calls_without_an_image_are_refused():
     with pytest.raises(InputError, match="pixel_values, or features"):
         model_of()(input_ids=torch.tensor([[62, 5, 63]]))
     model, inputs = model_of(), inputs_for(text=["cat"])

@@ -99,7 +99,7 @@ def found_by(side, inputs, words):
     ],
 )
 @torch.no_grad()
-def test_everything_equals_owlv2s_own(own, side, words, sizes, input_size):
+def test_all_outputs_equal_those_of_owlv2(own, side, words, sizes, input_size):
     process = processor(input_size)
     images = pictures(*sizes)
     inputs = process(text=[words] * len(images), images=images, return_tensors="pt")
@@ -129,7 +129,7 @@ def test_everything_equals_owlv2s_own(own, side, words, sizes, input_size):
 
 
 @torch.no_grad()
-def test_the_image_goes_through_once_however_many_words(side):
+def test_the_image_is_encoded_once_for_any_number_of_words(side):
     calls = {"image": 0, "text": 0}
 
     def count(name):
@@ -163,7 +163,7 @@ def test_non_square_inputs_keep_pixels(own, side):
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_close_as_owlv2s_own_and_boxes_closer(own, side):
+def test_bfloat16_is_as_close_as_in_owlv2_and_boxes_closer(own, side):
     """Against float32, in the mean: scores and objectness within 0.01, cosines of embeddings above 0.999; boxes nearer
     than OWLv2's own, whose last step rounds them to 8 bits."""
     inputs = processor()(text=[WORDS[:20]], images=pictures((48, 64)), return_tensors="pt")
@@ -219,7 +219,7 @@ def test_the_window_is_the_padding_of_its_own_processor():
         assert (width * right, height * bottom) == pytest.approx((side, side), rel=1e-12)
 
 
-def test_an_input_of_broken_patches_is_one_clear_error(side):
+def test_an_input_of_incomplete_patches_is_refused(side):
     with pytest.raises(InputError, match="multiples of 8 pixels, not 64 x 60"):
         side.encode_image(torch.randn(1, 3, 64, 60))
 

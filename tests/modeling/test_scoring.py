@@ -47,7 +47,7 @@ def test_another_word_changes_no_logit():
     assert_close(names.logits(words[:4]), names.logits(words)[..., :4], rtol=0, atol=1e-4)
 
 
-def test_two_namings_have_half_a_say_each():
+def test_two_namings_are_averaged():
     one, other, words = naming(), naming(), normalize(torch.randn(3, 16), dim=-1)
     other.shift = other.shift + 1
     expected = (one.logits(words) + other.logits(words)) / 2

@@ -245,14 +245,14 @@ def test_half_a_checkpoint_leaves_the_other_half_sound(kind, poisoned_memory):
 
 
 @kinds
-def test_built_on_meta_nothing_is_real(kind):
+def test_a_model_on_meta_has_meta_tensors_only(kind):
     with torch.device("meta"):
         model = OVSamModel(tiny_config(**KINDS[kind]))
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     assert set(model.state_dict()) == set(model_of(kind).state_dict())
 
 
-def test_what_only_timm_knows_how_to_make(tmp_path, poisoned_memory):
+def test_buffers_and_parameters_that_only_timm_initialises(tmp_path, poisoned_memory):
     """Buffers that no file holds (tables of a trunk's attention) and parameters of timm's own layers: our dual encoder
     is no PreTrainedModel that could take care of them."""
     text = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -317,7 +317,7 @@ def test_bfloat16_keeps_coordinates_exact(kind, folder_of):
         assert place.any()  # the very boxes, not rounded ones
 
 
-def test_a_model_in_half_precision_says_so_in_its_folder(folder_of, tmp_path):
+def test_the_dtype_is_saved(folder_of, tmp_path):
     OVSamModel.from_pretrained(folder_of("dual"), dtype=torch.bfloat16).save_pretrained(tmp_path)
     assert AutoModel.from_pretrained(tmp_path).dtype == torch.bfloat16
     assert AutoModel.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32

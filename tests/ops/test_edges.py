@@ -48,7 +48,7 @@ def test_only_the_outer_boundary_counts():
 
 
 @pytest.mark.parametrize("count", [0, 5])
-def test_chunks_and_nothing(monkeypatch, count):
+def test_chunks_and_empty_input(monkeypatch, count):
     masks = torch.stack([soft_disc(10 + 8 * i, 30, 9)[0] for i in range(count)]) if count else torch.zeros(0, 64, 64)
     whole = edge_map(masks)
     monkeypatch.setattr(edges, "CHUNK", 2 * 64 * 64)

@@ -86,7 +86,7 @@ SLOW = {"fast": slow_fast, "greedy": slow_greedy, "soft": slow_soft, "matrix": s
 
 @pytest.mark.parametrize("threshold", [0.3, 0.6])
 @pytest.mark.parametrize("name", NMS)
-def test_as_the_slow_loop_says(name, threshold):
+def test_equal_to_the_slow_loop_of_the_paper(name, threshold):
     changed = 0
     for seed in range(5):
         _, overlap, scores = crowd(seed)
@@ -111,7 +111,7 @@ def test_greedy_is_torchvisions():
 
 
 @pytest.mark.parametrize("name", NMS)
-def test_nothing_one_and_equals(name):
+def test_no_proposal_one_proposal_and_equal_proposals(name):
     assert NMS[name](torch.zeros(0, 0), torch.zeros(0), 0.5).shape == (0,)
     assert_close(NMS[name](torch.ones(1, 1), torch.tensor([0.4]), 0.5), torch.tensor([0.4]))
     twins = NMS[name](torch.ones(3, 3), torch.full((3,), 0.8), 0.5)  # of equals the first stays
@@ -148,7 +148,7 @@ def test_density_keeps_the_second_of_two_that_stand_close():
     assert (density_nms(alone, scores[:3], 0.6) > 0).tolist() == [True, False, False]
 
 
-def test_matrix_spares_what_only_a_suppressed_one_overlaps():
+def test_matrix_keeps_a_box_that_only_a_suppressed_one_overlaps():
     overlap = torch.tensor([[1, 0.9, 0.0], [0.9, 1, 0.6], [0.0, 0.6, 1]])
     new = matrix_nms(overlap, torch.tensor([0.9, 0.8, 0.7]))
     assert new[1] < 0.2 and new[2] == pytest.approx(0.7)

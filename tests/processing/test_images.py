@@ -79,7 +79,7 @@ def test_exif_orientation_is_applied_once(picture, tmp_path, orientation):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_exif_does_not_hide_the_picture(picture, tmp_path):
+def test_broken_exif_is_ignored(picture, tmp_path):
     picture.save(tmp_path / "odd.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert open_image(str(tmp_path / "odd.jpg")).size == picture.size
 
@@ -182,7 +182,7 @@ def test_bytes_open_files_floats_and_tensors(picture):
         "http://127.0.0.1:9/nobody.png",
     ],
 )
-def test_what_is_no_picture_is_one_sentence(given):
+def test_other_values_than_images_are_refused_in_one_sentence(given):
     with pytest.raises(InputError) as caught:
         open_image(given)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")

@@ -81,7 +81,7 @@ def test_words_that_cannot_be_read_are_one_sentence(text, said):
 # ------------------------------------------------------------------------------------------------ prompts in
 
 
-def test_coordinates_follow_the_squashed_picture():
+def test_coordinates_are_resized_with_the_image():
     inputs = processor()(images=pictures()[1], input_boxes=[[[50, 45, 100, 90]]], input_points=[[[[200, 9]]]])
     assert_close(inputs["input_boxes"], torch.tensor([[[32.0, 64, 64, 128]]]))
     assert_close(inputs["input_points"], torch.tensor([[[[128.0, 12.8]]]]))
@@ -121,7 +121,7 @@ def test_boxes_may_be_arrays():
         assert inputs["prompt_counts"].tolist() == [3]
 
 
-def test_a_second_picture_for_a_clip_of_another_geometry(tmp_path):
+def test_clip_may_get_pixels_of_its_own(tmp_path):
     size = {"height": 64, "width": 64}
     stock = {"size": size, "do_center_crop": False, "image_mean": [0.1] * 3, "image_std": [0.2] * 3}
     clip_images = {"image_processor_type": "CLIPImageProcessor"} | stock
@@ -132,7 +132,7 @@ def test_a_second_picture_for_a_clip_of_another_geometry(tmp_path):
     assert torch.equal(inputs["pixel_values"], processor()(images=pictures())["pixel_values"])
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_save_and_load(tmp_path):
     own = tiny_processor(text_padding="max_length", point_pad_value=-20)
     own.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
@@ -144,7 +144,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one if name != "text_labels")
 
 
-def test_one_call_moves_and_casts_everything():
+def test_to_moves_and_casts_all_tensors():
     inputs = processor()(images=pictures(), text=["cat"], input_boxes=BOXES).to("cpu", torch.float64)
     assert inputs["pixel_values"].dtype == inputs["input_boxes"].dtype == torch.float64
     assert inputs["input_ids"].dtype == torch.int64 and inputs["text_labels"] == ["cat"]
@@ -218,14 +218,14 @@ def test_thresholds_and_sizes():
     assert len(post_process(out, threshold=0.0, text_labels=["cat"], top_k=1)["topk"][0]) == 1
 
 
-def test_of_two_masks_of_one_thing_the_better_stays():
+def test_of_two_masks_of_one_object_the_better_stays():
     masks = blocks((0, 0, 10, 10), (0, 0, 10, 9), (0, 0, 10, 5), (20, 20, 20, 20))
     for threshold, kept in ((0.6, [1, 2]), (0.95, [1, 0, 2])):  # overlaps are 0.9, 0.56 and 0.5; one mask is empty
         out = proposals(masks, [0.8, 0.9, 0.7, 0.99], [[5.0]] * 4, mask_nms_threshold=threshold)
         assert post_process(out)["prompt_ids"].tolist() == kept
 
 
-def test_what_looks_more_like_a_negative_word_goes():
+def test_instances_that_match_a_negative_word_better_are_dropped():
     logits, negative = [[2.0], [2.0], [2.0], [2.0]], [[-5.0, 1.9], [2.1, -5.0], [2.0, 0.0], [-5.0, -5.0]]
     for everything in (False, True):
         found = post_process(
@@ -328,7 +328,7 @@ def test_a_mapping_of_phrases_goes_through_the_processor():
     assert set(answer(inputs, threshold=0.5)[1]["text_labels"]) == {"sky"}
 
 
-def test_what_was_dropped_says_why():
+def test_dropped_instances_are_listed_with_their_reason():
     logits, negative = (
         [[2.0, 1.0], [0.0, 1.0], [2.0, 0.0], [-9.0, -9.0]],
         [[-5.0, 1.9], [2.1, -5.0], [-1.0, 4.0], [9, 9]],

@@ -82,7 +82,7 @@ def test_built_in_vocabularies(name, count, some):
     assert {index: vocabulary.labels[index] for index in some} == some
 
 
-def test_names_that_imagenet_classes_share_are_told_apart():
+def test_names_that_imagenet_classes_share_are_made_unique():
     labels = Vocabulary("imagenet21k").labels
     assert {"loft", "pigeon loft", "hen", "hen (2)"} <= set(labels) and "loft (2)" not in labels
 
@@ -180,7 +180,7 @@ def cached(tmp_path, words=("dog", "cat"), templates=("{}",), text_hash="tower")
     return embeds, len(encode.sentences)
 
 
-def test_the_second_time_nothing_is_encoded(tmp_path):
+def test_a_cached_vocabulary_is_not_encoded_again(tmp_path):
     fresh, encoded = cached(tmp_path)
     again, encoded_again = cached(tmp_path)
     assert (encoded, encoded_again) == (2, 0)

@@ -139,7 +139,7 @@ def per_picture(coco):
 
 @pytest.mark.weights
 @pytest.mark.slow
-def test_an_adapter_of_ones_own_is_built_and_trained_as_the_readme_says(corrected):
+def test_the_readme_builds_and_trains_a_custom_adapter(corrected):
     # In the first step of a warm-up nothing moves.
     shorter = """
 import ovsam.training.engine as run
@@ -159,7 +159,7 @@ run.train_recipe = train_recipe
     assert not any(key.startswith("sam.") for key in learnt)
 
 
-def test_every_file_the_readme_names_exists():
+def test_files_named_in_the_readme_exist():
     named = set(re.findall(r"\]\((?!http)([^)#]+)\)", README))
     assert len(named) > 5
     for name in named:

@@ -263,7 +263,7 @@ def test_a_killed_run_resumes_to_the_same_result(whole, server, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_another_recipe_is_refused_with_what_changed(whole, tmp_path):
+def test_resuming_with_another_recipe_is_refused_with_the_changes(whole, tmp_path):
     path, _ = whole
     training_run.train_recipe(path, output=tmp_path / "run", device="cpu")
     changed = write_recipe(tmp_path / "changed", optim={"learning_rate": 2e-2}, data={"max_size": 31.0})
@@ -295,7 +295,7 @@ def train_as(rank, port, path, output):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does_with_twice_the_batch(server, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(server, tmp_path):
     """Noise is drawn for each process by itself, hence none here."""
     common = {"stage_args": {"noise": 0.0}, "eval": {"every": 3, "pictures": 5, "data": SCENES}}
     alone = write_recipe(tmp_path / "alone", optim={"batch_size": 4}, **common)
@@ -363,7 +363,7 @@ def test_memory_is_counted_and_the_dry_run_leaves_no_trace():
     assert torch.equal(random, torch.get_rng_state()) and all(p.grad is None for p in stage.parameters())
 
 
-def test_what_cannot_work_is_refused():
+def test_runs_that_cannot_work_are_refused():
     with pytest.raises(InputError, match="depends on no trainable parameter"):
         stage = Line()
         stage.forward = lambda x: {"loss": x.sum()}
@@ -413,7 +413,7 @@ def test_the_command_line_replaces_the_data(tmp_path):
         recipe.read_recipe(tmp_path / "nothing.toml")
 
 
-def test_a_device_that_is_not_there_is_one_sentence(tmp_path):
+def test_an_unknown_device_is_refused(tmp_path):
     path = write_recipe(tmp_path)
     with pytest.raises(InputError, match="--device tpu cannot be trained on"):
         training_run.train_recipe(path, output=tmp_path / "run", device="tpu")

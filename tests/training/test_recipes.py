@@ -147,7 +147,7 @@ def test_the_same_recipe_reads_lvis(name, tmp_path, tiny_towers):
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_recipe_is_a_known_stage_with_known_arguments(name):
+def test_stage_and_arguments_of_a_recipe_exist(name):
     recipe = READ[name]
     if recipe["stage"] == "calibrate":
         return
@@ -160,7 +160,7 @@ def test_a_recipe_is_a_known_stage_with_known_arguments(name):
 
 
 @pytest.mark.parametrize("name", [n for n, r in READ.items() if isinstance(r.get("model", {}).get("sam"), str)])
-def test_a_recipe_for_released_towers_says_what_it_costs(name):
+def test_the_card_of_a_recipe_for_released_towers_estimates_its_memory(name):
     text = (ROOT / "adapters" / name / "README.md").read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if "GB" in line and "estimate" in line.lower())
     gigabytes = float(line.split(" GB")[0].split()[-1])

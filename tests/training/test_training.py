@@ -104,7 +104,7 @@ def tuned(folder, base, data):
 
 
 @pytest.mark.slow
-def test_the_tuned_model_beats_its_base_on_pictures_it_has_not_seen(base, tuned, data, capsys):
+def test_the_tuned_model_beats_its_base_on_held_out_images(base, tuned, data, capsys):
     assert compare.run_compare(base, tuned, data=data[1], device="cpu")
     printed = capsys.readouterr().out
     assert "The tuned model beats the base" in printed and "box: mean IoU" in printed
@@ -137,7 +137,7 @@ def test_curves_and_samples_are_drawn(tuned):
 
 
 @pytest.mark.slow
-def test_rehearsal_is_on_unless_a_recipe_says_no(folder, base, data, capsys):
+def test_rehearsal_is_on_by_default(folder, base, data, capsys):
     """And the small CLIP tower can learn too; the text tower stays as it is."""
     numbers = {"base": json.dumps(str(base)), "held_out": json.dumps(str(data[1])), "steps": 2, "share": 0.5}
     text = RECIPE.format(**numbers).replace("share = 0.5\n", "")
@@ -180,7 +180,7 @@ def test_temperature_and_shift_are_those_the_labels_were_drawn_with():
     assert factor == pytest.approx(1.5, abs=0.05) and shift == pytest.approx(0.2, abs=0.02)
 
 
-def test_calibrated_numbers_do_in_the_head_what_was_fitted(base, data):
+def test_calibration_is_written_into_the_heads(base, data):
     segmenter, other = ovsam.load(base, device="cpu"), ovsam.load(base, device="cpu")
     fitted = {"names of masks": (1.3, 0.1), "words of locations": (0.7, -0.05)}
     source = calibrate.read_data({"format": "coco", "annotations": str(data[0])}, 0, 1, 128)
@@ -195,7 +195,7 @@ def test_calibrated_numbers_do_in_the_head_what_was_fitted(base, data):
     torch.testing.assert_close(other.model.clip2sam.logit_shift, segmenter.model.clip2sam.logit_shift + 0.1)
 
 
-def test_scores_mean_how_often_they_are_right_after_calibration(capsys):
+def test_calibrated_scores_are_probabilities(capsys):
     """Scores that say less than they know, as a product with objectness does."""
     rng = np.random.default_rng(0)
     truth = rng.random(20_000)
@@ -241,7 +241,7 @@ def test_novel_words_are_for_scenes(folder, base, data):
         train_recipe(folder / "novel.toml", output=folder / "novel", device="cpu")
 
 
-def test_what_cannot_be_tuned_is_refused(base):
+def test_models_without_a_trainable_part_are_refused(base):
     model = tiny_model(adapters=False)
     none = torch.zeros(2, 0, dtype=torch.bool)
     table = texts.WordTable(torch.eye(2, 32), torch.zeros(0, 32), none, torch.tensor([True, True]))
@@ -261,7 +261,7 @@ def test_a_word_table_counts_base_words_keywords_only():
 
 
 @pytest.mark.parametrize("name", ["finetune", "calibrate-tiny"])
-def test_the_recipes_that_start_from_a_whole_model_are_understood(name):
+def test_recipes_that_start_from_a_whole_model_have_known_options(name):
     recipe = read_recipe(Path(__file__).parents[2] / "adapters" / name / "recipe.toml")
     accepted = reader_keys(recipe["data"].get("format", "emojiscenes"))
     assert recipe["data"].keys() - {"format"} <= accepted.keys()
