@@ -1,5 +1,4 @@
-"""Model cards: the Hub's rules for front matter, as far as they can be checked without it, and a card for a folder
-without one."""
+"""Model cards: checks of the Hub's rules for front matter without the Hub, and a card for folders without one."""
 
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 from ovsam.errors import InputError
 
 LIBRARY = "ovsam"
-TASK = "image-segmentation"  # the Hub's word for it, by which people search
+TASK = "image-segmentation"  # the name of the task on the Hub
 LISTS = ("tags", "datasets", "metrics", "base_model", "language")  # each may also be one string
 LINK = re.compile(r"\]\((?![a-z]+:|#|/)([^)\s#]+)")  # a link within the repository
 FRONT_MATTER = re.compile(r"---\n(.*?)\n---(\n|$)", re.S)
@@ -55,10 +54,10 @@ adapter = ovsam.{kind}.from_pretrained("{repo}")"""
 
 
 def check_card(text: str, folder: Path) -> list[str]:
-    """See that a card is one that the Hub takes, and return the files of the folder that it links to.
+    """Check that the Hub accepts a card, and return the files of the folder that it links to.
 
     Raises:
-        InputError: no or invalid front matter, an invalid model-index, or a link that leads nowhere in the folder.
+        InputError: the front matter is missing or invalid, the model-index is invalid, or a linked file is missing.
     """
     try:
         front_matter = FRONT_MATTER.match(text)
@@ -83,22 +82,22 @@ def check_card(text: str, folder: Path) -> list[str]:
         try:
             validate_repo_id(base)
         except HFValidationError:
-            problems.append(f"base_model {base!r} is no name of a repository")
+            problems.append(f"base_model {base!r} is not the name of a repository, ORG/NAME")
     for language in _texts(data.get("language", [])) or ():
         if not LANGUAGE.fullmatch(language):
-            problems.append(f"language {language!r} is no ISO 639 code, such as en")
+            problems.append(f"language {language!r} is not an ISO 639 code, such as en")
     if problems:
         raise InputError(f"The front matter of README.md is not valid: {problems[0]}.")
 
     links = sorted(set(LINK.findall(text)))
     for link in links:
         if not (folder / link).is_file() or not (folder / link).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"README.md links to {link}, which is not in {folder} and so would not be on the Hub.")
+            raise InputError(f"README.md links to {link}, which is not in {folder}; add the file or remove the link.")
     return links
 
 
 def default_card(repo: str, model: PreTrainedModel) -> str:
-    """A card that states what can be read off the model, and that the rest is not stated."""
+    """Return a card with the facts that the model itself provides; the rest is marked as not stated."""
     kind, count = type(model).__name__, sum(p.numel() for p in model.parameters())
     return DEFAULT.format(
         library=LIBRARY,

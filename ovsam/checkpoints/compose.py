@@ -1,4 +1,4 @@
-"""Whole models out of parts that people have: a SAM, a CLIP and, if there are any, adapters."""
+"""Composition of whole models from parts: a SAM, a CLIP and, optionally, adapters."""
 
 import json
 from collections.abc import Iterator
@@ -34,9 +34,9 @@ from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.sam import SAM_SIDES
 from ovsam.processing.processing_ovsam import OVSamProcessor
 
-IMAGENET = "imagenet:"  # before the name of a classifier of timm
+IMAGENET = "imagenet:"  # prefix of the name of a classifier of timm
 ADAPTERS = ("clip2sam", "sam2clip", "concepts")
-# The video models, and the SAM side that holds the image model inside each.
+# Video models -> the SAM side for the image model inside each.
 TRACKERS = {tracker: kind for kind, side in SAM_SIDES.items() for tracker in vars(side).get("trackers", ())}
 CALIBRATED = (
     "objectness_weight",
@@ -49,8 +49,8 @@ CALIBRATED = (
 
 @dataclass
 class Part:
-    """A part as it was found: `state` are its weights under the names of its side or adapter; `folder` where its
-    processor is, None for a model in memory; `settings` what of OVSamConfig it brings along."""
+    """A loaded part: `state` holds its weights under the names of its side or adapter; `folder` is the folder of its
+    processor, None for a model in memory; `settings` are the fields of OVSamConfig that it sets."""
 
     name: str
     config: PreTrainedConfig
@@ -60,20 +60,22 @@ class Part:
 
 
 def compose(sam: str, clip: str, clip_size: int | None = None, **parts) -> tuple[OVSamModel, OVSamProcessor]:
-    """A model and its processor from parts.
+    """Return a model and its processor from parts.
 
     Args:
-        sam: a SAM-family model of transformers (SAM 1, SAM-HQ, SAM 2, EdgeTAM, ...; a tracker gives its image model).
+        sam: a SAM-family model of transformers (SAM 1, SAM-HQ, SAM 2, EdgeTAM, ...; of a tracker, the image model is
+            taken).
         clip: a CLIP, SigLIP, SigLIP 2 or OWLv2 of transformers, an open_clip model, or imagenet:NAME for a classifier
-            of timm (ConSE). OWLv2 brings its ConceptHead.
-        clip_size: side in pixels of what CLIP sees, where it has an image tower beside SAM's. By default towers with
-            stages see what SAM sees, plain transformers the size they were trained at.
+            of timm (ConSE). OWLv2 has a ConceptHead of its own.
+        clip_size: side in pixels of CLIP's input, if it has an image tower beside SAM's. By default the size of the
+            model input for towers with stages, and the size in training for plain transformers.
         parts: the other arguments of `compose_model`.
 
-    Each part is a folder or a Hub id ("ORG/NAME" or "ORG/NAME@REVISION"); one that holds a whole OVSam model will do.
+    Each part is a folder or a Hub id ("ORG/NAME" or "ORG/NAME@REVISION"); the folder of a whole OVSam model can be
+    given for any part.
 
     Raises:
-        InputError: a part that is not in reach, is of another kind, or does not fit the others.
+        InputError: a part cannot be found or downloaded, is of another kind, or does not fit the others.
     """
     model, found = compose_model(sam, clip, **parts)
     return model, build_processor(model, found["sam"], found["clip"], clip_size)
@@ -93,22 +95,22 @@ def compose_model(
     composition: str | None = None,
     **config,
 ) -> tuple[OVSamModel, dict[str, Part]]:
-    """A model from parts, and these, by name.
+    """Return a model from parts, and its parts by name.
 
     Args:
         sam, clip: as in `compose`, or models in memory, whose weights are copied.
         clip2sam, sam2clip, concepts: adapters that fit these two.
-        composition: "clip" where there is a sam2clip, else "dual", by default.
+        composition: source of the image features; by default "clip" with a sam2clip, else "dual".
         config: further fields of OVSamConfig, such as thresholds.
 
     Raises:
-        InputError: as `compose`.
+        InputError: as in `compose`.
     """
     parts = {"sam": load_sam(sam), "clip": load_clip(clip)}
     given = zip(ADAPTERS, (clip2sam, sam2clip, concepts), strict=True)
     parts |= {name: load_adapter(part, name) for name, part in given if part is not None}
     settings = {"vocabulary": "lvis"}
-    for name in ("clip", "clip2sam", "concepts"):  # what the ConceptHead brings weighs more
+    for name in ("clip", "clip2sam", "concepts"):  # the settings of the ConceptHead take precedence
         settings |= parts[name].settings if name in parts else {}
     whole = OVSamConfig(
         composition=composition or ("clip" if "sam2clip" in parts else "dual"),
@@ -116,7 +118,7 @@ def compose_model(
         **settings | config,
     )
     for part in _with_sub_configs(whole):
-        part._name_or_path = ""  # where a part came from is nothing that the whole's folder should tell
+        part._name_or_path = ""  # drop source paths from the saved config
     with torch.device("meta"):
         wanted = OVSamModel(whole).state_dict()
     state = {}
@@ -125,13 +127,13 @@ def compose_model(
         if missing := [key for key in own if key not in part.state]:
             raise InputError(f"{part.name} lacks {missing[0]} and {len(missing) - 1} more of the weights of a {name}.")
         state |= {f"{name}.{key}": part.state[key] for key in own}
-    # Their own way to load gives each tensor its place, without drawing random ones first.
+    # from_pretrained assigns the tensors without initialising random weights first.
     model = OVSamModel.from_pretrained(None, config=whole, state_dict=state, dtype=torch.float32)
     return model.eval(), parts
 
 
 def load_sam(given: str | PreTrainedModel) -> Part:
-    """The SAM side's configuration and weights."""
+    """Load the configuration and weights of the SAM side."""
     part, model = _open(given)
     if model is None:
         kind = TRACKERS.get(part.config.model_type, part.config.model_type)
@@ -145,7 +147,7 @@ def load_sam(given: str | PreTrainedModel) -> Part:
 
 
 def load_clip(given: str | PreTrainedModel) -> Part:
-    """The CLIP side's configuration and weights."""
+    """Load the configuration and weights of the CLIP side."""
     if isinstance(given, str) and given.startswith(IMAGENET):
         return _imagenet(given)
     part, model = _open(given)
@@ -161,7 +163,7 @@ def load_clip(given: str | PreTrainedModel) -> Part:
             part.settings |= {name: getattr(model.config, name) for name in CALIBRATED}
         return _owned(part)
     if model is not None:
-        whole = isinstance(model, tuple(CLIP_SIDES.values()))  # an open_clip side, as its own save_pretrained writes it
+        whole = isinstance(model, tuple(CLIP_SIDES.values()))  # an open_clip side written by save_pretrained
         part.config, part.state = model.config, model.state_dict() if whole else _under_model(model)
     side = CLIP_SIDES[part.config.model_type]
     part.settings = {"templates": side.templates, **side.settings}
@@ -169,7 +171,7 @@ def load_clip(given: str | PreTrainedModel) -> Part:
 
 
 def _imagenet(name: str) -> Part:
-    """A classifier of timm, with the text tower and the tokenizer of the embedded checkpoint."""
+    """Load a classifier of timm, with the text tower and the tokenizer of the embedded checkpoint."""
     folder = find_checkpoint("ovsam-tiny")
     classifier = name.removeprefix(IMAGENET)
     config, state = pretrained_imagenet(classifier, text_tower.text_config(), text_tower.embed_texts)
@@ -179,13 +181,11 @@ def _imagenet(name: str) -> Part:
 
 
 def load_adapter(given: str | PreTrainedModel, kind: str) -> Part:
-    """An adapter of a kind, "clip2sam", "sam2clip" or "concepts", also out of a whole OVSam model."""
+    """Load an adapter of a kind, "clip2sam", "sam2clip" or "concepts", also from the folder of a whole OVSam model."""
     part, model = _open(given)
     if model is None:
         if not part.config.model_type.startswith("ovsam_"):
-            raise InputError(
-                f"{part.name} was passed as {kind}, but it holds a model of type {part.config.model_type}."
-            )
+            raise InputError(f"{part.name} was passed as {kind}, but it is a model of type {part.config.model_type}.")
         model = _load(part, AutoModel)
     if isinstance(model, OVSamModel):
         if kind == "concepts":
@@ -195,13 +195,13 @@ def load_adapter(given: str | PreTrainedModel, kind: str) -> Part:
         model = getattr(model, kind)
     if model is None or not model.config.model_type.startswith(f"ovsam_{kind}"):
         found = f"no {kind}" if model is None else f"a {type(model).__name__}"
-        raise InputError(f"{part.name} was passed as {kind}, but it holds {found}.")
+        raise InputError(f"{part.name} was passed as {kind}, but it has {found}.")
     part.config, part.state = model.config, model.state_dict()
     return _owned(part)
 
 
 def describe(model: OVSamModel) -> str:
-    """In one sentence, what a model can do and what it lacks."""
+    """Describe in one sentence the abilities of a model and its missing parts."""
     has_clip, has_head = model.config.composition != "sam", model.concepts is not None
     brings_head = has_clip and model.clip.has_concepts
     if model.clip2sam is not None:
@@ -216,13 +216,13 @@ def describe(model: OVSamModel) -> str:
         words = "yes, by the proposer clip-dense" if has_clip else "only with a proposer such as detector:ID"
     missing = [name for name in ("clip2sam", "concepts") if getattr(model, name) is None]
     if brings_head:
-        missing = []  # an adapter may still be better, but nothing is wanting
+        missing = []  # no adapter is required
     lacks = f"; missing: {' and '.join(missing)}, to be trained" if missing else "; missing: nothing"
     return f"Names of prompted masks: {names}; words and everything: {words}; video: no{lacks}."
 
 
 def licence(part: Part) -> str:
-    """The licence that a part's card states; "not stated" without one."""
+    """Return the licence in the card of a part; "not stated" without one."""
     card = part.folder and part.folder / "README.md"
     stated = (metadata_load(card) if card and card.is_file() else None) or {}
     name = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
@@ -230,10 +230,10 @@ def licence(part: Part) -> str:
 
 
 def build_processor(model: OVSamModel, sam: Part, clip: Part, clip_size: int | None = None) -> OVSamProcessor:
-    """The processor of a composed model; `clip_size` as in `compose`.
+    """Return the processor of a composed model; `clip_size` as in `compose`.
 
     Raises:
-        InputError: a part in memory, or one whose folder has no tokenizer.
+        InputError: a part is in memory, or its folder has no tokenizer.
     """
     if clip.folder is None:
         raise InputError("A model in memory has no tokenizer: pass a folder or a Hub id, or build an OVSamProcessor.")
@@ -250,7 +250,7 @@ def build_processor(model: OVSamModel, sam: Part, clip: Part, clip_size: int | N
 
 
 def _open(given: str | PreTrainedModel) -> tuple[Part, PreTrainedModel | None]:
-    """What can be said of a part before its weights are loaded; and the model, if it is a whole one or in memory."""
+    """Return a part without its weights; and the model, if it is a whole one or in memory."""
     if not isinstance(given, str):
         return Part(type(given).__name__, given.config, {}), given
     folder = fetch(given)
@@ -261,7 +261,7 @@ def _open(given: str | PreTrainedModel) -> tuple[Part, PreTrainedModel | None]:
     try:
         part.config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{given!r} has no configuration that can be read: {error}") from error
+        raise InputError(f"{given!r} has no readable configuration: {error}") from error
     return part, _load(part, OVSamModel) if part.config.model_type == OVSamConfig.model_type else None
 
 
@@ -271,7 +271,7 @@ def _load(part: Part, model_class: Any, config: PreTrainedConfig | None = None) 
         model, found = model_class.from_pretrained(part.folder, dtype=torch.float32, output_loading_info=True, **given)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{part.name!r} cannot be loaded as a {model_class.__name__}: {error}") from error
-    if missing := sorted(found["missing_keys"]):  # which transformers has drawn at random
+    if missing := sorted(found["missing_keys"]):  # transformers has initialised them at random
         raise InputError(f"{part.name!r} lacks {len(missing)} of its weights, such as {missing[0]}.")
     return model
 
@@ -279,14 +279,14 @@ def _load(part: Part, model_class: Any, config: PreTrainedConfig | None = None) 
 def _side(sides: dict[str, Any], kind: str, part: Part, what: str) -> Any:
     if kind not in sides:
         found = f"a model of type {kind!r}" if kind else "an open_clip model"
-        raise InputError(f"{part.name!r} is {found}; a {what} is one of {', '.join(sides)}.")
+        raise InputError(f"{part.name!r} is {found}; a {what} must be one of {', '.join(sides)}.")
     if not hasattr(sides[kind].model_class or sides[kind], "from_pretrained"):
         raise InputError(f"{part.name!r} is a {what} of a whole OVSam model; pass the folder of that model.")
     return sides[kind]
 
 
 def _image_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig | None:
-    """The image model's configuration out of a tracker's; None for what is no tracker's."""
+    """Return the configuration of the image model of a tracker; None for other configurations."""
     if config.model_type not in TRACKERS:
         return None
     config = getattr(config, "tracker_config", config)  # SAM 3 is a detector and a tracker
@@ -295,7 +295,7 @@ def _image_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
 
 
 def _numbers(config: PreTrainedConfig) -> dict[str, Any]:
-    """A part's numbers; `model_type` says nothing but that it is a tracker's, except for vision encoders."""
+    """Return the fields of a part; the tracker's model_type is dropped, except for vision encoders."""
     return {name: value for name, value in config.to_dict().items() if name != "model_type" or "vision" in value}
 
 
@@ -304,7 +304,7 @@ def _under_model(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _owned(part: Part) -> Part:
-    """A part in memory keeps its own weights and configuration, whatever becomes of the whole's."""
+    """Copy a part in memory, so that the composed model does not share its weights and configuration."""
     if part.folder is None:
         part.state = {key: value.detach().clone() for key, value in part.state.items()}
         part.config = type(part.config).from_dict(part.config.to_dict())
@@ -312,7 +312,7 @@ def _owned(part: Part) -> Part:
 
 
 def _open_clip(folder: Path) -> tuple[OpenClipConfig, dict[str, Tensor]]:
-    """The layout in which open_clip publishes: open_clip_config.json and open_clip_model.safetensors."""
+    """Read the layout of open_clip on the Hub: open_clip_config.json and open_clip_model.safetensors."""
     settings = json.loads((folder / "open_clip_config.json").read_text())
     preprocess = settings.get("preprocess_cfg", {})
     colours = {f"image_{key}": preprocess[key] for key in ("mean", "std") if key in preprocess}
@@ -328,7 +328,7 @@ def _with_sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _sam_colours(part: Part) -> dict[str, list[float]]:
-    """The mean and deviation that SAM was trained with, where its folder says."""
+    """Return the mean and deviation that SAM was trained with, if its folder has them."""
     try:
         found = AutoImageProcessor.from_pretrained(part.folder)
     except (OSError, ValueError, TypeError):
@@ -337,7 +337,7 @@ def _sam_colours(part: Part) -> dict[str, list[float]]:
 
 
 def _sam_images(model: OVSamModel, colours: dict[str, list[float]]) -> Any:
-    """The image processor of the model's square input: SAM 1 pads to the square, later ones squash."""
+    """Return the image processor of the square input: SAM 1 pads, later models resize without the aspect ratio."""
     size = model.sam.image_size
     square, small = {"height": size, "width": size}, {"height": size // 4, "width": size // 4}
     kind = model.sam.image_processor
@@ -348,8 +348,8 @@ def _sam_images(model: OVSamModel, colours: dict[str, list[float]]) -> Any:
 
 
 def _clip_images(model: OVSamModel, images: Any, clip_size: int | None, colours: dict[str, list[float]]) -> dict | None:
-    """The configuration of the stock image processor that makes CLIP's input of the whole picture; None where that is
-    the model's own input."""
+    """Return the configuration of the stock image processor that prepares CLIP's input from the whole image; None if
+    that is the model input."""
     side: ClipSide = model.clip
     if clip_size is None:
         same_stride = len(set(side.strides)) == 1
@@ -366,12 +366,12 @@ def load_tokenizer(part: Part) -> Any:
     """Return the tokenizer of a CLIP part.
 
     Raises:
-        InputError: its folder has none.
+        InputError: its folder has no tokenizer.
     """
     try:
         return AutoTokenizer.from_pretrained(part.folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
         model_cfg = getattr(part.config, "model_cfg", None)
         if model_cfg is not None and "hf_tokenizer_name" not in model_cfg["text_cfg"]:
-            return clip_tokenizer()  # open_clip's own, which comes with it and not with the weights
-        raise InputError(f"{part.name!r} has no tokenizer that can be loaded, and words need one.") from error
+            return clip_tokenizer()  # part of open_clip, not of the weights
+        raise InputError(f"{part.name!r} has no tokenizer that can be loaded; text queries need one.") from error

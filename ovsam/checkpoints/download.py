@@ -1,4 +1,4 @@
-"""Names of models on the Hub, and whether they are in reach."""
+"""Names of models on the Hub, and whether they can be downloaded."""
 
 import contextlib
 import functools
@@ -11,12 +11,12 @@ from huggingface_hub.utils import HFValidationError, get_session, validate_repo_
 from ovsam.errors import InputError
 
 PROBE_SECONDS = 2.0
-CONFIGS = ("config.json", "open_clip_config.json")  # a repository holds one of them
-REFUSALS = (403, 407, 502, 503, 504)  # what a proxy answers that does not let the Hub be asked
+CONFIGS = ("config.json", "open_clip_config.json")  # a repository has one of them
+REFUSALS = (403, 407, 502, 503, 504)  # responses of a proxy that blocks the Hub
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """ "ORG/NAME@REVISION" -> ("ORG/NAME", "REVISION"); a folder may have an @ in its name."""
+    """ "ORG/NAME@REVISION" -> ("ORG/NAME", "REVISION"); the name of a folder may contain an @."""
     if "@" not in name or Path(name).exists():
         return name, None
     repo, _, revision = name.rpartition("@")
@@ -24,8 +24,8 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def cached_folder(name: str) -> Path | None:
-    """The snapshot of a Hub repository (or of one revision of it) that was downloaded before, by whatever program:
-    configuration and weights are there. The network is not asked."""
+    """Return the snapshot of a Hub repository (or of one revision) in the cache, from any program, if it has
+    configuration and weights. Does not use the network."""
     repo, revision = split_revision(name)
     try:
         configs = [try_to_load_from_cache(repo, file, revision=revision) for file in CONFIGS]
@@ -36,26 +36,26 @@ def cached_folder(name: str) -> Path | None:
 
 
 def hub_answers() -> bool:
-    """Whether the Hub can be asked at all: asked once a process, for two seconds at most, not with HF_HUB_OFFLINE."""
+    """Whether the Hub responds: tried once a process, for at most two seconds; False with HF_HUB_OFFLINE."""
     return not constants.HF_HUB_OFFLINE and _status(constants.ENDPOINT) not in (None, *REFUSALS)
 
 
 def hub_has(repo: str) -> bool:
-    """Whether the Hub has a model, and would send it; asked like `hub_answers`."""
+    """Whether a model can be downloaded from the Hub; tried like `hub_answers`."""
     status = None if constants.HF_HUB_OFFLINE else _status(f"{constants.ENDPOINT}/{repo}/resolve/main/config.json")
     return status is not None and status < 400
 
 
 @functools.cache
 def _status(url: str) -> int | None:
-    """What is answered to a HEAD request; None where nobody answers in time."""
+    """Status of a HEAD request; None without a response in time."""
     answers: list[int] = []
 
     def ask() -> None:
-        with contextlib.suppress(Exception):  # of the HTTP library, which is not the same in every huggingface_hub
+        with contextlib.suppress(Exception):  # the HTTP library depends on the version of huggingface_hub
             answers.append(get_session().head(url, timeout=PROBE_SECONDS).status_code)
 
-    # In a thread, since no timeout of an HTTP library covers the look-up of the host's name.
+    # In a thread, since the timeouts of HTTP libraries do not include the look-up of the host name.
     probe = threading.Thread(target=ask, daemon=True)
     probe.start()
     probe.join(PROBE_SECONDS)
@@ -63,7 +63,7 @@ def _status(url: str) -> int | None:
 
 
 def check_in_reach(name: str) -> None:
-    """Raises InputError, within seconds, where a model is no folder, not in the cache, and cannot be downloaded."""
+    """Raise InputError, within seconds, if a model is not a folder, not in the cache, and cannot be downloaded."""
     if Path(name).is_dir():
         return
     repo, _ = split_revision(name)
@@ -82,6 +82,6 @@ def out_of_reach(name: str) -> InputError:
     repo, revision = split_revision(name)
     pinned = f" --revision {revision}" if revision else ""
     return InputError(
-        f"{name!r} is no folder and not (wholly) in the cache, and the Hub does not answer: run "
-        f"`hf download {repo}{pinned}` where there is a network and HF_HUB_OFFLINE is not set, or pass a folder."
+        f"{name!r} is not a folder and not (completely) in the cache, and the Hub does not respond: run "
+        f"`hf download {repo}{pinned}` with a network and without HF_HUB_OFFLINE, or pass a folder."
     )

@@ -1,4 +1,4 @@
-"""Where files lie: the checkpoints that come with the package, and what is computed once and kept."""
+"""Folders of the checkpoints that come with the package, and of cached files."""
 
 import os
 from pathlib import Path
@@ -7,15 +7,15 @@ from ovsam.errors import InputError
 
 CACHE = Path(os.environ.get("OVSAM_CACHE") or Path.home() / ".cache" / "ovsam")
 PACKAGE = Path(__file__).resolve().parents[1]
-TEXT_SHARD = "text_model.safetensors"  # the one file of ovsam-tiny that git does not track: hatch_build.py makes it
+TEXT_SHARD = "text_model.safetensors"  # the one file of ovsam-tiny that git does not track; made by hatch_build.py
 EMBEDDED = "ovsam-tiny"
-VARIANT = "ovsam-tiny-clip"  # of one backbone; in a checkout hatch_build.py makes its weights, the wheel lacks it
+VARIANT = "ovsam-tiny-clip"  # one backbone; in a checkout its weights are made by hatch_build.py; not in the wheel
 
 
 def find_checkpoint(name: str = EMBEDDED) -> Path:
-    """Return the folder of a checkpoint of ours: inside an installed package, else `hub/` of a checkout.
+    """Return the folder of a checkpoint of this project: inside an installed package, else `hub/` of a checkout.
 
-    Raises InputError if there is no such folder, or if what git does not track of it was never built.
+    Raises InputError if there is no such folder, or if its files that git does not track have not been built.
     """
     installed, checkout = PACKAGE / "_checkpoints" / name, PACKAGE.parent / "hub" / name
     if installed.is_dir():
@@ -24,14 +24,14 @@ def find_checkpoint(name: str = EMBEDDED) -> Path:
         folder, remedy = checkout, f"pip install -e {PACKAGE.parent}"
     elif name == VARIANT:
         raise InputError(
-            f"{VARIANT} does not come with the installed package, only {EMBEDDED} does: pass its id on the Hub, "
+            f"{VARIANT} is not part of the installed package, only {EMBEDDED} is: pass its id on the Hub, "
             f"ORG/{VARIANT}, or work in a checkout of ovsam installed with `pip install -e .`, which makes it."
         )
     else:
         raise InputError(
             f"No checkpoint named {name!r} comes with ovsam, only {EMBEDDED}; where that is missing, "
-            "`pip install --force-reinstall --no-deps ovsam` brings it back."
+            "`pip install --force-reinstall --no-deps ovsam` restores it."
         )
     if not (folder / TEXT_SHARD).is_file():
-        raise InputError(f"{folder} lacks its text tower, {TEXT_SHARD}; run `{remedy}`, which puts it there.")
+        raise InputError(f"{folder} lacks its text tower, {TEXT_SHARD}; run `{remedy}`, which makes it.")
     return folder

@@ -1,4 +1,4 @@
-"""Whole compositions by name, and which of them `auto` is."""
+"""Presets: whole compositions by name, and the choice of `auto`."""
 
 import sys
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from ovsam.errors import InputError
 
 @dataclass(frozen=True)
 class Preset:
-    """`parts` are the arguments of `compose`, none where the preset is a checkpoint of ours; `licences` one for each
-    part; `parameters` in millions; `download` in MB, of the weights that are fetched (SAM 2's file holds its tracker
-    too)."""
+    """`parts` are the arguments of `compose`, empty if the preset is a checkpoint of this project; `licences` has one
+    entry for each part; `parameters` in millions; `download` in MB of weights (the file of SAM 2 includes its
+    tracker)."""
 
     parts: dict[str, str]
     licences: tuple[str, ...]
@@ -54,28 +54,28 @@ PRESETS = {
 
 
 def choose_auto() -> str:
-    """What `auto` stands for: `photo` where it is in the cache or the Hub would send it, else the embedded checkpoint,
-    and a line on stderr that says so."""
+    """Return the preset for `auto`: `photo` if it is in the cache or can be downloaded, else the embedded checkpoint,
+    with a line on stderr."""
     photo = PRESETS["photo"]
-    if photo.is_cached or hub_has(photo.parts["sam"]):  # something may answer that is not the Hub, such as a hotel
+    if photo.is_cached or hub_has(photo.parts["sam"]):  # not hub_answers(): captive portals answer too
         return "photo"
     print(
-        f"ovsam: the Hub does not answer and the model photo is not in the cache; using {EMBEDDED}, which knows "
-        "pictograms, not photographs",
+        f"ovsam: the Hub does not respond and the model photo is not in the cache; using {EMBEDDED}, which is trained "
+        "on pictograms, not photographs",
         file=sys.stderr,
     )
     return EMBEDDED
 
 
 def announce_download(name: str) -> None:
-    """One line on stderr before a preset is downloaded, with its size."""
+    """Print one line on stderr before a preset is downloaded, with its size."""
     if not PRESETS[name].is_cached:
         size = PRESETS[name].download
         print(f"ovsam: the model {name} is downloaded once, about {size:,} MB", file=sys.stderr)
 
 
 def _where(checkpoint: str) -> str:
-    """Whether a checkpoint of ours is here: `auto` may take the embedded one; the other one is in a checkout or not."""
+    """Availability of a checkpoint of this project: the embedded one always, the other one in a checkout only."""
     try:
         find_checkpoint(checkpoint)
     except InputError:
@@ -84,12 +84,12 @@ def _where(checkpoint: str) -> str:
 
 
 def offered() -> list[str]:
-    """The presets that can be chosen here: all but a checkpoint of ours that is not."""
+    """Return the presets that are available here."""
     return [name for name, preset in PRESETS.items() if preset.parts or _where(name) != "no"]
 
 
 def table() -> str:
-    """Every preset: its parts with their licences, parameters, download size, and whether it is here already."""
+    """Return a table of the presets: parts with licences, parameters, download size, and whether it is here already."""
     rows = [("preset", "parameters", "download", "here", "parts")]
     for preset_name, preset in PRESETS.items():
         here = ("cached" if preset.is_cached else "no") if preset.parts else _where(preset_name)

@@ -1,4 +1,4 @@
-"""A model or an adapter to the Hub: built in a folder of its own, loaded back elsewhere, compared, then sent."""
+"""Publishing a model or an adapter on the Hub: built in a folder of its own, loaded back, compared, then uploaded."""
 
 import inspect
 import json
@@ -27,8 +27,8 @@ from ovsam.modeling.remote_code import SHIM, RemoteCodeConfig, auto_map, write_s
 from ovsam.processing.processing_ovsam import OVSamProcessor
 
 CARD, PROCESSOR = "README.md", "processor_config.json"
-# What a folder may hold besides weights, configuration, card and the card's pictures. Nothing else is sent: a run's
-# folder also has optimiser states and logs.
+# Files that a folder may have besides weights, configuration, card and images of the card. Nothing else is uploaded:
+# the folder of a training run also has optimiser states and logs.
 BESIDE = (
     "added_tokens.json",
     "merges.txt",
@@ -46,14 +46,14 @@ BESIDE = (
     "vocab.txt",
     "LICENSE",
 )
-MAX_FILE = constants.MAX_HTTP_DOWNLOAD_SIZE  # bytes; what is larger cannot be downloaded by everybody
+MAX_FILE = constants.MAX_HTTP_DOWNLOAD_SIZE  # bytes; larger files cannot be downloaded by all clients
 MAX_PICTURE = 2_000_000  # bytes
-# Weights of an earlier push that this one does not replace are deleted: transformers would take them for this one's.
+# Weights of an earlier push that are not replaced are deleted, since transformers would load them with the new ones.
 OLD_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 TOLERANCE = 1e-4
 REFERENCE = "reference.safetensors"
 
-# Runs where nothing but the built folder is known: first as somebody who never imported ovsam, then as one who did.
+# Runs in a process that has only the built folder: first without ovsam imported, then with it.
 LOAD_BACK = """
 import sys
 from transformers import AutoModel, AutoProcessor
@@ -72,14 +72,14 @@ compare(plain, processor, reference, "with ovsam imported")
 
 @dataclass
 class Built:
-    """A folder ready to be sent. `left_out` are files of the source that are not in it; `notes` are for the user."""
+    """A folder ready for upload. `left_out` are files of the source that are not in it; `notes` are for the user."""
 
     folder: Path
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def files(self) -> dict[str, int]:
-        """What is to be sent, with sizes in bytes."""
+        """Files of the upload, with sizes in bytes."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
 
@@ -92,25 +92,27 @@ def push(
     create_pr: bool = False,
     dry_run: bool = False,
 ) -> str:
-    """Publish a folder that holds an OVSam model (with its processor) or an adapter, and return the address.
+    """Publish the folder of an OVSam model (with its processor) or of an adapter, and return its address.
 
     Args:
-        repo: "ORG/NAME"; it is made if it does not exist.
-        private: only who has access to the repository sees it; refused where the repository is public already.
-        revision: a branch, made if it does not exist; the default one if None.
-        create_pr: as a pull request, which changes nothing until somebody merges it.
-        dry_run: stop before anything is sent; returns "" then.
+        repo: "ORG/NAME"; created if it does not exist.
+        private: whether only users with access see the repository; an error if it exists and is public.
+        revision: branch, created if it does not exist; None for the default branch.
+        create_pr: whether to open a pull request instead of committing.
+        dry_run: whether to stop before anything is uploaded; returns "" then.
 
-    Prints what is (or would be) sent.
+    Prints the files of the upload.
 
     Raises:
-        InputError: something that cannot be published, found before anything is sent; or the upload failed.
+        InputError: the folder cannot be published, found before anything is uploaded; or the upload failed.
     """
     folder = Path(folder)
     check_target(repo, revision, create_pr)
     check_folder(folder)
     if not dry_run and not get_token():
-        raise InputError("There is no token for the Hub: run `hf auth login`, or set HF_TOKEN, to one that may write.")
+        raise InputError(
+            "There is no token for the Hub: run `hf auth login`, or set HF_TOKEN, to a token with write permission."
+        )
     with tempfile.TemporaryDirectory(prefix="ovsam-push-") as scratch:
         built = build(folder, repo, Path(scratch))
         where = f"a pull request to {repo}" if create_pr else repo + (f", branch {revision}" if revision else "")
@@ -131,37 +133,37 @@ def check_target(repo: str, revision: str | None = None, create_pr: bool = False
         validate_repo_id(repo)
     except HFValidationError:
         raise InputError(
-            f"{repo!r} is no name of a repository; one is ORG/NAME, letters and digits, -, _ and ."
+            f"{repo!r} is not the name of a repository; it must be ORG/NAME of letters and digits, -, _ and ."
         ) from None
     if repo.count("/") != 1:
-        raise InputError(f"{repo!r} lacks the user or organisation; it is ORG/NAME.")
+        raise InputError(f"{repo!r} lacks the user or organisation; it must be ORG/NAME.")
     if create_pr and revision:
         raise InputError("A pull request is opened against the default branch: leave out --revision or --create-pr.")
 
 
 def check_folder(folder: Path) -> RemoteCodeConfig:
-    """The configuration of a folder that can be published; raises InputError for any other."""
+    """Return the configuration of a folder that can be published; raises InputError for any other folder."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no model: it has no config.json.")
+        raise InputError(f"{folder} has no config.json; pass the folder of a model.")
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder} holds no OVSam model or adapter: its config.json is of another kind.") from error
+        raise InputError(f"{folder} is not an OVSam model or adapter: its config.json is of another kind.") from error
     if not isinstance(config, RemoteCodeConfig) or "AutoModel" not in config.auto_classes:
-        raise InputError(f"{folder} holds a {config.model_type}, neither an OVSam model nor one of its adapters.")
+        raise InputError(f"{folder} is a {config.model_type}; it must be an OVSam model or one of its adapters.")
     check_weights(folder, finite=True)
     for path in [folder / shard for shard in shards_of(folder)]:
         if path.stat().st_size > MAX_FILE:
             raise InputError(
-                f"{path} has {path.stat().st_size:,} bytes, over the {MAX_FILE:,} that can be downloaded: save the "
-                "model in more shards (max_shard_size)."
+                f"{path} has {path.stat().st_size:,} bytes, more than the {MAX_FILE:,} that can be downloaded: save "
+                "the model in more shards (max_shard_size)."
             )
     return config
 
 
 def build(folder: Path, repo: str, scratch: Path) -> Built:
-    """Make the folder to send out of a checked one, and see that it works: loaded back in a clean process, with and
-    without ovsam imported before, it gives the outputs of its source. Raises InputError if it does not."""
+    """Build the folder to upload from a checked one, and load it back in a clean process, with and without ovsam
+    imported before. Raises InputError if its outputs differ from those of the source."""
     model, processor = open_source(folder)
     built = Built(scratch / "built")
     built.folder.mkdir()
@@ -183,13 +185,13 @@ def build(folder: Path, repo: str, scratch: Path) -> Built:
         pictures = check_card(card, folder)
         for name in pictures:
             if name not in taken and (folder / name).stat().st_size > MAX_PICTURE:
-                raise InputError(f"README.md shows {name}, which has over {MAX_PICTURE:,} bytes: make it smaller.")
+                raise InputError(f"README.md shows {name}, which has more than {MAX_PICTURE:,} bytes: make it smaller.")
         taken += [CARD, *pictures]
     else:
         card = default_card(repo, model)
-        built.notes.append(f"{folder} has no {CARD}: the one that is sent says what can be read off the model")
+        built.notes.append(f"{folder} has no {CARD}: a card with the facts of the model is uploaded")
     if not ModelCard(card).data.license:
-        built.notes.append(f"the card names no licence; state one in the front matter of {folder / CARD}")
+        built.notes.append(f"the card has no licence; state one in the front matter of {folder / CARD}")
     (built.folder / CARD).write_text(card)
 
     for name in dict.fromkeys(taken):
@@ -205,7 +207,7 @@ def build(folder: Path, repo: str, scratch: Path) -> Built:
 
 
 def open_source(folder: Path) -> tuple[PreTrainedModel, OVSamProcessor | None]:
-    """The model of a folder, and the processor of a whole one; raises InputError if something of them is missing."""
+    """Load the model of a folder, and the processor of a whole model; raises InputError if files are missing."""
     try:
         model, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -218,16 +220,16 @@ def open_source(folder: Path) -> tuple[PreTrainedModel, OVSamProcessor | None]:
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} has no processor: put one there with processor.save_pretrained().") from error
+        raise InputError(f"{folder} has no processor: add one with processor.save_pretrained().") from error
     if not isinstance(processor, OVSamProcessor):
-        raise InputError(f"{folder} has no OVSamProcessor: put one there with processor.save_pretrained().")
+        raise InputError(f"{folder} has no OVSamProcessor: add one with processor.save_pretrained().")
     return model.eval(), processor
 
 
 @torch.no_grad()
 def answers(model: PreTrainedModel, processor: OVSamProcessor | None = None) -> dict[str, Tensor]:
-    """What a model says to an input that is random but always the same: a whole one to a picture with a box and two
-    words, an adapter to maps."""
+    """Return the outputs of a model for a fixed random input: an image with a box and two text queries for a whole
+    model, maps for an adapter."""
     generator = torch.Generator().manual_seed(0)
     if processor is not None:
         picture = torch.randint(0, 256, (240, 320, 3), generator=generator, dtype=torch.uint8).numpy()
@@ -252,22 +254,22 @@ def answers(model: PreTrainedModel, processor: OVSamProcessor | None = None) -> 
 
 
 def compare(model: PreTrainedModel, processor: OVSamProcessor | None, reference: str, how: str) -> None:
-    """Ends the process with a sentence if a model is not float32 or its answers are not those of the reference."""
+    """Exit with a sentence if a model is not float32 or its outputs differ from the reference."""
     if model.dtype != torch.float32:
         raise SystemExit(f"loaded {how}, it is {model.dtype}, not torch.float32")
     expected, found = load_file(reference), answers(model.eval(), processor)
     if expected.keys() != found.keys():
-        raise SystemExit(f"loaded {how}, it answers other questions")
+        raise SystemExit(f"loaded {how}, it has other outputs")
     for name, value in expected.items():
         if found[name].shape != value.shape or not torch.allclose(
             found[name].float(), value.float(), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True
         ):
-            raise SystemExit(f"loaded {how}, its {name} is another than the source's")
+            raise SystemExit(f"loaded {how}, its {name} differs from that of the source")
 
 
 def load_back(folder: Path, reference: Path, whole: bool) -> None:
-    """Load a folder in a process that knows nothing else, offline and with an empty cache, and compare its answers.
-    Raises InputError if they differ."""
+    """Load a folder in a process without other files, offline and with an empty cache, and compare its outputs. Raises
+    InputError if they differ."""
     with tempfile.TemporaryDirectory(prefix="ovsam-cache-") as empty:
         environment = os.environ | {"HF_HOME": empty, "HF_HUB_OFFLINE": "1"}
         for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"):
@@ -276,15 +278,15 @@ def load_back(folder: Path, reference: Path, whole: bool) -> None:
         command = [sys.executable, "-c", LOAD_BACK, *arguments]
         done = subprocess.run(command, env=environment, cwd=empty, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip() or "it ended without a word").splitlines()[-1]
-        raise InputError(f"What would be sent does not work as its source does, and was not sent: {last}.")
+        last = (done.stderr.strip() or "it ended without a message").splitlines()[-1]
+        raise InputError(f"The built folder does not work like its source, and was not uploaded: {last}.")
 
 
 def upload(built: Built, repo: str, private: bool = False, revision: str | None = None, create_pr: bool = False) -> str:
-    """Send a built folder in one commit and return its address.
+    """Upload a built folder in one commit and return its address.
 
-    Files are compared with what the Hub has for them afterwards. A repository that is not to be seen by all is looked
-    at before the first file leaves. Raises InputError if anything fails; the same call then goes on from there.
+    Files are compared with the Hub's afterwards. The visibility of an existing repository is checked before the upload
+    if it must be private. Raises InputError if anything fails; the same call then resumes the upload.
     """
     api = HfApi()
     try:
@@ -307,17 +309,17 @@ def upload(built: Built, repo: str, private: bool = False, revision: str | None 
         raise
     except Exception as error:  # the client's own errors and those of its HTTP library have no common base
         raise InputError(
-            f"{repo} was not published ({reason(error)}); run the same command again, it sends only what is missing."
+            f"{repo} was not published ({reason(error)}); run the same command again to upload the missing files."
         ) from error
     for name in names:
         if name not in there or file_hash(built.folder / name, there[name]) != there[name]:
-            raise InputError(f"The Hub has another {name} than was sent to {repo}: push again.")
+            raise InputError(f"The {name} of {repo} on the Hub differs from the uploaded file: push again.")
     return commit.pr_url or f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
 
 
 def full_precision(config: dict) -> dict:
-    """`"dtype": "float32"` at every level: weights may be stored in half precision, but a folder that says so opens as
-    half precision, which is slow on CPUs."""
+    """Set `"dtype": "float32"` at every level: weights may be stored in half precision, but a config with half
+    precision would also load as such, which is slow on CPUs."""
     return {k: full_precision(v) if isinstance(v, dict) else v for k, v in config.items()} | (
         {"dtype": "float32"} if "model_type" in config else {}
     )
@@ -330,12 +332,12 @@ def write_json(path: Path, content: dict) -> None:
 def _link(source: Path, target: Path) -> None:
     try:
         target.symlink_to(source.resolve())
-    except OSError:  # where links are a privilege
+    except OSError:  # on systems where links need a permission
         shutil.copyfile(source, target)
 
 
 def _tensors(value, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested outputs, by their paths."""
+    """Yield the tensors of nested outputs with their paths."""
     if isinstance(value, Tensor):
         yield name, value.contiguous().clone()
     elif isinstance(value, dict):

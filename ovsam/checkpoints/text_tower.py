@@ -13,7 +13,7 @@ from ovsam.modeling.clip.dual_encoder import DualEncoderConfig, DualEncoderSide
 
 
 def text_config() -> dict:
-    """The shape of all-MiniLM-L6-v2."""
+    """Return the configuration of all-MiniLM-L6-v2."""
     return {
         "hidden_size": 384,
         "num_hidden_layers": 6,
@@ -24,7 +24,7 @@ def text_config() -> dict:
 
 
 def text_tower(folder: Path | None = None) -> tuple[DualEncoderSide, PreTrainedTokenizerBase]:
-    """The frozen text tower inside the checkpoint `folder` (default: the embedded one), and its tokenizer."""
+    """Return the frozen text tower inside the checkpoint `folder` (default: the embedded one), and its tokenizer."""
     folder = folder or find_checkpoint("ovsam-tiny")
     side = DualEncoderSide(DualEncoderConfig(text_config=text_config()), part="text").eval().requires_grad_(False)
     state = load_file(folder / "text_model.safetensors")
@@ -35,7 +35,8 @@ def text_tower(folder: Path | None = None) -> tuple[DualEncoderSide, PreTrainedT
 
 @torch.no_grad()
 def embed_texts(texts: list[str], folder: Path | None = None) -> Tensor:
-    """[K, D], L2-normalised, by the text tower inside the checkpoint `folder` (default: the embedded one)."""
+    """Return embeddings [K, D], L2-normalised, by the text tower inside the checkpoint `folder` (default: the embedded
+    one)."""
     side, tokenizer = text_tower(folder)
     chunks = []
     for start in tqdm(range(0, len(texts), 256), desc="words -> text tower"):

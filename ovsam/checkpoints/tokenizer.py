@@ -5,8 +5,8 @@ from transformers import CLIPTokenizer
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's, out of the file that open_clip carries."""
+    """Return the tokenizer of CLIP, from the vocabulary file of open_clip."""
     stock = SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     ids = {names.get(token, token): index for token, index in stock.encoder.items()}
-    return CLIPTokenizer(vocab=ids, merges=list(stock.bpe_ranks), pad_token="!")  # which has the number 0
+    return CLIPTokenizer(vocab=ids, merges=list(stock.bpe_ranks), pad_token="!")  # token 0

@@ -1,5 +1,4 @@
-"""A folder of weights, looked at before anything trusts it: all shards are there, each header tells the truth about its
-file, and what came from the Hub is what the Hub says it is."""
+"""Validation of weight folders: shards, headers and, for downloads, hashes."""
 
 import hashlib
 import json
@@ -15,14 +14,14 @@ from ovsam.errors import InputError
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-OPEN_CLIP = "open_clip_model.safetensors"  # where there is an open_clip_config.json and no model of transformers
-# Configuration, tokenizer and index, which say what else to download; and the card.
+OPEN_CLIP = "open_clip_model.safetensors"  # in folders with open_clip_config.json and without a model of transformers
+# Configuration, tokenizer and index, which determine further files to download; and the card.
 BESIDE = ["*.json", "*.txt", "*.model", "README.md"]
 
 
 def shards_of(folder: Path) -> dict[str, list[str] | None]:
-    """The names of the files that hold a folder's weights, and the tensors that the index says are in each; None where
-    one file holds all. They need not be there. Raises InputError for an index that cannot be read."""
+    """Return the names of the weight files of a folder, with the tensors that the index lists for each; None if there
+    is only one file. They need not exist. Raises InputError for an unreadable index."""
     if is_open_clip(folder):
         return {OPEN_CLIP: None}
     if (folder / WHOLE).is_file() or not (folder / INDEX).is_file():
@@ -31,15 +30,15 @@ def shards_of(folder: Path) -> dict[str, list[str] | None]:
         where = json.loads((folder / INDEX).read_text())["weight_map"]
         shards = {shard: [name for name in where if where[name] == shard] for shard in sorted(set(where.values()))}
         if not shards or any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in shards):
-            raise ValueError("no plain names of safetensors files")
+            raise ValueError("it must list names of safetensors files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / INDEX} is no index of safetensors files: save the model again.") from error
+        raise InputError(f"{folder / INDEX} is not an index of safetensors files: save the model again.") from error
     return shards
 
 
 def is_open_clip(folder: Path) -> bool:
-    """Whether a folder has the layout in which open_clip publishes, and not transformers' beside it. (timm puts a
-    config.json of its own there, which has no `model_type`.)"""
+    """Whether a folder has the layout of open_clip without a model of transformers. (timm adds a config.json without
+    `model_type`.)"""
     config = folder / "config.json"
     if not (folder / "open_clip_config.json").is_file():
         return False
@@ -47,40 +46,41 @@ def is_open_clip(folder: Path) -> bool:
 
 
 def check_weights(folder: Path, finite: bool = False) -> None:
-    """See that a folder's weights can be loaded; only headers are read, unless all values are to be `finite`.
+    """Check that the weights of a folder can be loaded; only headers are read, unless `finite` asks for all values.
 
     Raises:
-        InputError: a missing shard, a header that does not fit its file, a tensor that is not where the index says;
-            with `finite`, NaN or infinite weights.
+        InputError: a shard is missing, a header does not fit its file, or a tensor is not in the file of the index;
+            with `finite`, weights are NaN or infinite.
     """
     for shard, names in shards_of(folder).items():
         path = folder / shard
         if not path.is_file():
-            raise InputError(f"{folder} lacks {shard}, which holds weights: copy or download it again.")
+            raise InputError(f"{folder} lacks the weight file {shard}: copy or download it again.")
         try:
-            # Opening compares what the header promises with the size of the file, and maps no memory for the rest.
+            # Opening compares the header with the size of the file, and maps no memory for the rest.
             with safe_open(path, framework="pt") as file:
                 if names is not None and set(names) != set(file.keys()):
-                    raise InputError(f"{path} does not hold the tensors that {INDEX} says: save the model again.")
+                    raise InputError(f"{path} does not have the tensors that {INDEX} lists: save the model again.")
                 for name in file.keys() if finite else ():
                     if not torch.isfinite(file.get_tensor(name)).all():
-                        raise InputError(f"{path} holds weights that are NaN or infinite, such as {name}.")
+                        raise InputError(f"{path} has weights that are NaN or infinite, such as {name}.")
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{path} is no whole safetensors file ({error}): its header and its size contradict each other; "
+                f"{path} is not a complete safetensors file ({error}): its header and its size do not match; "
                 "copy or download it again."
             ) from error
 
 
 def fetch(name: str) -> Path:
-    """The folder of a model: itself, or the cached snapshot of a Hub repository ("ORG/NAME" or "ORG/NAME@REVISION").
+    """Return the folder of a model: itself, or the cached snapshot of a Hub repository ("ORG/NAME" or
+    "ORG/NAME@REVISION").
 
-    What is not in the cache is downloaded. A download over plain HTTP is compared by the Hub client with nothing but
-    its size, so weights that arrived just now are hashed and compared with the sha256 the Hub has for them.
+    Missing files are downloaded. The Hub client checks only the size of a download over plain HTTP, so new weights are
+    hashed and compared with the sha256 of the Hub.
 
     Raises:
-        InputError: not in reach, the download broke off (what arrived is kept and goes on next time), or the bytes are
-            not those of the Hub (they are deleted).
+        InputError: the model cannot be downloaded, the download was interrupted (complete files are kept and the next
+            call resumes), or the hash differs from the Hub's (the file is deleted).
     """
     repo, revision = split_revision(name)
     if Path(repo).is_dir():
@@ -95,26 +95,26 @@ def fetch(name: str) -> Path:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=BESIDE))
         missing = [shard for shard in shards_of(folder) if not (folder / shard).is_file()]
         if missing:
-            # The name of a snapshot's folder is its commit, so a push in between mixes no two versions.
+            # The folder of a snapshot is named after its commit, so a push in between cannot mix two versions.
             snapshot_download(repo, revision=folder.name, allow_patterns=missing)
             _check_arrived(repo, folder, missing)
     except InputError:
         raise
     except Exception as error:  # the client's own errors and those of its HTTP library have no common base
         raise InputError(
-            f"{name!r} could not be downloaded ({reason(error)}); what arrived is kept, so try again."
+            f"{name!r} could not be downloaded ({reason(error)}); complete files are kept, so try again."
         ) from error
     return folder
 
 
 def hub_hashes(repo: str, names: list[str], revision: str | None, api: HfApi | None = None) -> dict[str, str]:
-    """What the Hub has for files: the sha256 of large ones, git's hash of small ones."""
+    """Return the Hub's hashes of files: sha256 for large ones, git's hash for small ones."""
     found = (api or HfApi()).get_paths_info(repo, names, revision=revision)
     return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in found}
 
 
 def file_hash(path: Path, like: str = "") -> str:
-    """The sha256 of a file; or git's hash of it where `like` is one."""
+    """Return the sha256 of a file, or git's hash if `like` is one."""
     if len(like) == 40:
         content = path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -123,11 +123,11 @@ def file_hash(path: Path, like: str = "") -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why a call to the Hub failed, in a few words."""
+    """Describe the error of a call to the Hub in a few words."""
     while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return f"the Hub answers {error.response.status_code} {error.server_message or ''}".strip()
+        return f"the Hub responds {error.response.status_code} {error.server_message or ''}".strip()
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
@@ -136,10 +136,10 @@ def _check_arrived(repo: str, folder: Path, names: list[str]) -> None:
     for name in names:
         path = folder / name
         if not path.is_file() or name not in expected:
-            raise InputError(f"{repo} lacks {name}, which holds weights.")
+            raise InputError(f"{repo} lacks the weight file {name}.")
         if file_hash(path, expected[name]) != expected[name]:
-            path.resolve().unlink()  # the bytes themselves: a snapshot's files are links where there can be links
+            path.resolve().unlink()  # the file itself: files of a snapshot are links if links are possible
             path.unlink(missing_ok=True)
             raise InputError(
-                f"{name} of {repo} did not arrive as the Hub has it (another sha256); it was deleted, so try again."
+                f"{name} of {repo} was damaged in the download (another sha256); it was deleted, so try again."
             )

@@ -399,14 +399,14 @@ def test_wrong_parts_are_refused_in_one_sentence(parts, tmp_path):
     (tmp_path / "cut" / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-9])
     clip = parts["clip"]
     for arguments, message in (
-        ({"sam": parts["sam2"], "clip": parts["sam2"]}, "of type 'sam2'; a CLIP is one of"),
-        ({"sam": parts["sam2"], "clip": clip, "clip2sam": str(tmp_path / "head")}, "it holds a ConceptHead"),
+        ({"sam": parts["sam2"], "clip": parts["sam2"]}, "of type 'sam2'; a CLIP must be one of"),
+        ({"sam": parts["sam2"], "clip": clip, "clip2sam": str(tmp_path / "head")}, "it has a ConceptHead"),
         (
             {"sam": parts["sam2"], "clip": clip, "concepts": clip},
-            "passed as concepts, but it holds a model of type clip",
+            "passed as concepts, but it is a model of type clip",
         ),
-        ({"sam": str(find_checkpoint()), "clip": clip, "sam2clip": str(find_checkpoint())}, "it holds no sam2clip"),
-        ({"sam": str(tmp_path / "cut"), "clip": clip}, "is no whole safetensors file"),
+        ({"sam": str(find_checkpoint()), "clip": clip, "sam2clip": str(find_checkpoint())}, "it has no sam2clip"),
+        ({"sam": str(tmp_path / "cut"), "clip": clip}, "is not a complete safetensors file"),
         ({"sam": str(tmp_path), "clip": clip}, "lacks model.safetensors"),
         ({"sam": "nowhere/at/all", "clip": clip}, "neither a folder nor the id"),
         ({"sam": parts["sam2"], "clip": clip, "composition": "both"}, "composition is 'both'"),

@@ -56,7 +56,7 @@ def test_every_key_of_an_official_checkpoint_is_accounted_for(name):
     assert mapped.keys() == expected.keys()
     if kind == "efficienttam":
         assert len(unused) == 157 and all(key.startswith(TRACKER) for key in unused)
-        assert set(unused.values()) == {"the tracker's, for which transformers has no class"}
+        assert set(unused.values()) == {"is part of the tracker, for which transformers has no class"}
     else:
         assert not unused
 
@@ -158,9 +158,13 @@ def test_a_tensor_that_stops_a_conversion_is_named(tiny_sam, folder):
     stop(folder, whole | {"adapter.weight": torch.ones(3)}, "'adapter.weight' has no place")
     huge = whole["image_encoder.neck.0.weight"] * 1e38
     stop(folder, whole | {"image_encoder.neck.0.weight": huge}, "masks are not finite")
-    stop(folder, {k: v for k, v in whole.items() if "blocks.1." not in k}, "1 blocks of width 32 is none of ViT-B")
+    stop(
+        folder,
+        {k: v for k, v in whole.items() if "blocks.1." not in k},
+        "1 blocks of width 32 is unknown; known sizes: ViT-B",
+    )
     stop(folder, whole, "128 pixels, not 1024", image_size=1024)
-    stop(folder, whole, "No kind is named 'sam9'; there are sam, sam2", kind="sam9")
+    stop(folder, whole, "There is no kind 'sam9'; choose one of sam, sam2", kind="sam9")
     stop(folder, whole, "'image_encoder.trunk.patch_embed.proj.weight' is missing", kind="sam2")
 
 
@@ -178,10 +182,10 @@ def test_files_of_an_unknown_kind_are_refused(folder):
     stop(folder, torch.ones(3), "no state dict")
     stop(folder, {"model": InputError("an object of somebody's class")}, "holds an object of ovsam.errors.InputError")
     (folder / "source.pth").write_bytes(b"PK\x03\x04 a download that broke off")
-    with pytest.raises(InputError, match="damaged or no checkpoint"):
+    with pytest.raises(InputError, match="damaged or not a checkpoint"):
         convert_checkpoint(folder / "source.pth", folder / "out")
     (folder / "source.pth").write_text("<html>not found</html>")
-    with pytest.raises(InputError, match="damaged or no checkpoint"):
+    with pytest.raises(InputError, match="damaged or not a checkpoint"):
         convert_checkpoint(folder / "source.pth", folder / "out")
     (folder / "source.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(InputError, match="damaged"):
@@ -209,7 +213,7 @@ def test_every_container_gives_the_same_folder(tiny_sam, folder):
         if source == "wrapped.pth":
             assert report.unused == {
                 "pixel_mean": "the processor normalises images",
-                "epoch": "lies beside the state dict 'state_dict'",
+                "epoch": "is outside the state dict 'state_dict'",
             }
     for source in ("legacy.pth", "wrapped.pth", "safe.safetensors"):
         assert_close(folders[source], folders["plain.pth"], rtol=0, atol=0)

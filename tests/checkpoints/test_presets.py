@@ -119,7 +119,7 @@ def test_auto_is_embedded_where_nothing_else_is(cache, capsys):
     segmenter = ovsam.load(device="cpu")
     assert segmenter.name == "ovsam-tiny"
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ovsam:")]
-    assert "using ovsam-tiny, which knows pictograms, not photographs" in line
+    assert "using ovsam-tiny, which is trained on pictograms, not photographs" in line
 
 
 def test_auto_is_downloaded_once_where_the_hub_answers(cache, tmp_path, monkeypatch, capsys):

@@ -487,12 +487,12 @@ def test_every_key_of_the_full_size_release_is_accounted_for():
     assert all(mapped[name].shape == tensor.shape for name, tensor in expected.items())
     reasons = {
         "clip2sam/mask_decoder.label_mlp.": "multiplies its result by zero",
-        "clip2sam/pe.": "trained with",
-        "clip2sam/neck.": "trained with",
-        "sam2clip/backbone_student.": "trained with",
+        "clip2sam/pe.": "training of",
+        "clip2sam/neck.": "training of",
+        "sam2clip/backbone_student.": "training of",
         "sam/mask_decoder.": "mask decoder of its own",
-        "sam/image_encoder.": "stands in for it",
-        "clip/input_resolution": "a number",
+        "sam/image_encoder.": "is replaced by the SAM2CLIP adapter",
+        "clip/input_resolution": "follows from the shapes",
     }
     for key, reason in unused.items():
         start = next(start for start in reasons if key.startswith(start))
@@ -565,13 +565,13 @@ def test_a_bad_folder_stops_the_conversion(source, tmp_path):
         convert_checkpoint(folder, tmp_path / "out")
     (folder / "sam_small.bak").rename(folder / "sam_small.pth")
     torch.save({"image_encoder.pos_embed": torch.zeros(2)}, folder / "other.pt")
-    with pytest.raises(ovsam.InputError, match="other.pt is no part of Open-Vocabulary SAM"):
+    with pytest.raises(ovsam.InputError, match="other.pt is not a part of Open-Vocabulary SAM"):
         convert_checkpoint(folder, tmp_path / "out")
     torch.save({"neck_student.pos_embed": torch.zeros(2)}, folder / "other.pt")
     with pytest.raises(ovsam.InputError, match="are both the SAM2CLIP adapter"):
         convert_checkpoint(folder, tmp_path / "out")
     (folder / "other.pt").unlink()
     (folder / "clip2sam_coco_small.pth").rename(folder / "clip2sam_small.pth")
-    with pytest.raises(ovsam.InputError, match="must say which data the adapter was trained on"):
+    with pytest.raises(ovsam.InputError, match="must contain the training data"):
         convert_checkpoint(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -231,7 +231,7 @@ def test_it_is_found_in_a_checkout_and_named_as_on_the_hub_elsewhere(tree, tmp_p
     assert presets.table().splitlines()[-1].split()[5] == "checkout" and VARIANT in presets.offered()
 
     monkeypatch.setattr(checkpoints, "PACKAGE", tmp_path / "ovsam")
-    with pytest.raises(InputError, match=f"{VARIANT} does not come with the installed package.*ORG/{VARIANT}"):
+    with pytest.raises(InputError, match=f"{VARIANT} is not part of the installed package.*ORG/{VARIANT}"):
         ovsam.load(VARIANT, device="cpu")
     assert presets.table().splitlines()[-1].split()[5] == "no" and VARIANT not in presets.offered()
 

@@ -1,4 +1,4 @@
-"""`ovsam convert`: checkpoints in their authors' own layouts -> folders that transformers loads."""
+"""`ovsam convert`: official checkpoints -> folders that transformers loads."""
 
 import re
 from pathlib import Path
@@ -21,25 +21,25 @@ __all__ = ["KINDS", "Kind", "Report", "convert_checkpoint", "map_tensors", "new_
 def convert_checkpoint(
     source: str | Path, output: str | Path, kind: str | None = None, image_size: int | None = None
 ) -> Report:
-    """Convert a foreign checkpoint to a new folder of config.json, model.safetensors and the processor's file.
+    """Convert an official checkpoint to a new folder of config.json, model.safetensors and the processor's file.
 
-    The folder is loaded back, its weights are compared bit by bit with the source's and the model is run before the
-    folder takes its name; if anything fails, nothing is left.
+    The folder is loaded back, its weights are compared bit by bit with the source and the model is run before the
+    folder gets its name; after an error nothing is left.
 
     Args:
-        source: the file as its authors published it, or its state dict as safetensors; or the folder of the released
-            Open-Vocabulary SAM, see `open_vocabulary_sam`.
+        source: the published file, or its state dict as safetensors; or the folder of the released Open-Vocabulary SAM,
+            see `open_vocabulary_sam`.
         output: a folder that does not exist or is empty.
-        kind: one of KINDS; found from the names of the tensors if not given.
-        image_size: side in pixels of the square images it was trained on, where that is not 1024 and the tensors do
-            not tell.
+        kind: one of KINDS; by default recognised from the names of the tensors.
+        image_size: side in pixels of the square images in training, if it is not 1024 and the tensors do not determine
+            it.
 
     Raises:
-        InputError: the file is of no known kind, a tensor is missing, misplaced, misshapen or not finite, or what was
-            written does not give the source back.
+        InputError: the kind of the file is unknown; a tensor is missing, unexpected, of another shape or not finite; or
+            the written folder does not equal the source.
     """
     if kind not in (None, *KINDS):
-        raise InputError(f"No kind is named {kind!r}; there are {', '.join(KINDS)}.")
+        raise InputError(f"There is no kind {kind!r}; choose one of {', '.join(KINDS)}.")
     if Path(source).is_dir():
         return convert_open_vocabulary_sam(source, output)
     with new_folder(output) as folder:
@@ -62,4 +62,6 @@ def _recognise(source: str | Path, tensors: dict) -> str:
         if all(any(re.search(mark, key) for key in tensors) for mark in kind.marks):
             return name
     known = "; ".join(kind.title for kind in KINDS.values())
-    raise InputError(f"{source} is of no known kind (its first tensor is {next(iter(tensors))!r}); known are: {known}.")
+    raise InputError(
+        f"{source} is of an unknown kind (its first tensor is {next(iter(tensors))!r}); known kinds: {known}."
+    )

@@ -1,4 +1,4 @@
-"""What every conversion shares: read a foreign file, account for every key, write a whole folder or nothing."""
+"""Shared steps of the conversions: read an official file, map every key, write a complete folder or nothing."""
 
 import pickle
 import re
@@ -28,19 +28,19 @@ def _answer(model: PreTrainedModel, pixel_values: Tensor, points: Tensor) -> tup
 
 @dataclass(frozen=True)
 class Kind:
-    """One layout of foreign checkpoints that becomes a model of transformers.
+    """One layout of official checkpoints, and its conversion to a model of transformers.
 
     Attributes:
-        title: what it is called in messages.
+        title: name in messages.
         marks: patterns; a state dict is of this kind if each of them is found in one of its keys.
-        read_config: tensors, and the side of the square input in pixels if the user gave one -> the name of the size
-            and the configuration of `model_classes[0]`; raises InputError if it is no size it knows.
-        renames: how keys become those of the model, see `map_tensors`.
-        unused: (pattern, reason) of keys that the model has no use for.
-        model_classes: the first is written, and each must load the folder; the last answers prompts on images.
-        processor: the side of the square input -> the processor that is written beside the model.
-        prepare: changes tensors that no renaming makes ours, given the configuration.
-        answer: model, images [1, 3, side, side] and points [1, 1, 1, 2] -> masks and predicted IoU.
+        read_config: function from the tensors, and the side of the square input in pixels if the user gave one, to the
+            name of the size and the configuration of `model_classes[0]`; raises InputError for an unknown size.
+        renames: mapping of keys to those of the model, see `map_tensors`.
+        unused: (pattern, reason) of keys that the model does not use.
+        model_classes: the first one is written, and each must load the folder; the last takes prompts on images.
+        processor: function from the side of the square input to the processor that is written with the model.
+        prepare: function that changes tensors where renaming is not enough, given the configuration.
+        answer: function from model, images [1, 3, side, side] and points [1, 1, 1, 2] to masks and predicted IoU.
     """
 
     title: str
@@ -56,13 +56,13 @@ class Kind:
 
 @dataclass
 class Report:
-    """What a conversion did.
+    """Summary of a conversion.
 
     Attributes:
-        kind: the kind of the source.
-        size: the name of its size, as its authors call it.
-        used: number of tensors of the source that went into the folder.
-        unused: the reason for each key that did not.
+        kind: kind of the source.
+        size: name of the size, as in the publication.
+        used: number of tensors of the source that are in the folder.
+        unused: reason for each key that is not.
         classes: names of the classes that load the folder.
     """
 
@@ -74,13 +74,13 @@ class Report:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict of a file of PyTorch or safetensors, and for each other entry of the file why it is none of it.
+    """Return the state dict of a file of PyTorch or safetensors, and the reason for each other entry of the file.
 
-    A state dict may lie in the file itself or under "model" or "state_dict". Nothing but tensors and plain containers
-    is ever unpickled.
+    The state dict may be the file itself or its entry "model" or "state_dict". Only tensors and plain containers are
+    unpickled.
 
     Raises:
-        InputError: there is no such file, or no state dict can be read from it.
+        InputError: the file does not exist, or has no readable state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,43 +93,43 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
-                f"{path} holds an object of {found[1]}, which could run any code when it is read; save the state dict "
+                f"{path} holds an object of {found[1]}, which could run code on loading; save the state dict "
                 "alone, best as safetensors."
             ) from None
-        raise InputError(f"{path} is damaged or no checkpoint of PyTorch or safetensors.") from None
+        raise InputError(f"{path} is damaged or not a checkpoint of PyTorch or safetensors.") from None
     unused = {}
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            unused = {key: f"lies beside the state dict {wrapper!r}" for key in content if key != wrapper}
+            unused = {key: f"is outside the state dict {wrapper!r}" for key in content if key != wrapper}
             content = content[wrapper]
     entries = content.items() if isinstance(content, dict) else ()
     tensors = {key: value for key, value in entries if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"{path} holds no state dict, neither by itself nor under 'model' or 'state_dict'.")
-    return tensors, unused | {key: "is no tensor" for key in content.keys() - tensors.keys()}
+    return tensors, unused | {key: "is not a tensor" for key in content.keys() - tensors.keys()}
 
 
 def map_tensors(
     source: Mapping[str, Tensor], expected: Mapping[str, Tensor], renames: Renames, unused: Renames = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Give the tensors of a foreign state dict the keys of ours: every one is used or listed, none of ours stays empty.
+    """Map an official state dict to ours: every tensor is used or listed as unused, and none of ours is missing.
 
     Args:
-        source: the foreign state dict; tensors on the "meta" device are accounted for by name and shape.
-        expected: ours, of which only shapes and dtypes are read.
-        renames: (pattern, replacement) of `re.sub`, applied to a key in order. What comes out is a key of ours, or
+        source: official state dict; tensors on the "meta" device are mapped by name and shape.
+        expected: our state dict, of which only shapes and dtypes are read.
+        renames: (pattern, replacement) of `re.sub`, applied to a key in order. The result is a key of ours, or
 
             - `a = b`: the tensor is stored under both keys;
-            - `a.{k,v}.b`: it is cut along its first axis into equal parts, a.k.b and a.v.b;
-            - `a[2]`: it is the part number 2 of a, whose parts are joined along the first axis.
+            - `a.{k,v}.b`: the tensor is split along its first axis into equal parts, a.k.b and a.v.b;
+            - `a[2]`: the tensor is part 2 of a, whose parts are concatenated along the first axis.
         unused: (pattern, reason) of keys to leave out.
 
     Returns:
-        Our state dict, with the dtypes of `expected` (memory may be the source's), and the reason for each key of the
-        source that is not in it.
+        our state dict, with the dtypes of `expected` (it may share memory with the source), and the reason for each key
+        of the source that is not in it.
 
     Raises:
-        InputError: a tensor is missing, has no place, has another shape, or is not finite; the message names it.
+        InputError: a tensor is missing, unexpected, of another shape, or not finite; the message names it.
     """
     parts: dict[str, dict[int, Tensor]] = {}
     origins: dict[str, str] = {}
@@ -159,7 +159,7 @@ def map_tensors(
         if tensor.shape != like.shape:
             raise InputError(
                 f"The tensor {origins[name]!r} gives {name!r} the shape {list(tensor.shape)}, where "
-                f"{list(like.shape)} is right."
+                f"{list(like.shape)} is expected."
             )
         mapped[name] = tensor.to(like.dtype).contiguous()
     return mapped, left_out
@@ -172,18 +172,20 @@ def _place(key: str, tensor: Tensor, renames: Renames) -> list[tuple[str, Tensor
     if braces := re.search(r"\{(.+)}", name):
         names = [name[: braces.start()] + choice + name[braces.end() :] for choice in braces[1].split(",")]
         if len(tensor) % len(names):
-            raise InputError(f"The tensor {key!r} of shape {list(tensor.shape)} cannot be cut into {len(names)} parts.")
+            raise InputError(
+                f"The tensor {key!r} of shape {list(tensor.shape)} cannot be split into {len(names)} equal parts."
+            )
         return list(zip(names, tensor.chunk(len(names)), strict=True))
     name, *aliases = name.split(" = ")
-    return [(name, tensor), *((alias, tensor.clone()) for alias in aliases)]  # files take no shared memory
+    return [(name, tensor), *((alias, tensor.clone()) for alias in aliases)]  # safetensors does not store shared memory
 
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which takes its name when the block ends well and vanishes when it does not.
+    """Yield a temporary folder, which gets its name if the block succeeds and is deleted otherwise.
 
     Raises:
-        InputError: the name is taken by a file or by a folder with something in it, or its parent does not exist.
+        InputError: the name is that of a file or of a folder that is not empty, or its parent does not exist.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -210,10 +212,10 @@ def write_model(kind: Kind, config: PreTrainedConfig, tensors: Mapping[str, Tens
 
 
 def check_model(kind: Kind, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Load the folder with every class it is for, compare all weights bit by bit, and run the model on a point.
+    """Load the folder with every class of its kind, compare all weights bit by bit, and run the model on a point.
 
     Raises:
-        InputError: something is missing or differs, or masks or scores are not finite.
+        InputError: a weight is missing or differs, or masks or scores are not finite.
     """
     for model_class in kind.model_classes:
         model = load_back(model_class, tensors, folder)
@@ -226,27 +228,29 @@ def check_model(kind: Kind, tensors: Mapping[str, Tensor], folder: Path) -> None
 
 
 def load_back(model_class: type[PreTrainedModel], tensors: Mapping[str, Tensor], folder: Path) -> PreTrainedModel:
-    """The model in the folder; raises InputError if its weights are not, bit by bit, the tensors."""
+    """Load the model of a folder; raises InputError unless its weights equal the tensors bit by bit."""
     model, found = model_class.from_pretrained(folder, output_loading_info=True)
     wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
     loaded = model.state_dict()
     wrong += [name for name in loaded if name not in tensors or not torch.equal(loaded[name], tensors[name])]
     if wrong:
-        raise InputError(f"What was written does not load as it was: {wrong[0]!r} differs in {model_class.__name__}.")
+        raise InputError(
+            f"The written folder does not equal its source: {wrong[0]!r} differs in {model_class.__name__}."
+        )
     return model.eval()
 
 
 def shape_of(tensors: Mapping[str, Tensor], key: str, axes: int | None = None) -> torch.Size:
-    """The shape of a tensor that must be there, with that many axes; raises InputError if it is not."""
+    """Return the shape of a tensor; raises InputError if it is missing or has another number of axes."""
     if key not in tensors:
         raise InputError(f"The tensor {key!r} is missing.")
     shape = tensors[key].shape
     if axes is not None and len(shape) != axes:
-        raise InputError(f"The tensor {key!r} has the shape {list(shape)}, where {axes} axes are right.")
+        raise InputError(f"The tensor {key!r} has the shape {list(shape)}, where {axes} axes are expected.")
     return shape
 
 
 def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many blocks `prefix`N. there are, whether or not each is whole."""
+    """Return the number of blocks `prefix`N., complete or not."""
     numbers = [key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)]
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)

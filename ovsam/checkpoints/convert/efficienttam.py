@@ -20,7 +20,7 @@ def _read_config(tensors: Mapping[str, Tensor], image_size: int | None) -> tuple
     blocks = count_blocks(tensors, "image_encoder.trunk.blocks.")
     if (width, blocks) not in SIZES:
         known = ", ".join(f"{name} ({blocks} of {width})" for (width, blocks), (name, _) in SIZES.items())
-        raise InputError(f"EfficientTAM with {blocks} blocks of width {width} is none of {known}.")
+        raise InputError(f"EfficientTAM with {blocks} blocks of width {width} is unknown; known sizes: {known}.")
     name, heads = SIZES[width, blocks]
     side = image_size or 1024
     if side % 16:
@@ -38,14 +38,16 @@ def _read_config(tensors: Mapping[str, Tensor], image_size: int | None) -> tuple
 
 
 def _resize_positions(tensors: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
-    """Do once what its authors do at every call: drop the class token's position and resize the grid of the others.
+    """Drop the position of the class token and resize the grid, which the official code does at every call.
 
     [1, 1 + n*n, C] -> [1, C, n, n] -> [1, C, h, h] -> [1, h, h, C]
     """
     _, positions, _ = shape_of(tensors, POSITIONS, 3)
     side, grid = int((positions - 1) ** 0.5), config.vision_config.image_size // 16
     if side * side != positions - 1:
-        raise InputError(f"The tensor {POSITIONS!r} has {positions} positions, which are no square and a class token.")
+        raise InputError(
+            f"The tensor {POSITIONS!r} has {positions} positions, which must be a square and a class token."
+        )
     cells = tensors[POSITIONS][:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
     if side != grid:
         cells = F.interpolate(cells, size=(grid, grid), mode="bicubic", align_corners=False)
@@ -59,7 +61,7 @@ def _answer(model: PreTrainedModel, pixel_values: Tensor, points: Tensor) -> tup
     return decoded.masks, decoded.iou
 
 
-TRACKER = "the tracker's, for which transformers has no class"
+TRACKER = "is part of the tracker, for which transformers has no class"
 
 EFFICIENTTAM = Kind(
     title="EfficientTAM (official .pt, Ti or S; image path)",

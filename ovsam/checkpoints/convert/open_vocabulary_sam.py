@@ -1,9 +1,9 @@
 """The released Open-Vocabulary SAM (Yuan et al. 2024), four files in one folder, as `OVSamModel` and its processor.
 
-The release keeps its parts where they came from: `sam2clip_vith_rn50x16.pth` is the SAM2CLIP adapter,
-`clip2sam_coco_rn50x16.pth` or `clip2sam_lvis_rn50x16.pth` the CLIP2SAM adapter and the mask decoder; the prompt encoder
-is that of SAM ViT-H, and the backbone is OpenAI's RN50x16 (as open_clip_model.safetensors of
-timm/resnet50x16_clip.openai). Files are told apart by the names of their tensors.
+The release has one file for each part: `sam2clip_vith_rn50x16.pth` is the SAM2CLIP adapter, `clip2sam_coco_rn50x16.pth`
+or `clip2sam_lvis_rn50x16.pth` the CLIP2SAM adapter and the mask decoder; the prompt encoder is that of SAM ViT-H, and
+the backbone is OpenAI's RN50x16 (as open_clip_model.safetensors of timm/resnet50x16_clip.openai). Files are recognised
+by the names of their tensors.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ from ovsam.processing.vocabulary import Vocabulary
 
 KIND = "open-vocabulary-sam"
 
-# What a file is -> what the names of some of its tensors begin with, and what it is called in messages.
+# Part -> prefix of the names of some of its tensors, and its name in messages.
 PARTS = {
     "sam2clip": ("neck_student.", "the SAM2CLIP adapter, sam2clip_vith_rn50x16.pth"),
     "clip2sam": ("fpn_neck.", "the CLIP2SAM adapter, clip2sam_coco_rn50x16.pth or clip2sam_lvis_rn50x16.pth"),
@@ -45,7 +45,7 @@ PARTS = {
     "sam": ("prompt_encoder.", "SAM ViT-H, sam_vit_h_4b8939.pth"),
 }
 
-# From part/key to the key of ours, see `map_tensors`.
+# Mapping of part/key to our key, see `map_tensors`.
 RENAMES = (
     (r"^sam2clip/neck_student\.", "sam2clip."),
     (r"^sam2clip\.patch_embeds\.(\d)\.projection\.", r"sam2clip.to_stride16.\1."),
@@ -58,7 +58,7 @@ RENAMES = (
     (r"^clip2sam/fpn_neck\.lateral_convs\.(\d)\.conv\.", r"clip2sam.pyramid.laterals.\1."),
     (r"^clip2sam/fpn_neck\.fpn_convs\.(\d)\.conv\.", r"clip2sam.smooth.\1."),
     (r"^clip2sam/mask_decoder\.roi_conv\.0\.conv\.", "clip2sam.roi_conv."),
-    (r"^clip2sam/mask_decoder\.label_token\.", "mask_decoder.iou_token."),  # which it stands in the place of
+    (r"^clip2sam/mask_decoder\.label_token\.", "mask_decoder.iou_token."),  # which it replaces
     (r"^clip2sam/mask_decoder\.mask_decoder\.", "mask_decoder."),
     (r"^sam/prompt_encoder\.", "prompt_encoder."),
     *PROMPTS_AND_MASKS,
@@ -67,16 +67,16 @@ RENAMES = (
     (r"^clip/", "clip.model.text."),
 )
 UNUSED = (
-    (r"^sam2clip/(?!neck_student\.)", "is not of the SAM2CLIP adapter, but of what it was trained with"),
-    (r"^clip2sam/(?!fpn_neck\.|mask_decoder\.)", "is not of the CLIP2SAM adapter, but of what it was trained with"),
+    (r"^sam2clip/(?!neck_student\.)", "belongs to the training of the SAM2CLIP adapter"),
+    (r"^clip2sam/(?!fpn_neck\.|mask_decoder\.)", "belongs to the training of the CLIP2SAM adapter"),
     (r"^clip2sam/mask_decoder\.label_mlp\.", "the release multiplies its result by zero"),
-    (r"^sam/image_encoder\.", "the SAM2CLIP adapter stands in for it"),
+    (r"^sam/image_encoder\.", "is replaced by the SAM2CLIP adapter"),
     (r"^sam/mask_decoder\.", "the release has a mask decoder of its own"),
     (r"^sam/pixel_(mean|std)$", "the processor normalises images"),
-    (r"^clip/(input_resolution|context_length|vocab_size)$", "is a number that the shapes tell"),
+    (r"^clip/(input_resolution|context_length|vocab_size)$", "follows from the shapes"),
 )
 
-# The sentences of ViLD (Gu et al. 2022), as the release has them: some end in a full stop and some do not.
+# The sentences of ViLD (Gu et al. 2022) as in the release: some end in a full stop and some do not.
 TEMPLATES = (
     "a photo of a {}.",
     "This is a photo of a {}",
@@ -94,7 +94,7 @@ TEMPLATES = (
     ),
 )
 
-# The 48 categories of COCO that open-vocabulary work trains on (Bansal et al. 2018).
+# The 48 base categories of open-vocabulary COCO (Bansal et al. 2018).
 COCO_TRAINED = (
     "person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, backpack, "
     "handbag, suitcase, frisbee, skis, kite, surfboard, bottle, fork, spoon, bowl, banana, apple, sandwich, orange, "
@@ -106,16 +106,16 @@ COCO_TRAINED = (
 def convert_open_vocabulary_sam(source: str | Path, output: str | Path) -> Report:
     """Convert the released Open-Vocabulary SAM to a new folder with a whole model and its processor.
 
-    The folder is loaded back, its weights are compared bit by bit with the source's and it is asked about a point
-    before it takes its name; if anything fails, nothing is left.
+    The folder is loaded back, its weights are compared bit by bit with the source and the model is run on a point
+    before the folder gets its name; after an error nothing is left.
 
     Args:
-        source: a folder with the four files; that of the CLIP2SAM adapter has "coco" or "lvis" in its name.
+        source: folder of the four files; the name of the file of the CLIP2SAM adapter contains "coco" or "lvis".
         output: a folder that does not exist or is empty.
 
     Raises:
-        InputError: a file is missing, double or of another kind; a tensor is missing, misplaced, misshapen or not
-            finite; or what was written does not give the source back.
+        InputError: a file is missing, ambiguous or of another kind; a tensor is missing, unexpected, of another shape
+            or not finite; or the written folder does not equal the source.
     """
     with new_folder(output) as folder:
         files, tensors, beside = _read_parts(Path(source))
@@ -133,13 +133,15 @@ def convert_open_vocabulary_sam(source: str | Path, output: str | Path) -> Repor
 
 
 def _read_parts(source: Path) -> tuple[dict[str, Path], dict[str, Tensor], dict[str, str]]:
-    """The file of each part, all their tensors as part/key, and why other entries of the files are left out."""
+    """Return the file of each part, all tensors as part/key, and the reason for each unused entry of the files."""
     files, tensors, beside = {}, {}, {}
     for path in sorted(path for path in source.iterdir() if path.suffix in (".pth", ".pt", ".safetensors")):
         content, other = read_tensors(path)
         part = next((part for part, (mark, _) in PARTS.items() if any(key.startswith(mark) for key in content)), None)
         if part is None:
-            raise InputError(f"{path} is no part of Open-Vocabulary SAM (its first tensor is {next(iter(content))!r}).")
+            raise InputError(
+                f"{path} is not a part of Open-Vocabulary SAM (its first tensor is {next(iter(content))!r})."
+            )
         if part in files:
             raise InputError(f"{files[part]} and {path} are both {PARTS[part][1]}; leave one of them in the folder.")
         files[part] = path
@@ -155,14 +157,14 @@ def _trained_on(path: Path) -> str:
     named = [name for name in ("coco", "lvis") if name in path.name.lower()]
     if len(named) != 1:
         raise InputError(
-            f"The name of {path} must say which data the adapter was trained on, as in clip2sam_coco_rn50x16.pth or "
-            "clip2sam_lvis_rn50x16.pth: the tensors do not tell."
+            f"The name of {path} must contain the training data, as in clip2sam_coco_rn50x16.pth or "
+            "clip2sam_lvis_rn50x16.pth: it does not follow from the tensors."
         )
     return named[0]
 
 
 def read_config(tensors: Mapping[str, Tensor], trained_on: str) -> OVSamConfig:
-    """The configuration that the shapes of the tensors (part/key) and the data set, "coco" or "lvis", tell."""
+    """Return the configuration, given the shapes of the tensors (part/key) and the data set, "coco" or "lvis"."""
 
     def shape(key: str) -> torch.Size:
         return shape_of(tensors, key)
@@ -180,7 +182,7 @@ def read_config(tensors: Mapping[str, Tensor], trained_on: str) -> OVSamConfig:
     return OVSamConfig(
         composition="clip",
         sam_config=LabelTokenSamConfig(
-            # No vision encoder is made of this; it says how wide the position code is.
+            # No vision encoder is built; this sets the width of the position encoding.
             vision_config={
                 "hidden_size": 2,
                 "num_hidden_layers": 0,
@@ -222,7 +224,7 @@ def read_config(tensors: Mapping[str, Tensor], trained_on: str) -> OVSamConfig:
 
 
 def _clip_config(tensors: Mapping[str, Tensor], side: int) -> OpenClipConfig:
-    """A ModifiedResNet of OpenAI, in its own words."""
+    """Return the configuration of a ModifiedResNet of OpenAI."""
     embed_dim = shape_of(tensors, "clip/visual.attnpool.c_proj.weight")[0]
     grid = round((shape_of(tensors, "clip/visual.attnpool.positional_embedding")[0] - 1) ** 0.5)
     text_width = shape_of(tensors, "clip/ln_final.weight")[0]
@@ -244,7 +246,7 @@ def _clip_config(tensors: Mapping[str, Tensor], side: int) -> OpenClipConfig:
             },
         },
         image_size=side,
-        image_mean=IMAGENET_DEFAULT_MEAN,  # SAM's; the release feeds CLIP the same picture
+        image_mean=IMAGENET_DEFAULT_MEAN,  # of SAM; CLIP gets the same input in the release
         image_std=IMAGENET_DEFAULT_STD,
     )
 
@@ -264,7 +266,8 @@ def _processor(side: int) -> OVSamProcessor:
 
 
 def _check(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Load the folder, compare all weights bit by bit and ask about a point; InputError if anything is wrong."""
+    """Load the folder, compare all weights bit by bit and run the model on a point; raises InputError if they
+    differ."""
     model = load_back(OVSamModel, tensors, folder)
     side = model.sam.image_size
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
 from ovsam.checkpoints.convert.base import Kind, count_blocks, shape_of
 from ovsam.errors import InputError
 
-# Prompt encoder and mask decoder, whose layout SAM 2 and EdgeTAM kept.
+# Prompt encoder and mask decoder, which have the same layout in SAM 2 and EdgeTAM.
 PROMPTS_AND_MASKS = (
     (
         r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
@@ -42,9 +42,9 @@ def _read_config(tensors: Mapping[str, Tensor], image_size: int | None) -> tuple
     _, _, grid, width = shape_of(tensors, "image_encoder.pos_embed", 4)
     blocks = count_blocks(tensors, "image_encoder.blocks.")
     if (width, blocks) not in SIZES:
-        raise InputError(f"SAM with {blocks} blocks of width {width} is none of {_names()}.")
+        raise InputError(f"SAM with {blocks} blocks of width {width} is unknown; known sizes: {_names()}.")
     if image_size not in (None, 16 * grid):
-        raise InputError(f"Its position embedding is for images of {16 * grid} pixels, not {image_size}.")
+        raise InputError(f"The position embedding is for images of {16 * grid} pixels, not {image_size}.")
     name, heads, global_blocks = SIZES[width, blocks]
     vision = {
         "hidden_size": width,
@@ -56,7 +56,7 @@ def _read_config(tensors: Mapping[str, Tensor], image_size: int | None) -> tuple
     config = SamConfig(
         vision_config=vision,
         prompt_encoder_config={"image_size": 16 * grid},
-        mask_decoder_config={"layer_norm_eps": 1e-5},  # its authors' value; transformers' default is 1e-6
+        mask_decoder_config={"layer_norm_eps": 1e-5},  # the official value; the default of transformers is 1e-6
     )
     return name, config
 

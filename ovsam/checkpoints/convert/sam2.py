@@ -17,7 +17,7 @@ from ovsam.checkpoints.convert.base import Kind, count_blocks, shape_of
 from ovsam.checkpoints.convert.sam import PROMPTS_AND_MASKS
 from ovsam.errors import InputError
 
-# What SAM 2 changed in prompt encoder and mask decoder.
+# Changes of SAM 2 in the prompt encoder and the mask decoder.
 SAM2_PROMPTS_AND_MASKS = (
     (r"^sam_(prompt_encoder|mask_decoder)\.", r"\1."),
     (r"^prompt_encoder\.point_embeddings\.(\d)\.weight$", r"prompt_encoder.point_embed.weight[\1]"),
@@ -39,7 +39,7 @@ MEMORY = (
     (r"^obj_ptr_proj\.layers\.2\.", "object_pointer_proj.proj_out."),
     (r"^(memory_attention\..*)\.out_proj\.", r"\1.o_proj."),
     (r"^(memory_attention\..*)\bnorm", r"\1layer_norm"),
-    # The mask goes down four times, each time a convolution, a normalisation and an activation.
+    # The mask is downsampled four times, each time by a convolution, a normalisation and an activation.
     (r"^memory_encoder\.mask_downsampler\.encoder\.12\.", "memory_encoder.mask_downsampler.final_conv."),
     (r"^memory_encoder\.mask_downsampler\.encoder\.0\.", "memory_encoder.mask_downsampler.layers.0.conv."),
     (r"^memory_encoder\.mask_downsampler\.encoder\.1\.", "memory_encoder.mask_downsampler.layers.0.layer_norm."),
@@ -72,7 +72,7 @@ def _read_config(tensors: Mapping[str, Tensor], image_size: int | None) -> tuple
     blocks = count_blocks(tensors, "image_encoder.trunk.blocks.")
     if (width, blocks) not in SIZES:
         known = ", ".join(f"{name} ({blocks} of {width})" for (width, blocks), (name, *_) in SIZES.items())
-        raise InputError(f"SAM 2 with {blocks} blocks of width {width} is none of {known}.")
+        raise InputError(f"SAM 2 with {blocks} blocks of width {width} is unknown; known sizes: {known}.")
     name, per_stage, heads, global_blocks, windows, positions = SIZES[width, blocks]
     side = image_size or 1024
     widths = [width * 2**stage for stage in range(4)]
@@ -107,20 +107,20 @@ def _read_config(tensors: Mapping[str, Tensor], image_size: int | None) -> tuple
 
 
 def feature_sizes(side: int) -> list[list[int]]:
-    """Sides of the feature maps of an image; raises InputError if they would not be whole numbers."""
+    """Return the sides of the feature maps; raises InputError unless they are whole numbers."""
     if side % 32:
         raise InputError(f"The side of the images must be a multiple of 32; got {side}.")
     return [[side // stride] * 2 for stride in (4, 8, 16)]
 
 
 def image_processor(side: int) -> Sam2Processor:
-    """Of images, each squashed to a square of that side."""
+    """Return the processor of images, resized to a square of that side."""
     size, mask_size = {"height": side, "width": side}, {"height": side // 4, "width": side // 4}
     return Sam2Processor(Sam2ImageProcessor(size=size, mask_size=mask_size), target_size=side)
 
 
 def video_processor(side: int) -> Sam2VideoProcessor:
-    """Of images and videos."""
+    """Return the processor of images and videos."""
     videos = Sam2VideoVideoProcessor(size={"height": side, "width": side})
     return Sam2VideoProcessor(image_processor(side).image_processor, videos, target_size=side)
 
