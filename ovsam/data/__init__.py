@@ -1,4 +1,4 @@
-"""Data sets to train on: a reader for each format, all giving the same samples (see `base`)."""
+"""Data sets for training: a reader for each format, all with the same samples (see `base`)."""
 
 import inspect
 from collections.abc import Callable
@@ -37,21 +37,21 @@ __all__ = [
 
 
 def open_data(config: dict[str, Any]) -> SegmentationData:
-    """The data set of a recipe's [data] table.
+    """Open the data set of a recipe's [data] table.
 
     Args:
-        config: `format`, a key of READERS (default emojiscenes), and its reader's own keys.
+        config: `format`, a key of READERS (default emojiscenes), and the keys of its reader.
 
     Raises:
-        InputError: no such format, a key that its reader does not take or lacks, and whatever the reader finds wrong.
+        InputError: the format is unknown, a key is unknown or missing, or the reader finds an error.
     """
     options = dict(config)
     kind = options.pop("format", "emojiscenes")
     if kind not in READERS:
-        raise InputError(f"[data] has the format {kind!r}; there are {', '.join(READERS)}.")
+        raise InputError(f"[data] has the format {kind!r}; choose one of {', '.join(READERS)}.")
     accepted = reader_keys(kind)
     if unknown := options.keys() - accepted.keys():
-        raise InputError(f"[data] has {min(unknown)!r}, which {kind} does not know; it takes {', '.join(accepted)}.")
+        raise InputError(f"[data] has {min(unknown)!r}, which {kind} does not take; it takes {', '.join(accepted)}.")
     if missing := [key for key, needed in accepted.items() if needed and key not in options]:
         raise InputError(f"[data] lacks {', '.join(missing)}, which the format {kind} needs.")
     return READERS[kind](**options)
@@ -64,9 +64,9 @@ def open_mixture(
     seed: int = 0,
     length: int | None = None,
 ) -> Mixture:
-    """A mixture by a recipe's keys: a [[data.sets]] table for each set, with its `share` (default 1).
+    """Open a mixture by the keys of a recipe: a [[data.sets]] table for each set, with its `share` (default 1).
 
-    `size`, `max_objects` and `seed` are for the sets that do not say theirs.
+    `size`, `max_objects` and `seed` are the defaults of the sets.
     """
     common = {"size": size, "max_objects": max_objects, "seed": seed}
     shared = {key: value for key, value in common.items() if value is not None}
@@ -86,9 +86,9 @@ READERS: dict[str, Callable[..., SegmentationData]] = {
 
 
 def reader_keys(kind: str) -> dict[str, bool]:
-    """The keys that a format's reader takes, and whether it needs them."""
+    """Return the keys of a format's reader, and whether each is required."""
     reader = READERS[kind]
-    # What a reader does not take itself it hands on: to its parent class, or open_scenes to SceneConfig.
+    # Further keys are passed on: to the parent class, or by open_scenes to SceneConfig.
     chain: list[Any] = list(reader.__mro__) if isinstance(reader, type) else [reader, SceneConfig]
     keys: dict[str, bool] = {}
     for owner in chain:

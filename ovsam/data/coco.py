@@ -1,4 +1,4 @@
-"""COCO json: instances outlined by polygons or run lengths. It also reads back what `ovsam segment --json` writes."""
+"""COCO JSON files: instances with polygons or run lengths. Also reads the output of `ovsam segment --json`."""
 
 import json
 from collections import Counter, defaultdict
@@ -15,26 +15,26 @@ from ovsam.ops.outlines import check_outline, is_outline
 
 
 class Coco(PictureData):
-    """A COCO json of instances, and the folder of its pictures.
+    """A COCO JSON file of instances, and the folder of its images.
 
-    Every category is a word, and every picture is annotated for all of them, unless it has `neg_category_ids` as in
-    LVIS (Gupta et al. 2019, section 3): then only the words are known of which it has an instance or that are listed
-    there, less those in its `not_exhaustive_category_ids`. One json may hold pictures of both kinds. Categories of one
-    name are one word. A crowd (iscrowd) is no object, but its word is not `known` in that picture; nor is a word of
-    which the picture has an annotation that cannot be used because it is a box without an outline.
+    Every category is a class name, and every image is annotated for all of them, unless it has `neg_category_ids` as in
+    LVIS (Gupta et al. 2019, section 3): then the known class names are those of its instances and of that list, except
+    those in its `not_exhaustive_category_ids`. One file may contain images of both kinds. Categories of the same name
+    are one class. A crowd (iscrowd) is not an object, but its class is not `known` in that image; nor is a class with
+    an annotation that is a box without an outline.
 
     Args:
-        annotations: path of the json.
-        images: folder of the pictures; default: the json's.
-        novel: words held out: their annotations are left out, and they are never `known`.
-        keep_empty: also use pictures in which nothing is annotated.
-        check: look at every picture beforehand (its header only), so that those that cannot be read are listed before
-            training starts.
-        options: of PictureData.
+        annotations: path of the JSON file.
+        images: folder of the images; by default the folder of the JSON file.
+        novel: held-out class names: their annotations are skipped, and they are never `known`.
+        keep_empty: whether to use images without annotations.
+        check: whether to read the header of every image beforehand, so that unreadable ones are listed before training
+            starts.
+        options: options of PictureData.
 
     Raises:
-        InputError: no such file or another format, an id that does not exist or exists twice, a category without a
-            name, an outline that does not fit its picture, no instance, no readable picture.
+        InputError: the file is missing or has another format, an id is unknown or not unique, a category has no name,
+            an outline does not fit its image, or there is no instance or no readable image.
     """
 
     format = "coco"
@@ -51,7 +51,7 @@ class Coco(PictureData):
         path = Path(annotations)
         folder = path.parent if images is None else Path(images)
         if not folder.is_dir():
-            raise InputError(f"There is no folder {folder}; `images` names the folder of the pictures.")
+            raise InputError(f"There is no folder {folder}; `images` must be the folder of the images.")
         content = read_json(path)
         self._check_format(path, content)
         categories = _by_id(path, "category", "categories", content)
@@ -61,21 +61,21 @@ class Coco(PictureData):
         super().__init__(words, **options)
         for name, count in Counter(names).items():
             if count > 1:
-                self.notes.append(f"Categories called {name!r}, read as one word: {count}.")
+                self.notes.append(f"Categories called {name!r}, read as one class: {count}.")
 
         word_ids = dict(zip(categories, places, strict=True))
         pictures = _by_id(path, "image", "images", content)
         objects, unknown = self._sort_annotations(path, content["annotations"], pictures, word_ids)
         used = {key: image for key, image in pictures.items() if keep_empty or objects[key]}
         if not any(objects.values()):
-            raise InputError(f"{path} has no instance to train on. {' '.join(self.notes)}".rstrip())
+            raise InputError(f"{path} has no instances to train on. {' '.join(self.notes)}".rstrip())
         if len(used) < len(pictures):
             left_out = len(pictures) - len(used)
-            self.notes.append(f"Pictures without an object, left out (keep_empty = true keeps them): {left_out:,}.")
+            self.notes.append(f"Images without objects, skipped (keep_empty = true keeps them): {left_out:,}.")
         files = {key: self._find_file(path, folder, image) for key, image in used.items()}
         sizes = self._measure(used, files, check)
         if not sizes:
-            raise InputError(f"None of the {len(used):,} pictures of {path} can be read; the first: {self.skipped[0]}")
+            raise InputError(f"None of the {len(used):,} images of {path} can be read; the first: {self.skipped[0]}")
 
         def records() -> Iterator[Record]:
             for key in tqdm(sizes, desc="reading the outlines", unit="", disable=len(sizes) < 1000):
@@ -105,7 +105,8 @@ class Coco(PictureData):
     def _sort_annotations(
         self, path: Path, annotations: Sequence[dict], pictures: dict, word_ids: dict
     ) -> tuple[dict[Any, list[tuple[dict, int]]], dict[Any, set[int]]]:
-        """Per picture its objects, as annotation and word, and the words that are not exhaustively outlined in it."""
+        """Return the objects of each image, as annotation and word, and its words that are not annotated
+        exhaustively."""
         objects: dict[Any, list[tuple[dict, int]]] = defaultdict(list)
         unknown: dict[Any, set[int]] = defaultdict(set)
         novel = {i for i, word in enumerate(self.words) if word.split == "novel"}
@@ -117,8 +118,8 @@ class Coco(PictureData):
             for kind, value, there in (("image", key, pictures), ("category", category, word_ids)):
                 if value not in there:
                     raise InputError(
-                        f"The annotation {annotation.get('id')} of {path} is of the {kind} {value!r}, "
-                        f"which is not among the {kind} ids of the file."
+                        f"The annotation {annotation.get('id')} of {path} has the {kind} {value!r}, "
+                        f"which is missing in the {kind} ids of the file."
                     )
             word = word_ids[category]
             if word in novel:
@@ -132,15 +133,15 @@ class Coco(PictureData):
             else:
                 objects[key].append((annotation, word))
         if held_out:
-            self.notes.append(f"Annotations of words held out, left out: {held_out:,}.")
+            self.notes.append(f"Annotations of held-out classes, skipped: {held_out:,}.")
         if crowds:
-            self.notes.append(f"Annotations of crowds (iscrowd), which are no objects: {crowds:,}.")
+            self.notes.append(f"Annotations of crowds (iscrowd), which are not objects: {crowds:,}.")
         if boxes:
-            self.notes.append(f"Annotations with a box but no outline (segmentation), left out: {boxes:,}.")
+            self.notes.append(f"Annotations with a box but no outline (segmentation), skipped: {boxes:,}.")
         return objects, unknown
 
     def _measure(self, used: dict, files: dict, check: bool) -> dict[Any, tuple[int, int]]:
-        """The size for which each readable picture is annotated; the others are listed in `skipped`."""
+        """Return the size for which each readable image is annotated; the others are listed in `skipped`."""
         sizes = {key: _size(image) for key, image in used.items()}
         to_check = [key for key in used if check or not all(sizes[key])]
         found = check_pictures((files[key] for key in to_check), len(to_check))
@@ -151,7 +152,7 @@ class Coco(PictureData):
                 del sizes[key]
         return sizes
 
-    # What LVIS does in another way.
+    # Overridden for LVIS.
 
     def _check_format(self, path: Path, content: Any) -> None:
         partial = _format(content) == "LVIS" and all("file_name" in image for image in content["images"])
@@ -171,7 +172,7 @@ class Coco(PictureData):
 
     def _find_file(self, path: Path, folder: Path, image: dict) -> str:
         if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-            raise InputError(f"The image {image['id']!r} of {path} has no file_name; it must name its picture.")
+            raise InputError(f"The image {image['id']!r} of {path} has no file_name; it must name its image file.")
         name = image["file_name"].replace("\\", "/")
         return first_file(folder / name, folder / Path(name).name, Path(name))
 
@@ -189,12 +190,12 @@ class Coco(PictureData):
 
 
 def _size(image: dict) -> tuple[int, int]:
-    """Width and height that a file states, 0 where it does not."""
+    """Return the width and height in the file, 0 if they are missing."""
     return int(image.get("width") or 0), int(image.get("height") or 0)
 
 
 def first_file(*candidates: Path) -> str:
-    """The first path that is there, or else the first."""
+    """Return the first path that exists, else the first one."""
     return str(next((path for path in candidates if path.is_file()), candidates[0]))
 
 
@@ -202,37 +203,39 @@ def _by_id(path: Path, kind: str, table: str, content: dict) -> dict[Any, dict]:
     found: dict[Any, dict] = {}
     for entry in content[table]:
         if "id" not in entry:
-            raise InputError(f"{path} has one of its {table} without an id; every {kind} needs one of its own.")
+            raise InputError(f"{path} has one of its {table} without an id; every {kind} needs a unique id.")
         if found.setdefault(entry["id"], entry) is not entry:
-            raise InputError(f"{path} has two of the {kind} id {entry['id']!r}; every {kind} needs one of its own.")
+            raise InputError(f"{path} has the {kind} id {entry['id']!r} twice; every {kind} needs a unique id.")
     return found
 
 
 def read_json(path: Path) -> Any:
-    """Raises InputError for what is missing or no json."""
+    """Load a JSON file; raises InputError if it is missing or invalid."""
     if not path.is_file():
         raise InputError(f"There are no annotations at {path}; check the path.")
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path} is not a json file: {error}.") from error
+        raise InputError(f"{path} is not a JSON file: {error}.") from error
 
 
 def check_format(path: Path, content: Any, wanted: str, title: str) -> None:
-    """Raise InputError, saying which format it looks like, unless a json holds what COCO's and LVIS's have."""
+    """Raise InputError, with the format it looks like, unless a JSON file has the tables of COCO and LVIS."""
     found = _format(content)
     if found != wanted:
-        looks = f"looks like {found}" if found else "is none that is known here"
+        looks = f"looks like {found}" if found else "has an unknown format"
         remedy = '; read it with format = "lvis"' if found == "LVIS" else ""
         remedy = '; read it with format = "coco"' if found == "COCO" else remedy
-        raise InputError(f"{path} must be a json of {title} (images, annotations, categories), and {looks}{remedy}.")
+        raise InputError(
+            f"{path} must be a JSON file of {title} (images, annotations, categories); it {looks}{remedy}."
+        )
 
 
 def _format(content: Any) -> str:
     if isinstance(content, list):
         first = content[0] if content and isinstance(content[0], dict) else {}
         if {"image_id", "score"} <= first.keys():
-            return "COCO's results, which have no pictures and no category names"
+            return "COCO's results, which have no images and no category names"
         if {"data", "annotations"} <= first.keys():
             return "an export of Label Studio (which can also export COCO)"
         if {"image", "annotations"} <= first.keys():
@@ -248,9 +251,12 @@ def _format(content: Any) -> str:
             return "LVIS"
         return "COCO"
     for keys, name in (
-        (("shapes", "imagePath"), "LabelMe's format, one file a picture (labelme2coco makes COCO of it)"),
+        (
+            ("shapes", "imagePath"),
+            "LabelMe's format, one file for each image (`ovsam convert-labels` converts it to COCO)",
+        ),
         (("_via_img_metadata",), "a project of the VGG Image Annotator (which can export COCO)"),
-        (("image", "annotations"), 'a picture of SA-1B; read its folder with format = "sa1b"'),
+        (("image", "annotations"), 'an image of SA-1B; read its folder with format = "sa1b"'),
         (("features",), "GeoJSON"),
         (("images", "annotations"), "COCO's captions, or COCO without its categories"),
     ):

@@ -1,4 +1,4 @@
-"""EmojiScenes as a map-style training set: sample `i` is always the same picture, so a resumed run redraws nothing."""
+"""EmojiScenes as a map-style training set: sample `i` is always the same image, so that runs can be resumed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +14,16 @@ from ovsam.errors import InputError
 
 
 class SceneDataset(SegmentationData):
-    """Scenes of base words, every one annotated for all words.
+    """Scenes of base words, annotated for all words.
 
     Args:
-        length: how many scenes there are.
-        seed: scene i is a function of it and i.
-        config: how they are drawn.
-        vocabulary: names of base words, to draw and to know these alone; or a text file with one a line.
+        length: number of scenes.
+        seed: scene i is a function of the seed and i.
+        config: settings of the drawing.
+        vocabulary: base words that are drawn and known; a list, or a text file with one a line; default: all.
 
     Raises:
-        InputError: a style that is kept for testing, or a vocabulary with a name that cannot be drawn from.
+        InputError: a style is reserved for testing, or a word of the vocabulary cannot be drawn.
     """
 
     format = "emojiscenes"
@@ -32,18 +32,18 @@ class SceneDataset(SegmentationData):
         self.length, self.seed, self.config = length, seed, config
         self.words = list(all_words())
         if unseen := set(config.styles) & set(HELD_OUT):
-            raise InputError(f"The style {', '.join(sorted(unseen))} is kept for testing, so it is not trained on.")
+            raise InputError(f"The style {', '.join(sorted(unseen))} is reserved for testing; train on other styles.")
         drawn = drawable(config.styles)  # once here, so that data-loader workers share the sprites
         self.word_ids = np.array([i for i in drawn if self.words[i].split == "base"])  # among all_words()
-        # How many novel words each scene must show, and those it may be: calibration alone asks for any.
+        # Number of novel words in each scene, and their ids: 0 in training, more in calibration.
         self.novel, self.novel_ids = 0, np.array([i for i in drawn if self.words[i].split == "novel"])
-        self.place = np.arange(len(self.words))  # of a word of all_words() in `words`
+        self.place = np.arange(len(self.words))  # index in `words` of each word of all_words()
         if vocabulary is not None:
             ids = self._read(vocabulary)
             self.words, self.word_ids = [self.words[i] for i in ids], np.array(ids)
             self.novel_ids = self.novel_ids[:0]
             self.place[ids] = np.arange(len(ids))
-        self.pictures, self.instances = length, None  # nobody has counted objects that are not drawn yet
+        self.pictures, self.instances = length, None  # the number of objects is unknown before scenes are drawn
         self.size, self.max_objects = config.canvas, config.max_objects
         self.skipped, self.notes = [], []
 
@@ -64,17 +64,15 @@ class SceneDataset(SegmentationData):
         }
 
     def _read(self, vocabulary: Sequence[str] | str) -> list[int]:
-        """The places in `all_words()` of the vocabulary's names."""
+        """Return the indices of the vocabulary in `all_words()`."""
         if isinstance(vocabulary, str):
             if not Path(vocabulary).is_file():
-                raise InputError(f"vocabulary names {vocabulary}, which is no file; give one, or a list of names.")
+                raise InputError(f"vocabulary is {vocabulary}, which is not a file; give a file or a list of names.")
             vocabulary = Path(vocabulary).read_text(encoding="utf-8").split("\n")
         names = [name.strip() for name in vocabulary if name.strip()]
         place = {self.words[i].name: i for i in self.word_ids}
         if missing := [name for name in names if name not in place]:
-            raise InputError(
-                f"vocabulary has {missing[0]!r}, which is no base word that these styles have a drawing of."
-            )
+            raise InputError(f"vocabulary has {missing[0]!r}, which is not a base word with a drawing in these styles.")
         if not names or len(set(names)) < len(names):
             raise InputError("vocabulary needs at least one name, and each of them once.")
         return [place[name] for name in names]
@@ -87,6 +85,7 @@ def open_scenes(
     vocabulary: Sequence[str] | str | None = None,
     **scene,
 ) -> SceneDataset:
-    """Scenes by a recipe's keys: those of SceneConfig, with `size` as another name for `canvas`, and `vocabulary`."""
+    """Open scenes by the keys of a recipe: those of SceneConfig, with `size` as another name for `canvas`, and
+    `vocabulary`."""
     config = SceneConfig(**scene) if size is None else SceneConfig(canvas=size, **scene)
     return SceneDataset(length, seed, config, vocabulary)

@@ -1,4 +1,4 @@
-"""A folder per class, the layout of ImageNet: the pictures have a word each and no outlines."""
+"""One folder for each class, the layout of ImageNet: images have a class name and no outlines."""
 
 import os
 import re
@@ -18,21 +18,21 @@ WORDNET_ID = re.compile(r"n\d{8}")
 
 
 class Folders(PictureData):
-    """Image-classification data: folder/CLASS/picture.jpg. A sample's one mask is the whole picture (see `outlined`).
+    """Image-classification data: folder/CLASS/image.jpg. The only mask of a sample is the whole image (see `outlined`).
 
-    A folder called by a WordNet id (n01440764) is named as in our vocabulary "imagenet21k", with the class's other
-    lemmas as keywords; any other folder's name is the word, its underscores read as spaces.
+    A folder with a WordNet id (n01440764) is named as in the vocabulary "imagenet21k", with the other lemmas as
+    keywords; other folder names are the class names, with underscores read as spaces.
 
     Args:
-        folder: holds a folder per class, such as imagenet/train.
-        names: {folder name: word}, for folders that are to be called otherwise.
-        exhaustive: a picture shows its class and none of the others, as classification is trained; set it to False
-            where that is not so (then no word but its own is `known`, and nothing is a negative).
-        check: look at every picture beforehand (its header only).
-        options: of PictureData.
+        folder: parent of one folder for each class, such as imagenet/train.
+        names: {folder name: class name}, for folders with other class names.
+        exhaustive: whether an image shows its class and none of the others, as in classification; if False, only its
+            own class is `known`, and there are no negatives.
+        check: whether to read the header of every image beforehand.
+        options: options of PictureData.
 
     Raises:
-        InputError: no such folder, no pictures in folders of it, a WordNet id without a name, a name for no folder.
+        InputError: the folder is missing or has no folders with images, a WordNet id or a folder of `names` is unknown.
     """
 
     format = "folders"
@@ -47,21 +47,21 @@ class Folders(PictureData):
     ):
         names = names or {}
         if not Path(folder).is_dir():
-            raise InputError(f"There is no folder {folder}; `folder` holds one folder per class.")
+            raise InputError(f"There is no folder {folder}; it must have one folder for each class.")
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         if missing := names.keys() - set(classes):
-            raise InputError(f"`names` calls a folder {min(missing)!r} that is not in {folder}.")
+            raise InputError(f"`names` has a folder {min(missing)!r} that is missing in {folder}.")
         files = {name: _pictures(Path(folder, name)) for name in classes}
         if not any(files.values()):
             inner = next((path for path in sorted(Path(folder).glob("*/*")) if path.is_dir()), None)
             hint = f" Did you mean {inner.parent}?" if inner else ""
-            raise InputError(f"No folder of {folder} has pictures in it; it must hold one folder per class.{hint}")
+            raise InputError(f"No folder of {folder} has images in it; it must have one folder for each class.{hint}")
         classes = [name for name in classes if files[name]]
         named = [(names[name], ()) if name in names else _word(name) for name in classes]
         words, places = make_words([name for name, _ in named], [keywords for _, keywords in named])
         super().__init__(words, **options)
         if empty := len(files) - len(classes):
-            self.notes.append(f"Folders without pictures, left out: {empty:,}.")
+            self.notes.append(f"Folders without images, skipped: {empty:,}.")
         paths = [str(Path(folder, name, file)) for name in classes for file in files[name]]
         word_ids = np.repeat(places, [len(files[name]) for name in classes])
         if check:
@@ -70,7 +70,7 @@ class Folders(PictureData):
             readable = [i for i, header in enumerate(found) if not isinstance(header, str)]
             if not readable:
                 raise InputError(
-                    f"None of the {len(paths):,} pictures of {folder} can be read; the first: {self.skipped[0]}"
+                    f"None of the {len(paths):,} images of {folder} can be read; the first: {self.skipped[0]}"
                 )
             paths, word_ids = [paths[i] for i in readable], word_ids[readable]
         self.paths, self.word_ids, self.exhaustive = Packed(paths), word_ids, exhaustive
@@ -86,20 +86,20 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _word(name: str) -> tuple[str, tuple[str, ...]]:
-    """The word of a folder, and its keywords."""
+    """Return the class name of a folder, and its keywords."""
     if not WORDNET_ID.fullmatch(name):
         return name.replace("_", " ").strip(), ()
     if name not in wordnet():
         raise InputError(
-            f"The folder {name} looks like a WordNet id, but is no class of ImageNet; give it a name in `names`."
+            f"The folder {name} looks like a WordNet id, but is not a class of ImageNet; give it a name in `names`."
         )
     return wordnet()[name]
 
 
 @cache
 def wordnet() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """{WordNet id: its word, its other lemmas} of ImageNet-21k's 21,841 classes, and of those that only other releases
-    have (n04399382, teddy)."""
+    """Return {WordNet id: (class name, other lemmas)} of the 21,841 classes of ImageNet-21k, and of those that only
+    other releases have (n04399382, teddy)."""
     from timm.data import ImageNetInfo
 
     found = {}
@@ -107,7 +107,7 @@ def wordnet() -> dict[str, tuple[str, tuple[str, ...]]]:
         "imagenet1k",
         "imagenet21k",
         "imagenet22k",
-    ):  # "22k" is ImageNet-21k's whole list, and has the last word
+    ):  # "22k" is the complete list of ImageNet-21k, and takes precedence
         info = ImageNetInfo(release)
         lemmas = [description.split(", ") for description in info.label_descriptions()]
         called = Vocabulary("imagenet21k").labels if release == "imagenet22k" else [first for first, *_ in lemmas]

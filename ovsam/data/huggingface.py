@@ -1,6 +1,6 @@
-"""Data sets of Hugging Face `datasets`, from the Hub or from disk, by the columns that are usual there.
+"""Data sets of Hugging Face `datasets`, from the Hub or from disk, by their usual columns.
 
-Rows are read as they are stored (arrow): pictures are decoded here, by the same rules as everywhere else.
+Rows are read in their stored form (arrow), and images are decoded here, as in the other readers.
 """
 
 import io
@@ -19,36 +19,44 @@ from ovsam.ops.outlines import check_outline, from_mask, is_outline
 from ovsam.processing.images import open_file
 
 IMAGES = ("image", "pixel_values", "img")
-CATEGORIES = ("category", "categories", "category_id", "label", "labels")  # in `objects`, one for each
-OUTLINES = ("segmentation", "segmentations", "mask", "masks")  # likewise: as in COCO, or a picture of the mask
-MAPS = ("annotation", "label", "mask", "segmentation_mask")  # a picture whose pixel values are classes
-LABELS = ("label", "labels", "fine_label")  # a class of the whole picture
+CATEGORIES = (
+    "category",
+    "categories",
+    "category_id",
+    "label",
+    "labels",
+)  # columns of `objects`, one value for each object
+OUTLINES = ("segmentation", "segmentations", "mask", "masks")  # likewise: as in COCO, or an image of the mask
+MAPS = ("annotation", "label", "mask", "segmentation_mask")  # an image whose pixel values are classes
+LABELS = ("label", "labels", "fine_label")  # a class of the whole image
 
 
 class HuggingFace(PictureData):
     """A data set with an `image` column, and one of
 
-    - `objects`: of each object a `category` (a class, or its name) and a `segmentation` (COCO's polygons or run
-      lengths) or `mask` (a picture, not 0 where the object is). Boxes alone cannot be trained on.
-    - `annotation` or `label`, a picture whose pixel values are classes: each class in it is one object. `names` is
-      needed, and says by an empty name which values are no thing; so are values that it does not reach.
-    - `label`, a class: one word for the whole picture, and no outline (see `outlined`).
+    - `objects`: for each object a `category` (a class, or its name) and a `segmentation` (COCO's polygons or run
+      lengths) or `mask` (an image, not 0 where the object is). Boxes alone are not supported.
+    - `annotation` or `label`, an image whose pixel values are classes: each class in it is one object. `names` is
+      required; values with an empty name or without one are background.
+    - `label`, a class: one class name for the whole image, and no outline (see `outlined`).
 
-    `width` and `height`, where there are such columns, are the picture's size that outlines refer to.
+    The columns `width` and `height`, if they exist, are the image size that outlines refer to.
 
     Args:
-        dataset: a name on the Hub, a folder (parquet files, or of `save_to_disk`), or an opened `datasets.Dataset`.
-        split: such as "train"; name: the configuration, where there are several; revision: of the Hub's repository.
-        names: of the classes, in order, where the data set has none of its own.
-        novel: words held out: their objects are left out, and they are never `known`.
-        keep_empty: also use pictures without an object.
-        check: look at every picture and outline beforehand.
-        cache_dir: of `datasets`.
-        options: of PictureData.
+        dataset: name on the Hub, folder (of parquet files, or of `save_to_disk`), or an opened `datasets.Dataset`.
+        split: name of the split, such as "train".
+        name: name of the configuration, if there are several.
+        revision: revision of the Hub's repository.
+        names: class names, in order, if the data set has none of its own.
+        novel: held-out class names: their objects are skipped, and they are never `known`.
+        keep_empty: whether to use images without objects.
+        check: whether to check every image and outline beforehand.
+        cache_dir: cache folder of `datasets`.
+        options: options of PictureData.
 
     Raises:
-        InputError: no such data set, columns of another kind, classes without names, an outline that does not fit its
-            picture, no instance, no readable picture.
+        InputError: the data set is missing, has other columns or classes without names, an outline does not fit its
+            image, or there is no instance or no readable image.
     """
 
     format = "huggingface"
@@ -85,7 +93,7 @@ class HuggingFace(PictureData):
             headers = check_pictures(pictures, len(self.rows))
         counts = self._count(headers, keep_empty)
         if not any(counts.values()):
-            first = f" The first picture left out: {self.skipped[0]}" if self.skipped else ""
+            first = f" The first skipped image: {self.skipped[0]}" if self.skipped else ""
             raise InputError(
                 f"{dataset} has no instance with an outline to train on. {' '.join(self.notes)}{first}".rstrip()
             )
@@ -100,7 +108,7 @@ class HuggingFace(PictureData):
         return Record(picture, [_decode(o) for o in outlines], word_ids, _size(row), unknown=unknown)
 
     def _find_columns(self, features: Any) -> None:
-        """Which columns hold what, and so of which `kind` the data set is."""
+        """Find the columns of the data set, which determine its `kind`."""
         import datasets
 
         def first(names: Sequence[str], kind: Any) -> str:
@@ -109,7 +117,7 @@ class HuggingFace(PictureData):
         self.image, self.category, self.outline = first(IMAGES, datasets.Image), "", ""
         found = f"it has {', '.join(features)}"
         if not self.image:
-            raise InputError(f"The data set has no column of pictures called {' or '.join(IMAGES)}; {found}.")
+            raise InputError(f"The data set has no column of images called {' or '.join(IMAGES)}; {found}.")
         if "objects" in features:
             self.kind, self.column = "objects", "objects"
             fields = _fields(features["objects"])
@@ -123,10 +131,10 @@ class HuggingFace(PictureData):
         elif column := first(LABELS, datasets.ClassLabel):
             self.kind, self.column = "label", column
         else:
-            raise InputError(f"The data set has neither objects, nor a picture of classes, nor a class; {found}.")
+            raise InputError(f"The data set must have objects, an image of classes, or a class; {found}.")
 
     def _class_names(self, features: Any, names: Sequence[str] | None) -> dict[Any, str]:
-        """{class as a row says it: its name}"""
+        """Return {class as in the rows: class name}."""
         if names is not None:
             return dict(enumerate(names))
         feature = features[self.column]
@@ -140,7 +148,7 @@ class HuggingFace(PictureData):
         raise InputError("The classes of the data set are numbers without names; list the names, in order, as `names`.")
 
     def _count(self, headers: Sequence[Header | str | None], keep_empty: bool) -> dict[int, int]:
-        """{row: objects} of the rows to use; what is left out is said in `skipped` and `notes`."""
+        """Return {row: number of objects} of the rows to use; `skipped` and `notes` describe the others."""
         counts: dict[int, int] = {}
         unusable, empty = 0, 0
         columns = [self.column, *(c for c in ("width", "height") if c in self.rows.features)]
@@ -160,20 +168,18 @@ class HuggingFace(PictureData):
             counts[number] = len(outlines)
         if unusable:
             self.notes.append(
-                f"Words in a picture with objects that are crowds or lack an outline, left out: {unusable:,}."
+                f"Class names of images with objects that are crowds or lack an outline, skipped: {unusable:,}."
             )
         if empty:
-            self.notes.append(f"Pictures without an object, left out (keep_empty = true keeps them): {empty:,}.")
+            self.notes.append(f"Images without objects, skipped (keep_empty = true keeps them): {empty:,}.")
         return counts
 
     def _objects(self, row: dict) -> tuple[list[Any], list[int], list[int]]:
-        """Outlines, the word of each, and the words that are not exhaustively outlined."""
+        """Return the outlines, the word of each, and the words that are not annotated exhaustively."""
         if self.kind == "map":
             classes = np.asarray(_image(row[self.column]))  # [H, W]
             if classes.ndim != 2:
-                raise InputError(
-                    f"The column {self.column} holds colours; its pictures must be of one channel, the class."
-                )
+                raise InputError(f"The column {self.column} has colours; its images must have one channel, the class.")
             pairs = [
                 (classes == key, self.word_ids[key]) for key in np.unique(classes).tolist() if key in self.word_ids
             ]
@@ -195,7 +201,7 @@ class HuggingFace(PictureData):
         return self.word_ids[value]
 
     def _raw(self, *columns: str) -> Iterator[dict]:
-        """The rows as they are stored, of these columns only."""
+        """Yield the rows in their stored form, with these columns only."""
         rows = self.rows.select_columns(list(columns))
         quick = len(rows) < 1000
         for table in tqdm(rows.iter(batch_size=100), desc=f"reading {columns[0]}", unit="00 rows", disable=quick):
@@ -214,23 +220,23 @@ def _load(dataset: str | Path, split: str, name: str | None, revision: str | Non
         if (folder / "dataset_dict.json").is_file():
             return datasets.load_from_disk(str(folder))[split]
         return datasets.load_dataset(str(dataset), name, split=split, revision=revision, cache_dir=cache_dir)
-    except (OSError, ValueError, KeyError) as error:  # datasets' own errors are among them
+    except (OSError, ValueError, KeyError) as error:  # includes the errors of `datasets`
         raise InputError(f"The data set {dataset} (split {split}) cannot be opened: {error}") from error
 
 
 def _inner(feature: Any) -> Any:
-    """The feature that a list is of."""
+    """Return the feature of the elements of a list."""
     return _inner(feature.feature) if hasattr(feature, "feature") else feature
 
 
 def _fields(feature: Any) -> dict[str, Any]:
-    """The fields of `objects`, be it a list of objects or one list a field."""
+    """Return the fields of `objects`, a list of objects or a list for each field."""
     inner = _inner(feature)
     return inner if isinstance(inner, dict) else {}
 
 
 def _listed(objects: Any) -> list[dict]:
-    """Either way, as a list of objects."""
+    """Return `objects` as a list of objects."""
     if isinstance(objects, dict):
         return [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
     return objects or []
@@ -248,7 +254,7 @@ def _image(stored: dict) -> Image.Image:
         image = open_file(io.BytesIO(source) if isinstance(source, bytes) else source)
         image.load()
         return image
-    except Exception as error:  # each decoder has errors of its own
+    except Exception as error:  # each decoder raises errors of its own
         raise InputError(f"A mask of the data set cannot be read ({error}).") from error
 
 
@@ -261,7 +267,7 @@ def _has_outline(outline: Any) -> bool:
 
 
 def _decode(outline: Any) -> Any:
-    """Masks as run lengths; all else as it is."""
+    """Convert masks to run lengths; other outlines are unchanged."""
     if _is_picture(outline):
         outline = np.asarray(_image(outline).convert("L")) > 0
     return from_mask(outline) if isinstance(outline, np.ndarray) else outline

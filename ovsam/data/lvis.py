@@ -1,4 +1,4 @@
-"""LVIS v1 json: COCO's layout, but no picture is annotated for all 1,203 words (Gupta et al. 2019, section 3)."""
+"""LVIS v1: COCO's layout, but no image is annotated for all 1,203 class names (Gupta et al. 2019, section 3)."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 from ovsam.data.coco import Coco, check_format, first_file
 from ovsam.errors import InputError
 
-# Two slips of the file, mended as in our vocabulary "lvis".
+# Two errors of the file, corrected as in the vocabulary "lvis".
 MENDED = {
     "speaker (stero equipment)": "speaker (stereo equipment)",
     "monitor (computer equipment) computer monitor": "monitor (computer equipment)",
@@ -16,15 +16,16 @@ MENDED = {
 
 
 class Lvis(Coco):
-    """An LVIS v1 json, and the folder of COCO's pictures: that which holds train2017 and val2017, or one of those.
+    """An LVIS v1 JSON file, and the folder of COCO's images: the parent of train2017 and val2017, or one of those.
 
-    In a picture the words are known of which it has an instance, and those that were looked for and are not there
-    (neg_category_ids), less those whose instances were not all outlined (not_exhaustive_category_ids). Underscores are
-    read as spaces; synonyms become keywords.
+    The known class names of an image are those of its instances and those without any instance (neg_category_ids),
+    except those that were not annotated exhaustively (not_exhaustive_category_ids). Underscores are read as spaces;
+    synonyms become keywords.
 
     Args:
-        rare_is_novel: hold out the words of frequency "r" (337 of the 1,203), as open-vocabulary LVIS does.
-        annotations, images, novel, keep_empty, check, options: as for Coco.
+        rare_is_novel: whether to hold out the classes of frequency "r" (337 of the 1,203), as open-vocabulary LVIS
+            does.
+        annotations, images, novel, keep_empty, check, options: as in Coco.
     """
 
     format = "lvis"

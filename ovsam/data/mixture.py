@@ -1,4 +1,4 @@
-"""Several data sets as one: pictures of each in given shares, over the words of all."""
+"""Several data sets as one: images of each in given shares, with the words of all."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from ovsam.errors import InputError
 
 
 class SharedWords(Dataset):
-    """A data set whose samples count in the words of a larger table, and have room for `objects` objects. Words that
-    are not its own are not `known` in its pictures."""
+    """A data set whose word ids refer to a larger table, padded to `objects` objects. Words of other sets are not
+    `known` in its images."""
 
     def __init__(self, data, words: Sequence[Word], objects: int):
         place = {word.name: i for i, word in enumerate(words)}
         self.data, self.objects = data, objects
-        # [own words + 1] -> the table's; the last is where -1, no name, looks
+        # [own words + 1] -> ids in the table; the last entry is for -1, no name
         self.place = torch.tensor([*(place[word.name] for word in data.words), -1])
         self.nothing = torch.zeros(len(words), dtype=torch.bool)
 
@@ -33,8 +33,8 @@ class SharedWords(Dataset):
 
 
 def merge_words(*tables: Sequence[Word]) -> list[Word]:
-    """The words of all tables in the order in which they first occur. A word of several has the keywords of all, and is
-    held out only if all of them hold it out."""
+    """Return the words of all tables in order of first occurrence. A word of several tables has the keywords of all,
+    and is held out only if all of them hold it out."""
     merged: dict[str, Word] = {}
     for word in (word for table in tables for word in table):
         twin = merged.get(word.name, word)
@@ -45,17 +45,17 @@ def merge_words(*tables: Sequence[Word]) -> list[Word]:
 
 
 class Mixture(SegmentationData):
-    """Samples of several data sets. Which set sample i comes from, and which of its samples it is, depend on the seed
-    and i alone; each set is gone through in a random order, and again in the same order when it is exhausted.
+    """Samples of several data sets. The set and the index of sample i depend only on the seed and i; each set is
+    traversed in a random order, which repeats when it is exhausted.
 
     Args:
-        sets: data sets of one `size`.
-        shares: of the samples; they need not add up to 1.
-        seed: of the order.
-        length: how many samples there are; default: as many as the sets have together.
+        sets: data sets with the same `size`.
+        shares: shares of the samples; they need not add up to 1.
+        seed: seed of the order.
+        length: number of samples; by default the sum over the sets.
 
     Raises:
-        InputError: no set, sizes that differ, a share that is not positive.
+        InputError: there are no sets, sizes differ, or a share is not positive.
     """
 
     format = "mixture"
@@ -66,7 +66,7 @@ class Mixture(SegmentationData):
         if not sets or len(sets) != len(shares):
             raise InputError(f"A mixture needs data sets and a share for each; it got {len(sets)} and {len(shares)}.")
         if min(shares) <= 0:
-            raise InputError(f"A data set has the share {min(shares)} of a mixture; shares are greater than 0.")
+            raise InputError(f"A data set has the share {min(shares)} of a mixture; shares must be greater than 0.")
         if len({data.size for data in sets}) > 1:
             sizes = ", ".join(f"{data.format} {data.size}" for data in sets)
             raise InputError(f"The data sets of a mixture must have one size; these have {sizes}.")
@@ -84,7 +84,7 @@ class Mixture(SegmentationData):
         self.orders = [rng.permutation(len(data)) for data in sets]
         length = sum(map(len, sets)) if length is None else length
         self.which = np.random.default_rng((seed, 1)).choice(len(sets), length, p=parts).astype(np.int16)
-        self.rank = np.zeros(length, dtype=np.int64)  # how many earlier samples come from the same set
+        self.rank = np.zeros(length, dtype=np.int64)  # number of earlier samples of the same set
         for number in range(len(sets)):
             mine = self.which == number
             self.rank[mine] = np.arange(mine.sum())
@@ -99,5 +99,5 @@ class Mixture(SegmentationData):
 
     def describe(self) -> str:
         instances = "" if self.instances is None else f", {self.instances:,} instances"
-        words = f"{self.pictures:,} pictures{instances} of {len(self.words):,} words"
+        words = f"{self.pictures:,} images{instances} of {len(self.words):,} words"
         return "\n  ".join([f"a mixture: {words}", *(note.replace("\n", "\n  ") for note in self.notes)])

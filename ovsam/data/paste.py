@@ -1,4 +1,4 @@
-"""Copy-paste augmentation: objects cut out of one picture and pasted onto another.
+"""Copy-paste augmentation: objects cut out of one image and pasted onto another.
 
 Ghiasi et al., Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation (CVPR 2021). As there,
 edges are not blended; the mask of a pasted object is exactly the set of pixels that it covers.
@@ -13,14 +13,14 @@ from pycocotools import mask as coco
 from ovsam.ops.outlines import Rle, from_mask
 
 MIN_AREA = 100  # pixels; a smaller object is not cut out
-SCALES = (0.5, 2.0)  # of a cut-out, log-uniform
-LARGEST = 0.9  # of either side of the picture that it is pasted onto
+SCALES = (0.5, 2.0)  # scales of a cut-out, log-uniform
+LARGEST = 0.9  # maximum share of either side of the target image
 
 CutOut = tuple[Image.Image, np.ndarray]  # RGB of size (w, h), bool [h, w]
 
 
 def cut_out(image: Image.Image, rle: Rle) -> CutOut | None:
-    """The bounding box of an object and its mask in there; None where the object has fewer than MIN_AREA pixels."""
+    """Cut out the bounding box of an object with its mask; None if the object has fewer than MIN_AREA pixels."""
     if coco.area(rle) < MIN_AREA:
         return None
     mask = coco.decode(rle).astype(bool)  # [H, W]
@@ -30,7 +30,7 @@ def cut_out(image: Image.Image, rle: Rle) -> CutOut | None:
 
 
 def transform(piece: CutOut, scale: float, mirrored: bool, room: tuple[int, int]) -> CutOut:
-    """The cut-out scaled, and mirrored where asked. It is shrunk where it would exceed `room` (width, height)."""
+    """Scale a cut-out, at most to `room` (width, height), and mirror it if `mirrored`."""
     image, mask = piece
     scale = min(scale, room[0] / image.width, room[1] / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -45,8 +45,8 @@ def paste_at(image: Image.Image, rles: Sequence[Rle], piece: CutOut, x: int, y: 
     """Paste one cut-out with its upper left corner at (x, y).
 
     Returns:
-        a new picture, and one outline more than `rles`: earlier objects lose the pixels that are covered now (their
-        outlines may become empty), and the last outline is the pasted object's.
+        a new image, and the outlines `rles` followed by that of the pasted object: earlier objects lose the covered
+        pixels (their outlines may become empty).
     """
     pasted, mask = piece
     whole = np.zeros((image.height, image.width), dtype=bool)
@@ -54,7 +54,7 @@ def paste_at(image: Image.Image, rles: Sequence[Rle], piece: CutOut, x: int, y: 
     result = image.copy()
     result.paste(pasted, (x, y), Image.fromarray(mask.astype(np.uint8) * 255))
     added = from_mask(whole)
-    # Only an outline that meets the new one changes.
+    # Only outlines that overlap the new one change.
     rest = [rle if not coco.area(coco.merge([rle, added], True)) else _without(rle, whole) for rle in rles]
     return result, [*rest, added]
 
@@ -66,16 +66,16 @@ def _without(rle: Rle, covered: np.ndarray) -> Rle:
 def paste_objects(
     image: Image.Image, rles: Sequence[Rle], pieces: Sequence[CutOut], rng: np.random.Generator
 ) -> tuple[Image.Image, list[Rle]]:
-    """Paste cut-outs one after another, each at a random scale and place, half of them mirrored.
+    """Paste cut-outs one after another, each at a random scale and position, half of them mirrored.
 
     Args:
-        image: RGB.
-        rles: outlines of the objects in it.
-        pieces: what is pasted; the whole of each lies inside the picture, and later ones cover earlier ones.
-        rng: random numbers.
+        image: RGB image.
+        rles: outlines of its objects.
+        pieces: cut-outs to paste; each lies completely inside the image, and later ones cover earlier ones.
+        rng: random number generator.
 
     Returns:
-        the new picture, and the outlines of `rles` followed by those of `pieces`; covered ones may be empty.
+        the new image, and the outlines of `rles` followed by those of `pieces`; covered ones may be empty.
     """
     rles = list(rles)
     room = max(1, int(image.width * LARGEST)), max(1, int(image.height * LARGEST))

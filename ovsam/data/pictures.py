@@ -1,4 +1,4 @@
-"""Pictures on disk as samples: read, cropped, squashed to the model's square, all a function of (seed, index)."""
+"""Images on disk as samples: read, cropped and resized to the square of the model, as a function of (seed, index)."""
 
 import io
 import logging
@@ -27,27 +27,27 @@ from ovsam.processing.images import MIN_SIDE, open_file, open_image, orientation
 
 logger = logging.getLogger(__name__)
 
-FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # a file without its end was cut short
+FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # a file without these bytes is incomplete
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags of the stored size
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 CROP_TRIES = 10
-REPLACEMENTS = 8  # neighbours tried in the place of a picture that turns out to be damaged
+REPLACEMENTS = 8  # number of following images that are tried if an image is damaged
 DRAWS = 100
 
-PictureSource = str | bytes  # a path, or a file's content
+PictureSource = str | bytes  # a path, or the content of a file
 
 
 @dataclass
 class Record:
-    """What a data set says of one picture.
+    """The annotations of one image.
 
     Attributes:
-        picture: its file.
-        outlines: polygons or run lengths, as in COCO; None is the whole picture.
-        word_ids: of each outline; -1 without a name.
-        size: width and height that the outlines refer to; None: those of the upright picture.
-        known: the words that were annotated exhaustively; None: all.
-        unknown: words of `known` that nevertheless were not.
+        image: file of the image.
+        outlines: polygons or run lengths, as in COCO; None stands for the whole image.
+        word_ids: word id of each outline; -1 without a name.
+        size: width and height that the outlines refer to; None for those of the upright image.
+        known: words that were annotated exhaustively; None for all.
+        unknown: words of `known` that were not annotated exhaustively in this image.
     """
 
     picture: PictureSource
@@ -59,8 +59,8 @@ class Record:
 
 
 class Packed:
-    """A list of records in one buffer. Data-loader workers share it; of a list of objects each would soon have a copy,
-    since counting references writes to them."""
+    """A list of records in one buffer, shared by data-loader workers. A list of objects would soon be copied by each
+    worker, since reference counts are written to."""
 
     def __init__(self, records: Iterable[Any]):
         pieces = [pickle.dumps(record, pickle.HIGHEST_PROTOCOL) for record in records]
@@ -75,24 +75,24 @@ class Packed:
 
 
 class PictureData(SegmentationData):
-    """Samples of the pictures that a format's reader lists; it provides `record`, `pictures` and `instances`.
+    """Samples of the images of a reader, which provides `record`, `pictures` and `instances`.
 
     Args:
-        words: of the data set.
-        size: S, the side of the square that pictures are squashed to.
-        max_objects: O. Of a picture with more, each sample shows a random choice; the words of those left out are not
+        words: words of the data set.
+        size: S, the side of the square that images are resized to.
+        max_objects: O. If an image has more objects, each sample has a random choice; the words of the others are not
             `known` in it.
-        seed: of all that is random.
-        crop: least share of the picture's area that a random crop keeps (its aspect 3/4 to 4/3 of the picture's own,
-            as in Inception training); 1 keeps all of it. A crop without an object is drawn again.
-        flip: mirror half of the samples.
-        draws: samples of each picture, each cropped and mirrored in its own way: sample i shows picture i modulo
-            `pictures`. Default 1, and 100 where samples are cropped, mirrored or pasted onto.
-        paste: the most objects that are cut out of another picture and pasted onto each sample, before it is cropped
-            (Ghiasi et al., CVPR 2021); how many, which and where is random. 0: none.
+        seed: seed of all random choices.
+        crop: lowest share of the image area that a random crop keeps (with an aspect ratio of 3/4 to 4/3 of the image's
+            own, as in Inception training); 1 for no crops. Crops without objects are drawn again.
+        flip: whether to mirror half of the samples.
+        draws: number of samples of each image, each cropped and mirrored in its own way: sample i shows image i modulo
+            `pictures`. By default 1, and 100 if samples are cropped, mirrored or pasted onto.
+        paste: maximum number of objects that are cut out of another image and pasted onto each sample, before it is
+            cropped (Ghiasi et al., CVPR 2021); number, choice and position are random. 0 for none.
 
     Raises:
-        InputError: a number that makes no sense.
+        InputError: a number is out of range.
     """
 
     def __init__(
@@ -109,21 +109,21 @@ class PictureData(SegmentationData):
         draws = (DRAWS if flip or crop < 1 or paste else 1) if draws is None else draws
         for name, value in (("size", size), ("max_objects", max_objects), ("draws", draws)):
             if value < 1:
-                raise InputError(f"[data] says {name} = {value}; it must be at least 1.")
+                raise InputError(f"[data] has {name} = {value}; it must be at least 1.")
         if not 0 < crop <= 1:
-            raise InputError(f"[data] says crop = {crop}; it is a share of the picture's area, over 0 and at most 1.")
+            raise InputError(f"[data] has crop = {crop}; it must be a share of the image area, over 0 and at most 1.")
         if paste < 0:
-            raise InputError(f"[data] says paste = {paste}; it must be at least 0.")
+            raise InputError(f"[data] has paste = {paste}; it must be at least 0.")
         self.words, self.size, self.max_objects, self.paste = words, size, max_objects, paste
         self.seed, self.crop, self.flip, self.draws = seed, crop, flip, draws
         self.skipped, self.notes = [], []
 
     def record(self, number: int) -> Record:
-        """What is known of picture `number`; raises InputError where that cannot be read."""
+        """Return the annotations of image `number`; raises InputError if they cannot be read."""
         raise NotImplementedError
 
     def _accept(self, name: str, header: "Header | str", size: tuple[int, int] | None) -> bool:
-        """Whether a picture can be read and has the `size` that its annotations are for; if not, `skipped` says so."""
+        """Whether an image can be read and has the `size` of its annotations; if not, it is added to `skipped`."""
         try:
             if isinstance(header, str):
                 raise InputError(header)
@@ -138,9 +138,9 @@ class PictureData(SegmentationData):
         return self.pictures * self.draws
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample; where a picture turns out to be damaged, the next one's, and a warning.
+        """Return the sample; if its image is damaged, that of the next image, with a warning.
 
-        Raises InputError if as many pictures in a row are damaged as no sound data set has.
+        Raises InputError after 8 unreadable images in a row.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{index} of {len(self)} samples")
@@ -150,8 +150,8 @@ class PictureData(SegmentationData):
                 return self._sample(record, np.random.default_rng((self.seed, index)), index)
             except InputError as error:
                 damage = error
-                logger.warning("%s The next picture takes its place.", error)
-        raise InputError(f"{REPLACEMENTS} pictures in a row cannot be read; the last: {damage}")
+                logger.warning("%s The next image replaces it.", error)
+        raise InputError(f"{REPLACEMENTS} images in a row cannot be read; the last: {damage}")
 
     def _sample(self, record: Record, rng: np.random.Generator, index: int) -> Sample:
         image = open_picture(record.picture)
@@ -178,11 +178,11 @@ class PictureData(SegmentationData):
     def _paste(
         self, image: Image.Image, rles: list[Rle | None], word_ids: list[int], rng: np.random.Generator
     ) -> tuple[Image.Image, list[Rle | None], list[int]]:
-        """The picture with up to `paste` objects of another one, its outlines and their word ids."""
+        """Return the image with up to `paste` objects of another one, its outlines and their word ids."""
         source = self.record(int(rng.integers(self.pictures)))
         picture = open_picture(source.picture)
         outlines = upright_outlines(source, picture.size)
-        if any(rle is None for rle in (*rles, *outlines)):  # a whole picture is not an object to cut out
+        if any(rle is None for rle in (*rles, *outlines)):  # a whole image cannot be cut out
             return image, rles, word_ids
         count = min(len(outlines), int(rng.integers(self.paste + 1)))
         chosen = sorted(rng.choice(len(outlines), count, replace=False).tolist()) if count else []
@@ -193,7 +193,7 @@ class PictureData(SegmentationData):
     def _choose_crop(
         self, rng: np.random.Generator, size: tuple[int, int], rles: list[Rle | None]
     ) -> tuple[tuple[int, int, int, int], list[int]]:
-        """A crop (left, top, right, bottom) and the outlines that have pixels in it."""
+        """Return a crop (left, top, right, bottom) and the outlines that have pixels in it."""
         width, height = size
         for _ in range(CROP_TRIES if self.crop < 1 else 0):
             area, aspect = rng.uniform(self.crop, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
@@ -218,13 +218,13 @@ def _no_masks(size: int) -> Tensor:
 
 
 def squash(image: Image.Image, size: int) -> Tensor:
-    """uint8 [3, size, size]: the very pixels that the model's processor makes (bilinear, antialiased)."""
+    """Resize to uint8 [3, size, size], with the same pixels as the model's processor (bilinear, antialiased)."""
     return transforms.resize(transforms.pil_to_tensor(image), [size, size], antialias=True)
 
 
 def squash_mask(rle: Rle | None, box: tuple[int, int, int, int], size: int) -> Tensor:
-    """bool [size, size]: the pixels more than half covered, by the same resampling as the picture's. Of a thing too
-    thin for that, those that are covered most."""
+    """Resize to bool [size, size]: the pixels that are more than half covered, by the same resampling as the image. For
+    a very thin object, the pixels of the highest coverage."""
     if rle is None:
         return torch.ones(size, size, dtype=torch.bool)
     left, top, right, bottom = box
@@ -234,19 +234,19 @@ def squash_mask(rle: Rle | None, box: tuple[int, int, int, int], size: int) -> T
 
 
 def open_picture(picture: PictureSource) -> Image.Image:
-    """Upright RGB; raises InputError for what is no picture."""
+    """Open an image as upright RGB; raises InputError if it cannot be read."""
     try:
         return open_image(picture)
     except InputError as error:
         if isinstance(picture, str):
             raise
-        raise InputError(str(error).replace("The picture", "A picture inside the data set", 1)) from error
+        raise InputError(str(error).replace("The image", "An image of the data set", 1)) from error
 
 
 def upright_outlines(record: Record, size: tuple[int, int]) -> list[Rle | None]:
-    """The outlines as run lengths over the upright picture, whose width and height are `size`.
+    """Return the outlines as run lengths over the upright image, whose width and height are `size`.
 
-    Raises InputError where the outlines were made for a picture of another size, or are wrong.
+    Raises InputError if the outlines are for an image of another size, or invalid.
     """
     width, height = record.size or size
     orientation = 1
@@ -260,12 +260,12 @@ def upright_outlines(record: Record, size: tuple[int, int]) -> list[Rle | None]:
 
 
 def name_of(picture: PictureSource) -> str:
-    return picture if isinstance(picture, str) else "a picture inside the data set"
+    return picture if isinstance(picture, str) else "an image of the data set"
 
 
 @dataclass(frozen=True)
 class Header:
-    """Width and height of the stored pixels, and the EXIF orientation that turns them upright (1: none)."""
+    """Width and height of the stored pixels, and the EXIF orientation that rotates them upright (1: none)."""
 
     width: int
     height: int
@@ -277,10 +277,10 @@ class Header:
 
 
 def turned(name: str, size: tuple[int, int], header: Header) -> int:
-    """The EXIF orientation by which a picture's outlines, made for `size`, have to be turned; 1: none.
+    """Return the EXIF orientation by which outlines for an image of `size` must be rotated; 1 for none.
 
-    Annotations are of the upright picture, as people and nearly all tools see it. Where the file says the size of the
-    stored pixels instead, they are of those. Raises InputError if it says neither.
+    Annotations refer to the upright image, as in nearly all tools. If the file has the size of the stored pixels
+    instead, they refer to those. Raises InputError if it is neither.
     """
     if size == header.upright:
         return 1
@@ -291,21 +291,21 @@ def turned(name: str, size: tuple[int, int], header: Header) -> int:
 
 
 def read_header(picture: PictureSource) -> Header:
-    """Size and orientation without decoding the pixels, unless the file looks odd: then they are, to be sure.
+    """Return size and orientation without decoding the pixels, except for files with a suspicious header.
 
-    Raises InputError for what is no picture.
+    Raises InputError if the image cannot be read.
     """
     header, sound = None, False
     try:
-        if isinstance(picture, str) and not os.path.isfile(picture):  # opening a pipe would wait for its writer
-            raise InputError(f"{picture} is no file.")
+        if isinstance(picture, str) and not os.path.isfile(picture):  # opening a pipe would block
+            raise InputError(f"{picture} is not a file; it must be an image file.")
         with open_file(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
             orientation, (width, height) = orientation_of(image), image.size
-            if image.format == "TIFF":  # whose size Pillow gives upright, while the orientation is still to be applied
+            if image.format == "TIFF":  # Pillow returns its upright size, although the orientation is not applied yet
                 width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
             header = Header(width, height, orientation)
             sound = min(image.size) >= MIN_SIDE and FILE_ENDS.get(image.format, b"") in _tail(picture)
-    except Exception:  # each decoder has errors of its own; open_picture says what is wrong
+    except Exception:  # each decoder raises errors of its own; open_picture describes the error
         sound = False
     if not sound:
         upright = open_picture(picture)
@@ -322,7 +322,7 @@ def _tail(picture: PictureSource) -> bytes:
 
 
 def check_pictures(pictures: Iterable[PictureSource], count: int) -> list[Header | str]:
-    """The header of each picture, or the sentence that says why it cannot be read."""
+    """Return the header of each image, or a sentence why it cannot be read."""
 
     def look(picture: PictureSource) -> Header | str:
         try:
@@ -331,8 +331,8 @@ def check_pictures(pictures: Iterable[PictureSource], count: int) -> list[Header
             return str(error)
 
     iterator, found = iter(pictures), []
-    with ThreadPool(8) as pool, tqdm(total=count, desc="looking at the pictures", unit="", disable=count < 1000) as bar:
-        while batch := list(islice(iterator, 256)):  # not all at once: some are whole files in memory
+    with ThreadPool(8) as pool, tqdm(total=count, desc="checking images", unit="", disable=count < 1000) as bar:
+        while batch := list(islice(iterator, 256)):  # in batches: some are whole files in memory
             found += pool.map(look, batch)
             bar.update(len(batch))
     return found

@@ -11,19 +11,18 @@ from ovsam.errors import InputError
 
 
 class Sa1b(PictureData):
-    """The pictures of an extracted SA-1B archive, or of several in folders of one folder. There are no words.
+    """Images of an extracted SA-1B archive, or of several in folders of one folder. There are no class names.
 
-    Every json is read once when training starts, so that the masks are counted and what is damaged is found, and again
-    with its picture.
+    Every JSON file is read once when training starts, to count masks and find damaged files, and again with its image.
 
     Args:
-        folder: holds the files.
-        check: look at every picture beforehand (its header only).
-        options: of PictureData.
+        folder: folder of the files.
+        check: whether to read the header of every image beforehand.
+        options: options of PictureData.
 
     Raises:
-        InputError: no such folder, none of SA-1B's files in it, no mask, a json of another format, masks of another
-            size than their picture.
+        InputError: the folder is missing or has no files of SA-1B or no masks, or a JSON file has another format or
+            masks of another size than its image.
     """
 
     format = "sa1b"
@@ -31,7 +30,7 @@ class Sa1b(PictureData):
     def __init__(self, folder: str | Path, check: bool = True, **options):
         super().__init__([], **options)
         if not Path(folder).is_dir():
-            raise InputError(f"There is no folder {folder}; `folder` holds sa_*.jpg and sa_*.json.")
+            raise InputError(f"There is no folder {folder}; it must have sa_*.jpg and sa_*.json.")
         paths = sorted(Path(folder).rglob("sa_*.json"))
         if not paths:
             raise InputError(f"There is no sa_*.json in {folder}; extract an archive of SA-1B there.")
@@ -40,22 +39,22 @@ class Sa1b(PictureData):
         for path in tqdm(paths, desc="reading SA-1B", unit="", disable=len(paths) < 1000):
             try:
                 content = read_json(path)
-            except InputError as error:  # an archive that was not extracted to its end
+            except InputError as error:  # an archive that was not extracted completely
                 self.skipped.append(str(error))
                 continue
             sizes[path], outlines = _parse(path, content)
             masks[path] = len(outlines)
         if not any(masks.values()):
-            raise InputError(f"The {len(paths):,} json files of {folder} hold no mask.")
+            raise InputError(
+                f"The {len(paths):,} JSON files of {folder} have no masks; extract an archive of SA-1B there."
+            )
         readable = [path for path in masks if masks[path]]
         if check:
             found = check_pictures((str(_picture(path)) for path in readable), len(readable))
             pairs = zip(readable, found, strict=True)
             readable = [path for path, header in pairs if self._accept(str(_picture(path)), header, sizes[path])]
         if not readable:
-            raise InputError(
-                f"None of the {len(paths):,} pictures of {folder} can be read; the first: {self.skipped[0]}"
-            )
+            raise InputError(f"None of the {len(paths):,} images of {folder} can be read; the first: {self.skipped[0]}")
         self.records = Packed(map(str, readable))
         self.pictures, self.instances = len(readable), sum(masks[path] for path in readable)
 
@@ -70,13 +69,15 @@ def _picture(path: Path) -> Path:
 
 
 def _parse(path: Path, content: Any) -> tuple[tuple[int, int], list[Any]]:
-    """The picture's width and height, and its outlines. Raises InputError for another format or size."""
+    """Return the width and height of the image, and its outlines. Raises InputError for another format or size."""
     try:
         width, height = content["image"]["width"], content["image"]["height"]
         outlines = [annotation["segmentation"] for annotation in content["annotations"]]
         wrong = next((list(outline["size"]) for outline in outlines if list(outline["size"]) != [height, width]), None)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is no json of SA-1B: one image, and annotations with run lengths.") from error
+        raise InputError(
+            f"{path} is not a JSON file of SA-1B: it must have one image, and annotations with run lengths."
+        ) from error
     if wrong:
-        raise InputError(f"{path} has a mask of size {wrong}; its picture's is {[height, width]} (height, width).")
+        raise InputError(f"{path} has a mask of size {wrong}; its image has {[height, width]} (height, width).")
     return (width, height), outlines

@@ -1,4 +1,4 @@
-"""A word of a data set, and which words could stand for each other."""
+"""A class name of a data set, and whether two class names can refer to the same object."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Word:
-    """A class name with its keywords, `base` or held out of training (`novel`); `char` is a pictogram's character."""
+    """A class name with its keywords; `split` is "base" or "novel" (held out); `char` is the character of a
+    pictogram."""
 
     char: str
     name: str
@@ -15,6 +16,6 @@ class Word:
 
 
 def related(word: Word, other: Word) -> bool:
-    """Whether a person could call one by the other's name: then neither is a fair absent word beside the other."""
+    """Whether two words share a name or keyword; then neither is used as a negative beside the other."""
     own = set(re.findall(r"[a-z']+", " ".join([word.name, *word.keywords])))
     return bool(own & set(re.findall(r"[a-z']+", other.name)))

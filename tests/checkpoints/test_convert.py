@@ -177,7 +177,7 @@ def test_each_half_of_the_new_tensors_of_sam_2_1_needs_the_other():
 
 
 def test_files_of_an_unknown_kind_are_refused(folder):
-    stop(folder, {"encoder.weight": torch.ones(2)}, "of no known kind.*'encoder.weight'.*SAM 2 or 2.1.*EdgeTAM")
+    stop(folder, {"encoder.weight": torch.ones(2)}, "of an unknown kind.*'encoder.weight'.*SAM 2 or 2.1.*EdgeTAM")
     stop(folder, {"model": {}}, "no state dict")
     stop(folder, torch.ones(3), "no state dict")
     stop(folder, {"model": InputError("an object of somebody's class")}, "holds an object of ovsam.errors.InputError")

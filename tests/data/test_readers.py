@@ -160,9 +160,9 @@ def test_coco_values():
 def test_coco_counts_what_it_leaves_out():
     data = open_data(COCO)
     assert data.describe().splitlines() == [
-        "coco: 3 pictures, 5 instances of 3 words",
-        "  Annotations of crowds (iscrowd), which are no objects: 1.",
-        "  Pictures without an object, left out (keep_empty = true keeps them): 1.",
+        "coco: 3 images, 5 instances of 3 words",
+        "  Annotations of crowds (iscrowd), which are not objects: 1.",
+        "  Images without objects, skipped (keep_empty = true keeps them): 1.",
     ]
     with_empty = open_data(COCO | {"keep_empty": True})
     assert (with_empty.pictures, with_empty.instances) == (4, 5)
@@ -172,10 +172,10 @@ def test_coco_counts_what_it_leaves_out():
 def test_a_word_held_out_is_in_no_sample_and_never_known():
     data = open_data(COCO | {"novel": ["dog"]})
     assert [word.split for word in data.words] == ["base", "novel", "base"]
-    assert data.instances == 3 and "Annotations of words held out, left out: 2." in data.describe()
+    assert data.instances == 3 and "Annotations of held-out classes, skipped: 2." in data.describe()
     for sample in data:
         assert "dog" not in names(data, sample) and "dog" not in known(data, sample)
-    with pytest.raises(InputError, match="novel names 'cow'"):
+    with pytest.raises(InputError, match="novel has 'cow'"):
         open_data(COCO | {"novel": ["cow"]})
 
 
@@ -205,12 +205,12 @@ def test_boxes_without_outlines_are_left_out_and_their_word_is_unknown(tmp_path)
 
     data = open_data(small_coco(tmp_path, add_box))
     assert known(data, data[0]) == {"cup"}
-    assert "Annotations with a box but no outline (segmentation), left out: 1." in data.notes
+    assert "Annotations with a box but no outline (segmentation), skipped: 1." in data.notes
 
     def only_boxes(content):
         content["annotations"] = [{"id": 9, "image_id": 1, "category_id": 3, "bbox": [1, 1, 5, 5], "segmentation": []}]
 
-    with pytest.raises(InputError, match="no instance to train on. Annotations with a box but no outline .*: 1"):
+    with pytest.raises(InputError, match="no instances to train on. Annotations with a box but no outline .*: 1"):
         open_data(small_coco(tmp_path, only_boxes))
 
 
@@ -222,7 +222,7 @@ def test_categories_of_one_name_are_one_word(tmp_path):
     data = open_data(small_coco(tmp_path, change, pictures=2))
     assert [word.name for word in data.words] == ["cup", "pen"]
     assert data[0]["word_ids"][0] == data[1]["word_ids"][0] == 0
-    assert data.notes == ["Categories called 'cup', read as one word: 2."]
+    assert data.notes == ["Categories called 'cup', read as one class: 2."]
 
 
 def edit(table, **values):
@@ -232,13 +232,13 @@ def edit(table, **values):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["annotations"].clear(), "has no instance to train on"),
+        (lambda c: c["annotations"].clear(), "has no instances to train on"),
         (edit("categories", name=" "), "The category 7 of .* has no name"),
         (lambda c: c["categories"][1].pop("name"), "The category 3 of .* has no name"),
-        (edit("categories", id=3), "two of the category id 3"),
-        (edit("annotations", category_id=5), "annotation 1 of .* is of the category 5, which is not among"),
-        (edit("annotations", image_id=None), "annotation 1 of .* is of the image None, which is not among"),
-        (lambda c: c["images"].append(c["images"][0] | {"file_name": "2.png"}), "two of the image id 1"),
+        (edit("categories", id=3), "has the category id 3 twice"),
+        (edit("annotations", category_id=5), "annotation 1 of .* has the category 5, which is missing"),
+        (edit("annotations", image_id=None), "annotation 1 of .* has the image None, which is missing"),
+        (lambda c: c["images"].append(c["images"][0] | {"file_name": "2.png"}), "has the image id 1 twice"),
         (lambda c: c["images"][0].pop("id"), "one of its images without an id"),
         (lambda c: c["images"][0].pop("file_name"), "The image 1 of .* has no file_name"),
         (
@@ -277,8 +277,8 @@ def test_coco_refuses_annotations_that_cannot_work(tmp_path, change, message):
         ({"images": [], "annotations": [{"caption": "a cat"}]}, "captions"),
         ({"images": [], "annotations": [{"segments_info": []}], "categories": []}, "panoptic"),
         ({"type": "FeatureCollection", "features": []}, "GeoJSON"),
-        ([], "is none that is known here"),
-        ("text", "is none that is known here"),
+        ([], "has an unknown format"),
+        ("text", "has an unknown format"),
         (LVIS["annotations"], 'looks like LVIS; read it with format = "lvis"'),
     ],
 )
@@ -286,7 +286,7 @@ def test_a_json_of_another_format_is_refused_by_its_name(tmp_path, content, mess
     path = content if isinstance(content, Path) else tmp_path / "other.json"
     if path is not content:
         path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="must be a json of COCO's instances .*" + message):
+    with pytest.raises(InputError, match="must be a JSON file of COCO's instances .*" + message):
         open_data({"format": "coco", "annotations": path, "images": tmp_path})
 
 
@@ -294,7 +294,7 @@ def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path):
     with pytest.raises(InputError, match="no annotations at .*nowhere.json"):
         open_data({"format": "coco", "annotations": tmp_path / "nowhere.json"})
     (tmp_path / "cut.json").write_text('{"images": [')
-    with pytest.raises(InputError, match="cut.json is not a json file"):
+    with pytest.raises(InputError, match="cut.json is not a JSON file"):
         open_data({"format": "coco", "annotations": tmp_path / "cut.json"})
     with pytest.raises(InputError, match="There is no folder .*nowhere"):
         open_data(COCO | {"images": tmp_path / "nowhere"})
@@ -317,10 +317,10 @@ def test_pictures_that_cannot_be_read_are_listed_before_training(tmp_path):
     for number, reason in enumerate(reasons, start=1):
         with pytest.raises(AssertionError, match=rf"{number}\.png .*{reason}"):
             raise AssertionError(data.skipped[number - 1])
-    assert "Pictures left out: 5" in data.describe()
+    assert "Images skipped: 5" in data.describe()
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    with pytest.raises(InputError, match="None of the 6 pictures .* the first: .*1.png does not exist"):
+    with pytest.raises(InputError, match="None of the 6 images .* the first: .*1.png does not exist"):
         open_data(config)
 
 
@@ -330,10 +330,10 @@ def test_a_picture_found_damaged_in_training_gives_way_to_the_next(tmp_path, cap
     data = open_data(config)
     assert data.pictures == 3  # nothing was opened
     assert torch.equal(data[1]["image"], data[2]["image"])
-    assert "2.png is empty (0 bytes); it must be a picture. The next picture takes its place." in caplog.text
+    assert "2.png is empty (0 bytes); it must be an image. The next image replaces it." in caplog.text
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="8 pictures in a row cannot be read; the last: .* is empty"):
+    with pytest.raises(InputError, match="8 images in a row cannot be read; the last: .* is empty"):
         data[0]
 
 
@@ -469,7 +469,7 @@ def test_lvis_holds_out_rare_words():
 
 
 def test_lvis_refuses_coco():
-    with pytest.raises(InputError, match='json of LVIS v1 .* looks like COCO; read it with format = "coco"'):
+    with pytest.raises(InputError, match='JSON file of LVIS v1 .* looks like COCO; read it with format = "coco"'):
         open_data(COCO | {"format": "lvis"})
 
 
@@ -494,10 +494,10 @@ def test_sa1b_leaves_out_incomplete_pairs_and_refuses_masks_of_another_size(tmp_
     content = json.loads((folder / "sa_1.json").read_text())
     content["annotations"][1]["segmentation"]["size"] = [96, 64]
     (folder / "sa_1.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"sa_1.json has a mask of size \[96, 64\]; its picture's is \[64, 96\]"):
+    with pytest.raises(InputError, match=r"sa_1.json has a mask of size \[96, 64\]; its image has \[64, 96\]"):
         open_data({"format": "sa1b", "folder": folder})
     (folder / "sa_1.json").write_text("[]")
-    with pytest.raises(InputError, match="sa_1.json is no json of SA-1B"):
+    with pytest.raises(InputError, match="sa_1.json is not a JSON file of SA-1B"):
         open_data({"format": "sa1b", "folder": folder})
     with pytest.raises(InputError, match="There is no sa_.*json in"):
         open_data({"format": "sa1b", "folder": SETS / "coco"})
@@ -535,8 +535,8 @@ def test_folders_of_other_names(tmp_path):
     config = {"format": "folders", "folder": tmp_path / "set"}
     data = open_data(config | {"names": {"b": "blue box"}})
     assert [word.name for word in data.words] == ["blue box", "red cup"] and data.pictures == 2
-    assert data.notes == ["Folders without pictures, left out: 1."] and "2.jpg is empty" in data.skipped[0]
-    with pytest.raises(InputError, match="`names` calls a folder 'c' that is not in"):
+    assert data.notes == ["Folders without images, skipped: 1."] and "2.jpg is empty" in data.skipped[0]
+    with pytest.raises(InputError, match="`names` has a folder 'c' that is missing in"):
         open_data(config | {"names": {"c": "cup"}})
     with pytest.raises(InputError, match="Did you mean .*/train"):
         open_data({"format": "folders", "folder": SETS / "imagenet"})
@@ -635,8 +635,8 @@ def test_huggingface_refuses_rows_that_cannot_work(tmp_path):
     numbers = make_rows({"category": [5], "segmentation": inside}, datasets.Value("int64"), segmentation=POLYGONS)
     assert "numbers without names" in refused(numbers)
     assert "of the class 5, which has no name" in refused(numbers, names=["cup"])
-    assert "no column of pictures" in refused(good.remove_columns("image"))
-    assert "neither objects" in refused(good.remove_columns("objects"))
+    assert "no column of images" in refused(good.remove_columns("image"))
+    assert "must have objects" in refused(good.remove_columns("objects"))
     wrong = [as_png(Image.new("L", (20, 20), 255))]
     masks = make_rows({"category": ["cup"], "mask": wrong}, mask=datasets.List(datasets.Image()))
     assert "size [20, 20]" in refused(masks)
@@ -685,7 +685,7 @@ def test_a_mixture_has_the_shares_and_the_words_of_its_sets_and_knows_no_more():
         else:
             assert known_here == 0 and set(names(data, sample)) == {None}
     assert kinds == {0, 1, 2}
-    assert "60% of the samples: coco: 3 pictures" in data.describe()
+    assert "60% of the samples: coco: 3 images" in data.describe()
 
 
 def test_a_mixture_goes_through_each_set_before_it_repeats():
@@ -711,10 +711,10 @@ def test_merged_words_keep_all_keywords_and_are_held_out_only_by_all():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"format": "yolo"}, "has the format 'yolo'; there are emojiscenes, coco, lvis"),
+        ({"format": "yolo"}, "has the format 'yolo'; choose one of emojiscenes, coco, lvis"),
         (COCO | {"size": 0}, "size = 0; it must be at least 1"),
         (COCO | {"max_objects": 0}, "max_objects = 0"),
-        (COCO | {"crop": 1.5}, "crop = 1.5; it is a share"),
+        (COCO | {"crop": 1.5}, "crop = 1.5; it must be a share"),
         ({"format": "mixture", "sets": []}, "needs data sets"),
         ({"format": "mixture", "sets": [COCO | {"share": 0}]}, "has the share 0"),
         (

@@ -74,7 +74,7 @@ def test_a_package_is_drawn_once_and_kept(package):
 def test_another_hash_is_refused(package, monkeypatch):
     made, _, _ = package
     wrong = dataclasses.replace(made, sha512="another")
-    with pytest.raises(InputError, match="made-up@1.0.0 has another hash"):
+    with pytest.raises(InputError, match="made-up@1.0.0 from npm has an unexpected hash"):
         styles.read_package(wrong, all_words())
 
 
@@ -93,7 +93,7 @@ def test_an_unknown_style_is_refused():
 
 
 def test_openmoji_is_never_trained_on():
-    with pytest.raises(InputError, match="openmoji is kept for testing"):
+    with pytest.raises(InputError, match="openmoji is reserved for testing"):
         SceneDataset(10, seed=1, config=SceneConfig(styles=["noto", "openmoji"]))
 
 

@@ -33,7 +33,7 @@ class ReaderTester:
         assert (data.pictures, data.instances, data.skipped) == (self.pictures, self.instances, [])
         assert self.words is None or [word.name for word in data.words] == self.words
         counted = "instances as" if self.instances is None else f"{self.instances} instances"
-        assert f"{self.pictures} pictures, {counted}" in data.describe()
+        assert f"{self.pictures} images, {counted}" in data.describe()
 
     def test_samples(self, data):
         shapes = {
@@ -59,7 +59,7 @@ class ReaderTester:
     def test_options(self):
         kind = self.config.get("format", "emojiscenes")
         assert [key for key, needed in reader_keys(kind).items() if needed] == list(self.needs)
-        with pytest.raises(InputError, match=f"has 'sizes', which {kind} does not know; it takes"):
+        with pytest.raises(InputError, match=f"has 'sizes', which {kind} does not take; it takes"):
             self.open(sizes=3)
         for needed in self.needs:
             some = {key: value for key, value in self.config.items() if key != needed}

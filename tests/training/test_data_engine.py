@@ -120,7 +120,7 @@ def test_corrections_from_the_demo_make_a_better_model(corrected, monkeypatch, c
     monkeypatch.chdir(corrected)
     train, compare, use = (shlex.split(line)[1:] for line in snippet("finetune").strip().splitlines())
     assert ovsam_cli.main([*train, *shlex.split(SHORT)]) == 0
-    assert f"coco: {PICTURES} pictures, {len(truth['annotations'])} instances of 4 words" in capfd.readouterr().out
+    assert f"coco: {PICTURES} images, {len(truth['annotations'])} instances of 4 words" in capfd.readouterr().out
     on_truth = [part.replace("corrected", "truth") for part in compare]
     assert ovsam_cli.main([*on_truth, "--device", "cpu", "--json", "figures.json"]) == 0  # 1: it is no better
     assert "The tuned model beats the base" in capfd.readouterr().out

@@ -1,7 +1,7 @@
-"""EmojiScenes: pictures composed of colour pictograms, with exact masks. A scene is a function of (seed, index).
+"""EmojiScenes: images composed of colour pictograms, with exact masks. A scene is a function of (seed, index).
 
-Sprites come in several drawing styles (styles.py); backgrounds are procedural. Everything visible of an object is its
-mask, so masks never overlap. Being a pure function of its index, a resumed training run redraws nothing it has seen.
+Sprites come in several drawing styles (styles.py); backgrounds are procedural. The mask of an object is its visible
+part, so masks never overlap. Scenes are a pure function of their index, so that a training run can be resumed.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from ovsam.data.scenes.styles import sprites
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """How a scene is drawn. Sizes are the sprite's longer side in pixels of the finished picture. Each object is drawn
-    in one of `styles`; naming one several times makes it more likely."""
+    """Settings of the drawing. Sizes are the longer side of the sprite in pixels of the image. Each object is drawn in
+    one of `styles`; naming a style several times makes it more likely."""
 
     canvas: int = 512
     min_objects: int = 6
@@ -25,13 +25,13 @@ class SceneConfig:
     max_size: float = 220.0
     max_rotation: float = 30.0
     min_visible: float = 0.6
-    repeat: float = 0.25  # chance that an object repeats a word already in the scene
+    repeat: float = 0.25  # probability that an object repeats a word of the scene
     styles: Sequence[str] = ("noto",)
 
 
 @dataclass
 class Scene:
-    """A finished picture. `word_ids[i]` is the word of the object whose pixels hold i + 1 in `index_map` [H, W]."""
+    """A finished image. `word_ids[i]` is the word of the object whose pixels are i + 1 in `index_map` [H, W]."""
 
     image: Image.Image
     index_map: np.ndarray
@@ -69,7 +69,7 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def _sprite(rng: np.random.Generator, word_id: int, config: SceneConfig) -> Image.Image:
-    """The word's picture, resized, rotated and slightly recoloured. [h, w] RGBA"""
+    """The drawing of a word, resized, rotated and slightly recoloured. [h, w] RGBA"""
     styles = [style for style in config.styles if sprites(style)[word_id]]
     picture = sprites(styles[rng.integers(len(styles))] if len(styles) > 1 else styles[0])[word_id]
     side = float(np.exp(rng.uniform(np.log(config.min_size), np.log(config.max_size))))
@@ -86,8 +86,8 @@ def _sprite(rng: np.random.Generator, word_id: int, config: SceneConfig) -> Imag
 
 
 def draw_scene(seed: int, index: int, word_ids: np.ndarray, config: SceneConfig, required=()) -> Scene:
-    """Scene number `index` of `seed`, its objects drawn from `word_ids`; those in `required` are placed first, thus
-    visible first. An object left with less than `min_visible` of its pixels by later ones is not placed over it."""
+    """Draw scene number `index` of `seed` with objects of `word_ids`; those in `required` are placed first, and so are
+    visible. Objects are not placed where they would leave an earlier one less than `min_visible` of its pixels."""
     rng = np.random.default_rng((seed, index))
     size = config.canvas
     image = _background(rng, size)

@@ -1,11 +1,11 @@
 """Draws a frozen test set: `python -m ovsam.data.scenes.freeze FOLDER` -> images/*.jpg, annotations.json (COCO).
 
-Seeds are far from any recipe's, so no background or arrangement was seen in training. A quarter of the objects are of
-novel words, and every synonym's target appears in three scenes or more (of a hundred). Beside COCO's fields, each
-annotation carries `point` (the pixel deepest inside the mask: the one-click prompt), each category its `split`, each
-image 20 `absent_words` to ask in vain, and the file the `synonyms`.
+Its seeds differ from those of all recipes, so backgrounds and arrangements are not in the training data. A quarter of
+the objects have novel words, and the target of every synonym is in three scenes or more (of a hundred). In addition to
+COCO's fields, each annotation has `point` (the pixel farthest from the boundary of the mask: the one-click prompt),
+each category its `split`, each image 20 `absent_words` as negative queries, and the file the `synonyms`.
 
-tests/data/emojiscenes-val was drawn with the defaults; tests/data/openmoji-val, in a style that nobody trains on, with
+tests/data/emojiscenes-val was drawn with the defaults; tests/data/openmoji-val, in a style that is not trained on, with
 `--style openmoji --scenes 40 --seed 900101 --quality 90`.
 """
 
@@ -25,14 +25,14 @@ from ovsam.ops.masks import deepest_point
 
 SEED = 900_001
 SCENES = 100
-QUALITY = 92  # of the JPEGs
-WORDS = 1373  # the first ones; the sequences that came later are not in the frozen sets
+QUALITY = 92  # quality of the JPEG files
+WORDS = 1373  # number of words in the frozen sets; later sequences are not in them
 ABSENT_WORDS = 20
 MIN_PIXELS = 64
 
 
 def required_words(rng: np.random.Generator, words: Sequence[Word], drawn: set[int], scenes: int) -> list[list[int]]:
-    """Per scene, the word ids that must appear: two novel ones, and the targets of the synonyms in turn."""
+    """Return the required word ids of each scene: two novel ones, and the targets of the synonyms in turn."""
     position = {word.name: i for i, word in enumerate(words)}
     novel = [i for i, word in enumerate(words) if word.split == "novel" and i in drawn]
     targets = [i for i in (position[name] for name in synonyms().values()) if i in drawn]
@@ -42,12 +42,12 @@ def required_words(rng: np.random.Generator, words: Sequence[Word], drawn: set[i
 
 
 def _in_turn(rng: np.random.Generator, ids: list[int], count: int) -> np.ndarray:
-    """Each of the ids once, in a new order each time, until there are `count`."""
+    """Repeat the ids, in a new random order each time, up to `count`."""
     return np.concatenate([rng.permutation(ids) for _ in range(-(-count // len(ids)))])[:count]
 
 
 def freeze(folder: Path, style: str = "noto", scenes: int = SCENES, seed: int = SEED, quality: int = QUALITY) -> None:
-    """Draw a set of that many scenes into the folder, in one of styles.STYLES; JPEGs of that quality."""
+    """Draw a set of scenes into the folder, in one of styles.STYLES, as JPEG files of the given quality."""
     words = all_words()[:WORDS]
     drawn = {i for i in drawable([style]) if i < WORDS}
     base = np.array([i for i, word in enumerate(words) if word.split == "base" and i in drawn])
@@ -103,6 +103,6 @@ if __name__ == "__main__":
     parser.add_argument("--style", choices=STYLES, default="noto")
     parser.add_argument("--scenes", type=int, default=SCENES)
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--quality", type=int, default=QUALITY, help="of the JPEGs")
+    parser.add_argument("--quality", type=int, default=QUALITY, help="quality of the JPEG files")
     arguments = parser.parse_args()
     freeze(arguments.folder, arguments.style, arguments.scenes, arguments.seed, arguments.quality)

@@ -1,8 +1,8 @@
-"""The drawing styles of EmojiScenes: one picture per word and style.
+"""The drawing styles of EmojiScenes: one drawing for each word and style.
 
-`noto` is the font Noto Color Emoji, from the system. The others are npm packages of vector drawings, fetched once with
-`npm pack`, checked against their hash, and kept as pixels in the cache folder; their licences allow publishing a model
-trained on them, which model_card.md records. `openmoji` is never trained on: it is the style nobody has seen.
+`noto` is the font Noto Color Emoji of the system. The others are npm packages of vector drawings, downloaded once with
+`npm pack`, verified by their hash, and stored as pixels in the cache folder; their licences allow publishing a model
+trained on them (see model_card.md). `openmoji` is never trained on: it is the held-out style.
 """
 
 import base64
@@ -31,8 +31,8 @@ FONT_PATHS = (
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
 )
-FONT_SIZE = 109  # the one bitmap size inside Noto Color Emoji
-SIDE = 136  # pixels of a rasterised drawing, as large as the font's bitmaps
+FONT_SIZE = 109  # the only bitmap size in Noto Color Emoji
+SIDE = 136  # side of a rasterised drawing in pixels, as in the font
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,24 @@ PACKAGES = {
     ),
 }
 STYLES = ("noto", *PACKAGES)
-HELD_OUT = ("openmoji",)  # for testing alone
+HELD_OUT = ("openmoji",)  # for testing only
 
 
 @functools.cache
 def sprites(style: str = "noto") -> tuple[Image.Image | None, ...]:
-    """One cropped RGBA picture per word, in the order of `all_words()`; None: the style has no drawing of it.
+    """Return one cropped RGBA image for each word, in the order of `all_words()`; None if the style has no drawing.
 
     Raises:
-        InputError: there is no such style, or its drawings cannot be had here.
+        InputError: the style is unknown, or its drawings are not available.
     """
     if style not in STYLES:
-        raise InputError(f"There is no drawing style {style!r}; there are {', '.join(STYLES)}.")
+        raise InputError(f"There is no drawing style {style!r}; choose one of {', '.join(STYLES)}.")
     pictures = _draw_font() if style == "noto" else _load_package(style)
     return tuple(picture and picture.crop(picture.getchannel("A").getbbox()) for picture in pictures)
 
 
 def drawable(styles: Sequence[str]) -> list[int]:
-    """The words that at least one of the styles has a drawing of."""
+    """Return the words with a drawing in at least one of the styles."""
     return [i for i, drawings in enumerate(zip(*map(sprites, styles), strict=True)) if any(drawings)]
 
 
@@ -115,7 +115,7 @@ def _draw_font() -> list[Image.Image | None]:
     for word in all_words():
         picture = Image.new("RGBA", (160, 160))
         ImageDraw.Draw(picture).text((12, 12), word.char, font=font, embedded_color=True)
-        # Without a layout engine for ligatures, or with an older font, a sequence comes out as its parts, side by side.
+        # Without a layout engine for ligatures, or with an older font, a sequence is drawn as its parts, side by side.
         whole = len(word.char) == 1 or font.getlength(word.char) < 1.5 * font.getlength("\U0001f600")
         pictures.append(picture if whole and picture.getbbox() else None)
     return pictures
@@ -135,7 +135,7 @@ def _load_package(style: str) -> list[Image.Image | None]:
 
 
 def read_package(package: IconPackage, words: tuple[Word, ...]) -> list[str | None]:
-    """The package's drawing of every word, as SVG."""
+    """Return the drawing of every word in the package, as SVG."""
     with tempfile.TemporaryDirectory() as scratch:
         wanted = f"{package.name}@{package.version}"
         try:
@@ -146,7 +146,7 @@ def read_package(package: IconPackage, words: tuple[Word, ...]) -> list[str | No
             ) from error
         content = next(Path(scratch).glob("*.tgz")).read_bytes()
     if base64.b64encode(hashlib.sha512(content).digest()).decode() != package.sha512:
-        raise InputError(f"What npm gave as {wanted} has another hash than the one this was written for.")
+        raise InputError(f"The package {wanted} from npm has an unexpected hash; it must be the published one.")
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         icons = json.load(archive.extractfile("package/icons.json"))
         chars = json.load(archive.extractfile("package/chars.json"))

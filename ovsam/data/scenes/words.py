@@ -1,4 +1,4 @@
-"""The words of EmojiScenes: names, keywords, the base / novel split, and synonyms no training text contains."""
+"""The words of EmojiScenes: names, keywords, the base / novel split, and synonyms that are in no training text."""
 
 import functools
 import json
@@ -14,11 +14,11 @@ def _table() -> dict:
 
 @functools.cache
 def all_words() -> tuple[Word, ...]:
-    """Every word, its CLDR short name and keywords, in code-point order; an index into this tuple is a word's id
-    everywhere in EmojiScenes."""
+    """Return every word with its CLDR short name and keywords, in code-point order; word ids are indices into this
+    tuple."""
     return tuple(Word(w["char"], w["name"], tuple(w["keywords"]), w["split"]) for w in _table()["words"])
 
 
 def synonyms() -> dict[str, str]:
-    """{word never trained: name of the pictogram it should find}; all of them name base words."""
+    """Return {synonym that is not in the training data: name of its pictogram}; all are base words."""
     return dict(_table()["synonyms"])
