@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ovsam.errors import InputError
 from ovsam.inference.labelling.journal import Journal, Journals, read_header
-from ovsam.inference.labelling.sources import list_items
+from ovsam.inference.labelling.sources import Item, list_items
+from ovsam.ops.files import check_target
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.results.formats import FORMATS, check_format
 from ovsam_cli import arguments
@@ -66,6 +67,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     output.add_argument(
         "--format", metavar="NAME,...", type=_formats, default=["coco"], help=f"of {', '.join(FORMATS)} (default: coco)"
     )
+    output.add_argument("--report", metavar="OUT.html", help="a page of thumbnails with masks to review")
+    output.add_argument(
+        "--pick", metavar="N", type=arguments.count, help="list the N images most worth correcting, in OUT/pick.txt"
+    )
     work = parser.add_argument_group("the work")
     work.add_argument("--batch", metavar="N", type=arguments.count, default=4, help="images in one pass (default: 4)")
     work.add_argument(
@@ -83,6 +88,8 @@ def check(args: Namespace) -> None:
     Sets `args.listing`, the images, `args.words`, the Vocabulary or None, and `args.job`, what identifies the job.
     """
     output = Path(args.output)
+    if args.report:
+        check_target(args.report, "--report")
     if output.exists() and not output.is_dir():
         raise InputError(f"-o {output} is a file; it must be a folder.")
     if args.merge:
@@ -165,11 +172,15 @@ def run(args: Namespace) -> int:
     if count > 1:
         print(f"when all {count} shards are done: ovsam label --merge {output} -o {output} --format ...")
         return 1 if summary.failed else 0
-    return max(_export(args, Journals([_journal(args)])), 1 if summary.failed else 0)
+    opened = {item.key: item for item in items}
+    return max(_export(args, Journals([_journal(args)]), opened), 1 if summary.failed else 0)
 
 
-def _export(args: Namespace, images: Journals) -> int:
+def _export(args: Namespace, images: Journals, items: dict[str, Item]) -> int:
+    """Write what was asked for from the journals. `items` are the images; others are looked for in their folder."""
     from ovsam.inference.labelling import job
+    from ovsam.inference.labelling.pick import write_pick
+    from ovsam.results.report import write_report
 
     output, root = Path(args.output), images.header.get("root")
     words = images.header["job"]["words"]
@@ -178,6 +189,16 @@ def _export(args: Namespace, images: Journals) -> int:
     for name in args.format:
         done = name not in failed
         print(f"{name}: {job.target_of(output, name)}" if done else f"{name} was not written: {failed[name]}")
+
+    def find(key: str) -> Item:
+        return items.get(key) or Item(key, str(Path(root) / key) if root else key)
+
+    if args.report:
+        write_report(images, args.report, lambda key: find(key).open())
+        print(f"report: {args.report}")
+    if args.pick:
+        chosen = write_pick(images, output / "pick.txt", args.pick, lambda key: find(key).location)
+        print(f"{len(chosen)} images most worth correcting: {output / 'pick.txt'}")
     return 1 if failed else 0
 
 
@@ -197,7 +218,7 @@ def _merge(args: Namespace) -> int:
     failed = job.read_errors(path for path in beside if path.is_file())
     job.write_errors(output / "errors.jsonl", failed)
     print(f"{output}: {len(images)} images of {len(journals)} journals, {len(failed)} errors")
-    return max(_export(args, images), 1 if failed or images.unfinished else 0)
+    return max(_export(args, images, {}), 1 if failed or images.unfinished else 0)
 
 
 def _journal(args: Namespace) -> Path:

@@ -15,7 +15,7 @@ def to_polygon(mask: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
     Further parts and holes are connected to it by bridges without width, so that filling it gives the same mask, by
     either fill rule. `tolerance` removes corners that deviate by at most that many pixels (Douglas and Peucker 1973).
     """
-    rings = [_simplify(ring, tolerance) if tolerance else ring for ring in outlines(mask)]
+    rings = simplified_outlines(mask, tolerance)
     if not rings:
         return np.zeros((0, 2))
     polygon = rings[0]
@@ -25,6 +25,11 @@ def to_polygon(mask: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
         ring = np.roll(ring, -there, axis=0)
         polygon = np.concatenate([polygon[: here + 1], ring, ring[:1], polygon[here:]])
     return polygon.astype(float)
+
+
+def simplified_outlines(mask: np.ndarray, tolerance: float) -> list[np.ndarray]:
+    """`outlines` without the corners that stray no further than `tolerance` pixels."""
+    return [_simplify(ring, tolerance) if tolerance else ring for ring in outlines(mask)]
 
 
 def outlines(mask: np.ndarray) -> list[np.ndarray]:
