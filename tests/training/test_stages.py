@@ -12,6 +12,7 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from testers.stage import WORDS, StageTester, draw_batch, draw_words, towers
 from torch import nn
+from torch.testing import assert_close
 from torch.utils.data import Dataset
 from torchvision.ops import sigmoid_focal_loss
 from transformers import CLIPModel, Owlv2Config, Sam2Model, ViTMAEConfig, ViTMAEForPreTraining
@@ -19,10 +20,12 @@ from transformers.models.mask2former import modeling_mask2former as mask2former
 
 from ovsam.errors import InputError
 from ovsam.modeling.adapters.common import maps_at_strides
+from ovsam.modeling.adapters.concepts import ConceptHead, ConceptHeadConfig
 from ovsam.modeling.adapters.sam2clip import Sam2ClipAdapter, Sam2ClipConfig
 from ovsam.modeling.clip import CLIP_SIDES, OpenClipConfig
 from ovsam.modeling.sam import DecodedMasks
 from ovsam.ops.boxes import masks_to_boxes
+from ovsam.training.feature_cache import FeatureCache, state_hash
 from ovsam.training.stages import losses
 from ovsam.training.stages import prompts as targets
 from ovsam.training.stages.adapters import AdaptersStage
@@ -30,8 +33,8 @@ from ovsam.training.stages.clip import ClipStage, drop_patches
 from ovsam.training.stages.clip2sam import Clip2SamStage, background_prompts
 from ovsam.training.stages.concepts import ConceptsStage, assign
 from ovsam.training.stages.mae import MaeStage, masked_error
-from ovsam.training.stages.sam import SamStage, going_on
-from ovsam.training.stages.sam2clip import Sam2ClipStage, TeacherCache, start_linear, state_hash
+from ovsam.training.stages.sam import SamStage, going_on, random_window
+from ovsam.training.stages.sam2clip import Sam2ClipStage, start_linear
 from ovsam.training.stages.text_embeddings import WordTable
 from ovsam.training.stages.towers import Towers, build_towers, clip_side, sam_side
 from ovsam.training.stages.word_losses import WordLosses, text_targets
@@ -66,10 +69,42 @@ class TestClip(StageTester):
 
 
 class TestSam(StageTester):
-    trained = ("sam.",)
+    trained = ("towers.sam.",)
 
     def make(self, words):
         return SamStage(towers(), prompts=2, clicks=1)
+
+
+class TestSamOverClip(StageTester):
+    trained = ("sam2clip.", "towers.sam.model.prompt_encoder.", "towers.sam.model.mask_decoder.")
+
+    def make(self, words):
+        over_clip = towers(composition="clip")
+        size = {"in_channels": over_clip.channels, "embed_dim": D, "width": 16}
+        over_clip.concepts = randomise(ConceptHead(ConceptHeadConfig(**size))).requires_grad_(False)
+        return SamStage(over_clip, prompts=2, clicks=1, layers=1, heads=4, cache=True, window=SIZE // 2)
+
+    def test_it_publishes_no_image_encoder(self, words):
+        names = self.make(words).published_state()
+        assert not any("vision_encoder" in name or "no_memory" in name for name in names)
+
+    def test_kept_maps_are_those_of_the_tower(self, words, batch, tmp_path):
+        stage = self.make(words)
+        cached = stage.prepare(Pictures(batch), tmp_path, "pictures, seed 1")
+        assert isinstance(cached, FeatureCache) and cached[1].keys() >= {"map_0", "map_1", "map_2", "map_3"}
+        maps = stage.towers.maps(batch["image"])
+        kept = {name: torch.stack([cached[0][name], cached[1][name]]) for name in cached[0] if name.startswith("map_")}
+        for one, other in zip(stage.towers.maps(batch["image"], kept=kept), maps, strict=True):
+            assert_close(one, other, rtol=2e-3, atol=2e-3)  # half precision
+        window, masks = random_window(maps, batch["masks"], SIZE // 2)
+        assert [m.shape[-1] for m in window] == [SIZE // 8, SIZE // 16, SIZE // 32, SIZE // 64]
+        assert masks.shape[-1] == SIZE // 2
+
+    def test_the_maps_of_an_encoder_that_learns_are_not_kept(self, words):
+        with pytest.raises(InputError, match="the maps of an encoder that learns change"):
+            SamStage(towers(), cache=True)
+        with pytest.raises(InputError, match="leave out cache or train_clip"):
+            AdaptersStage(words, towers(), width=16, train_clip=True, cache=True)
 
 
 class TestSam2Clip(StageTester):
@@ -313,7 +348,7 @@ def test_the_teacher_runs_once_and_a_broken_file_is_made_again(batch, tmp_path, 
     teach = Sam2ClipStage.teach
     monkeypatch.setattr(Sam2ClipStage, "teach", lambda self, image: asked.append(len(image)) or teach(self, image))
     cached = stage.prepare(Pictures(batch), tmp_path, "pictures, seed 1")
-    assert len(asked) == 2 and isinstance(cached, TeacherCache) and cached.words == ["a"]
+    assert len(asked) == 2 and isinstance(cached, FeatureCache) and cached.words == ["a"]
     # The cached features are the teacher's, to half precision, and train to the same loss.
     items = [cached[0], cached[1]]
     stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovsam.errors import InputError
 from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter, Clip2SamConfig
 from ovsam.modeling.clip.base import mask_pool
 from ovsam.ops.boxes import masks_to_boxes
@@ -40,6 +41,8 @@ class AdaptersStage(ConceptsStage):
         super().__init__(words, towers, **arguments)
         self.clip2sam = start_region(Clip2SamAdapter(Clip2SamConfig(**self.size)), towers)
         self.prompts, self.train_clip = prompts, train_clip
+        if train_clip and self.cache:
+            raise InputError("The maps of an image tower that learns cannot be kept: leave out cache or train_clip.")
         self.lit = None
         if train_clip:
             towers.clip.requires_grad_(True)
@@ -59,10 +62,12 @@ class AdaptersStage(ConceptsStage):
             if own:  # a run over a frozen CLIP side publishes none of it
                 module.load_state_dict(own)
 
-    def forward(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor, **kept: Tensor
+    ) -> dict[str, Tensor]:
         with torch.set_grad_enabled(self.train_clip and torch.is_grad_enabled()):
             features = self.towers.encode_clip(image) if self.train_clip else None
-            maps = self.towers.maps(image) if features is None else features.maps
+            maps = self.drop(self.towers.maps(image, kept=kept) if features is None else features.maps)
         with torch.no_grad():
             taught = self.teach(image, masks)
         masks = resize_masks(masks, self.towers.frame(image))

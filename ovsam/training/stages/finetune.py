@@ -90,7 +90,9 @@ class FinetuneStage(ConceptsStage):
     def load_published(self, state: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state)
 
-    def forward(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor, **kept: Tensor
+    ) -> dict[str, Tensor]:
         features = self.model.encode(self.pixels(image))  # of frozen towers no gradients are kept
         losses, metrics = {}, {}
         if self.model.concepts is not None:

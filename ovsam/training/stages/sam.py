@@ -8,19 +8,37 @@ predicted IoU by squared error. The defaults are the paper's; the recipes of ovs
 Two things make it converge on two cores. Pictures may be windows of a larger canvas: the decoder is told where on the
 full canvas a window lies, so 256 px windows train the 512 px model. And a dense side task (which object's box does this
 pixel belong to?) teaches the encoder about objects from every pixel at once; its head is thrown away.
+
+In the composition "clip" the features are a Sam2ClipAdapter's, over the maps of a frozen CLIP tower. Where the towers
+have a ConceptHead, its prototype masks of the prompted objects are mask prompts, and are added to the masks of the
+first round, as OVSamModel does: the decoder learns to refine them, which takes far fewer steps than masks from nothing.
 """
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ovsam.errors import InputError
-from ovsam.modeling.outputs import DecodedMasks
+from ovsam.modeling.adapters.sam2clip import Sam2ClipAdapter, Sam2ClipConfig
+from ovsam.modeling.locations import boxed_locations, pointed_locations
+from ovsam.modeling.outputs import ConceptOutput, DecodedMasks
+from ovsam.modeling.sam.base import SamSide
 from ovsam.modeling.sam.decode import decode_masks
 from ovsam.ops.boxes import masks_to_boxes
+from ovsam.ops.masks import crop
 from ovsam.training.stages.losses import dice_loss, focal_loss, giou_loss, mask_iou
 from ovsam.training.stages.predictions import Found, prompted
-from ovsam.training.stages.prompts import choose_objects, corrective_clicks, jitter_boxes, pixel_owners, random_points
+from ovsam.training.stages.prompts import (
+    choose_objects,
+    corrective_clicks,
+    jitter_boxes,
+    pixel_owners,
+    random_points,
+    take,
+)
 from ovsam.training.stages.towers import Towers
 
 CELL = 16  # the stride of the image embedding
@@ -40,6 +58,10 @@ class SamStage(nn.Module):
         focal_weight, dice_weight, iou_weight, focal_gamma, focal_alpha: as in the paper; gamma 0 and alpha 0 are
             cross entropy.
         aux_weight: of the dense side task.
+        layers, heads: of Sam2ClipAdapter's transformer, in the composition "clip".
+        cache: in the composition "clip", keep the maps of the frozen CLIP tower on disk.
+        window: in the composition "clip", side in pixels of the random window of its maps that half of the steps train
+            on; 0 trains on whole images only.
     """
 
     def __init__(
@@ -58,17 +80,33 @@ class SamStage(nn.Module):
         focal_gamma: float = 2.0,
         focal_alpha: float = 0.25,
         aux_weight: float = 0.0,
+        layers: int = 3,
+        heads: int = 8,
+        cache: bool = False,
+        window: int = 0,
     ):
         super().__init__()
         if repeats not in (0, 1, 2):
             raise InputError(f"repeats is {repeats}; one round at a random place, one at the end, or fewer.")
-        self.sam = towers.sam.requires_grad_(True)
+        self.towers = towers
+        self.sam.requires_grad_(True)
         if not hasattr(self.sam.model, "no_memory_embedding"):
             raise InputError("The stage sam trains SAM 2 and EdgeTAM, whose decoder reads maps at strides 4 and 8 too.")
         # Whether there is an object at all is a question of video; here there always is.
         self.sam.model.mask_decoder.pred_obj_score_head.requires_grad_(False)
         self.sam.to(memory_format=torch.channels_last)
-        self.sam_pixels = towers.sam_pixels
+        self.sam2clip, self.cache, self.window = None, cache, window
+        if towers.composition == "clip":
+            model = self.sam.model  # of which the adapter makes some parts superfluous
+            unused = [getattr(model, part) for part in self.sam.encoder_parts]
+            unused += [getattr(model.mask_decoder, layer) for layer in self.sam.image_layers]
+            unused += [] if towers.concepts is None else [model.prompt_encoder.no_mask_embed]
+            for part in unused:
+                part.requires_grad_(False)
+            size = {"in_channels": towers.channels, "width": self.sam.width}
+            self.sam2clip = Sam2ClipAdapter(Sam2ClipConfig(**size, num_layers=layers, num_heads=heads))
+        elif cache or window:
+            raise InputError('cache and window need composition "clip": the maps of an encoder that learns change.')
         self.prompts, self.clicks, self.repeats, self.click_share = prompts, clicks, repeats, click_share
         self.box_noise, self.first, self.later = box_noise, first, later
         self.focal_weight, self.dice_weight, self.iou_weight = focal_weight, dice_weight, iou_weight
@@ -76,20 +114,54 @@ class SamStage(nn.Module):
         # Foreground, and distances to the box's four sides.
         self.aux_head = nn.Conv2d(self.sam.pyramid_channels[1], 5, 1) if aux_weight else None
 
+    @property
+    def sam(self) -> SamSide:
+        return self.towers.sam
+
     def published_state(self) -> dict[str, Tensor]:
         """What goes into a checkpoint, under the whole model's names."""
-        return {f"sam.{name}": tensor for name, tensor in self.sam.state_dict().items()}
+        state = {f"sam.{name}": tensor for name, tensor in self.sam.state_dict().items()}
+        if self.sam2clip is None:
+            return state
+        encoder = tuple(f"sam.model.{part}" for part in self.sam.encoder_parts)  # for which the adapter stands in
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(encoder)}
+        return state | {f"sam2clip.{name}": tensor for name, tensor in self.sam2clip.state_dict().items()}
 
     def load_published(self, state: dict[str, Tensor]) -> None:
         own = {name.removeprefix("sam."): tensor for name, tensor in state.items() if name.startswith("sam.")}
-        self.sam.load_state_dict(own)
+        self.sam.load_state_dict(own, strict=self.sam2clip is None)
+        if self.sam2clip is not None:
+            adapter = {n.removeprefix("sam2clip."): t for n, t in state.items() if n.startswith("sam2clip.")}
+            self.sam2clip.load_state_dict(adapter)
 
-    def forward(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> dict[str, Tensor]:
-        # 1. Encode the window.
+    def prepare(self, data: Dataset, folder: Path, data_key: str) -> Dataset:
+        """Return the training set, with the maps of every sample beside it if they are kept."""
+        return self.towers.keep_maps(data, folder, data_key) if self.cache else data
+
+    def encode(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Images [B, 3, S, S] -> embedding, the finer maps that the decoder reads, the pyramid's map at stride 8."""
         model, decoder = self.sam.model, self.sam.model.mask_decoder
-        stride4, stride8, stride16 = model.vision_encoder(self.sam_pixels(image)).fpn_hidden_states
+        stride4, stride8, stride16 = model.vision_encoder(self.towers.sam_pixels(image)).fpn_hidden_states
         high_res = (decoder.conv_s0(stride4), decoder.conv_s1(stride8))
-        embedding = stride16 + model.no_memory_embedding[0, 0, :, None, None]
+        return stride16 + model.no_memory_embedding[0, 0, :, None, None], high_res, stride8
+
+    def forward(
+        self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor, **kept: Tensor
+    ) -> dict[str, Tensor]:
+        # 1. Encode the image, or a window of CLIP's maps of it.
+        model, decoder = self.sam.model, self.sam.model.mask_decoder
+        size, concepts = image.shape[-1], None
+        if self.sam2clip is None:
+            embedding, high_res, stride8 = self.encode(image)
+        else:
+            with torch.no_grad():
+                maps = self.towers.maps(image, kept=kept)
+                if self.window and torch.rand(()) < 0.5:
+                    size = self.window
+                    maps, masks = random_window(maps, masks, size)
+                concepts = None if self.towers.concepts is None else self.towers.concepts(maps)
+            features = self.sam2clip(maps)
+            embedding, high_res, stride8 = features.embedding, features.high_res, features.pyramid[1]
 
         # 2. Choose `prompts` visible objects of each picture; if there are fewer, the rest weigh nothing.
         everything = masks
@@ -98,7 +170,6 @@ class SamStage(nn.Module):
         target = (F.avg_pool2d(masks.float(), 4) > 0.5).float()  # [B, P, H/4, W/4]
 
         # 3. The window's place on the canvas: prompts are shifted, and the position code is cut out there.
-        size = image.shape[-1]
         cells = size // CELL
         x, y = (int(v) for v in torch.randint(0, (self.sam.image_size - size) // CELL + 1, (2,)))
         position = model.get_image_wide_positional_embeddings()[..., y : y + cells, x : x + cells]
@@ -114,7 +185,11 @@ class SamStage(nn.Module):
         else:
             points = random_points(masks.flatten(0, 1)).view(b, p, 1, 2)
             labels = torch.ones(b, p, 1, dtype=torch.long, device=image.device)
-        dense = model.prompt_encoder.no_mask_embed.weight[0][None, None, :, None, None]
+        prototypes = None if concepts is None else prompted_prototypes(concepts, points, labels)  # [B, P, h, w]
+        if prototypes is None:
+            dense = model.prompt_encoder.no_mask_embed.weight[0][None, None, :, None, None]
+        else:
+            dense = self.embed_masks(prototypes)
         plan = self.plan()
         loss, previous, metrics = image.new_zeros((), dtype=torch.float32), target, {}
         for step, clicked in enumerate(plan):
@@ -122,9 +197,10 @@ class SamStage(nn.Module):
                 if clicked:
                     click, label = corrective_clicks(previous > 0, target > 0, size)
                     points, labels = torch.cat([points, click], 2), torch.cat([labels, label], 2)
-                dense = model.prompt_encoder.mask_embed(previous.flatten(0, 1)[:, None])  # -> [B*P, C, h, w]
-                dense = dense.view(b, p, *dense.shape[1:])
+                dense = self.embed_masks(previous)
             out = decode_masks(decoder, embedding, position, high_res, self.embed(points + offset, labels), dense)
+            if prototypes is not None and not step:  # as in OVSamModel, whose masks are this sum
+                out.masks = out.masks + prototypes[:, :, None]
             weights = self.later if step else self.first
             loss = loss + self.mask_losses(out, target, valid, weights) / len(plan)
             previous = going_on(out, weights)
@@ -138,6 +214,11 @@ class SamStage(nn.Module):
             metrics["aux"] = aux.detach()
             loss = loss + self.aux_weight * aux
         return {"loss": loss, **metrics}
+
+    def embed_masks(self, masks: Tensor) -> Tensor:
+        """Mask logits [B, P, H/4, W/4] -> dense prompts [B, P, C, H/16, W/16]."""
+        dense = self.sam.model.prompt_encoder.mask_embed(masks.flatten(0, 1)[:, None])  # -> [B*P, C, h, w]
+        return dense.unflatten(0, masks.shape[:2])
 
     def plan(self) -> list[bool]:
         """The rounds of a step: whether each brings a new prompt."""
@@ -187,11 +268,45 @@ class SamStage(nn.Module):
     def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
         """The masks of the true boxes, on pictures of the model's own size or windows in the canvas's corner."""
         window = image.shape[-1]
-        canvas = F.pad(self.sam_pixels(image), (0, self.sam.image_size - window) * 2)
-        decoded = self.sam.decode(self.sam.encode(canvas), input_boxes=masks_to_boxes(masks))
+        if self.sam2clip is None:
+            canvas = F.pad(self.towers.sam_pixels(image), (0, self.sam.image_size - window) * 2)
+            features = self.sam.encode(canvas)
+        else:
+            features = self.sam2clip(self.towers.maps(image))
+        decoded = self.sam.decode(features, input_boxes=masks_to_boxes(masks))
         cells = window // 4
         decoded.masks = decoded.masks[..., :cells, :cells]
         return prompted(decoded, masks, word_ids)
+
+
+def random_window(maps: tuple[Tensor, ...], masks: Tensor, size: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Cut the same random square out of the four maps [B, Ci, hi, wi] and the masks [B, O, S, S]; `size` is its side in
+    pixels, a multiple of 32. The maps keep what they read of the surroundings."""
+    x, y = (32 * int(v) for v in torch.randint(0, (masks.shape[-1] - size) // 32 + 1, (2,)))
+
+    def cut(tensor: Tensor, stride: int) -> Tensor:
+        return tensor[..., y // stride : (y + size) // stride, x // stride : (x + size) // stride]
+
+    return tuple(cut(feature, stride) for feature, stride in zip(maps, (4, 8, 16, 32), strict=True)), cut(masks, 1)
+
+
+@torch.no_grad()
+def prompted_prototypes(concepts: ConceptOutput, points: Tensor, labels: Tensor) -> Tensor:
+    """Return the prototype masks of prompted objects, [B, P, H/4, W/4], as OVSamModel does.
+
+    Args:
+        concepts: the ConceptHead's output.
+        points: [B, P, N, 2], clicks or the two corners of boxes.
+        labels: [B, P, N], 2 and 3 for the corners.
+    """
+    if int(labels[0, 0, 0]) == 2:
+        boxes = points.flatten(2)  # [B, P, 2, 2] -> [B, P, 4]
+        index = boxed_locations(concepts, boxes)
+    else:
+        index = pointed_locations(concepts, points, labels, AUX_STRIDE / 2)
+        boxes = take(concepts.boxes, index)
+    coefficients = take(concepts.coefficients, index)  # [B, P, Q]
+    return crop(torch.einsum("bpq,bqhw->bphw", coefficients, concepts.prototypes), boxes / 4)
 
 
 def going_on(out: DecodedMasks, weights: tuple[float, float]) -> Tensor:

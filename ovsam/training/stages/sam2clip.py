@@ -10,25 +10,20 @@ fits best, its layers doing nothing yet. Over ovsam-tiny's towers (of November 2
 mean IoU of 0.61, where the teacher had 0.76 and a random adapter 0.10.
 """
 
-import hashlib
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ovsam.errors import InputError
 from ovsam.modeling.adapters.common import upsample
 from ovsam.modeling.adapters.sam2clip import Sam2ClipAdapter, Sam2ClipConfig
 from ovsam.modeling.sam import DecodedMasks, SamFeatures
 from ovsam.ops.boxes import masks_to_boxes
-from ovsam.ops.files import write_whole
+from ovsam.training.feature_cache import FeatureCache
 from ovsam.training.stages.losses import dice_loss, mask_iou
 from ovsam.training.stages.predictions import Found, prompted
 from ovsam.training.stages.prompts import choose_objects, corrective_clicks, jitter_boxes, random_points
@@ -91,11 +86,7 @@ class Sam2ClipStage(nn.Module):
             self.to(PartialState().device).fit_start([data[i]["image"] for i in range(min(self.start, len(data)))])
         if not self.cache:
             return data
-        self.towers.sam.to(PartialState().device)
-        key = f"{state_hash(self.towers.sam)}-{hashlib.sha256(data_key.encode()).hexdigest()[:12]}"
-        cached = TeacherCache(data, Path(folder) / key)
-        cached.build(self.teach)
-        return cached
+        return FeatureCache.of(data, folder, data_key, self.towers.sam, self.teach, TEACHER)
 
     @torch.no_grad()
     def fit_start(self, images: list[Tensor]) -> None:
@@ -239,52 +230,3 @@ def least_squares(inputs: list[Tensor], outputs: list[Tensor], ridge: float = 1e
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solved = torch.linalg.solve(gram, moment).T.float()  # [Co, Ci + 1]
     return solved[:, :-1, None, None], solved[:, -1]
-
-
-def state_hash(module: nn.Module) -> str:
-    """Of a module's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
-
-
-class TeacherCache(Dataset):
-    """A data set with a teacher's tensors beside each sample, from one safetensors file a sample, in half precision."""
-
-    def __init__(self, data: Dataset, folder: Path):
-        self.data, self.folder = data, folder
-
-    def __getattr__(self, name: str):  # words, skipped, pictures, ... of the data set itself
-        if name == "data":
-            raise AttributeError(name)
-        return getattr(self.data, name)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.data[index] | load_file(self.path(index))
-
-    def path(self, index: int) -> Path:
-        return self.folder / f"{index:08d}.safetensors"
-
-    def whole(self, index: int) -> bool:
-        """Whether the file is there and can be read: a broken one is made again."""
-        try:
-            return all(name.startswith(TEACHER) for name in load_file(self.path(index)))
-        except (OSError, SafetensorError):
-            return False
-
-    def build(self, teach) -> None:
-        """Make the files that are missing or broken, each process its share; teach: pictures [B, 3, S, S] -> ..."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = PartialState()
-        mine = range(state.process_index, len(self), state.num_processes)
-        lacking = [index for index in mine if not self.whole(index)]
-        for index in tqdm(lacking, desc="teacher features", disable=not lacking or not state.is_main_process):
-            taught = teach(self.data[index]["image"][None])
-            tensors = {name: tensor[0].half().cpu().contiguous() for name, tensor in taught.items()}
-            write_whole(self.path(index), partial(save_file, tensors))
-        state.wait_for_everyone()

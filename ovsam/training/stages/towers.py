@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision.ops import box_iou
 from transformers import AutoConfig, EdgeTamConfig
 
@@ -27,14 +28,17 @@ from ovsam.checkpoints.compose import Part, load_clip, load_sam, load_tokenizer
 from ovsam.checkpoints.text_tower import embed_texts, text_config
 from ovsam.errors import InputError
 from ovsam.modeling.adapters.common import AdapterModel, maps_at_strides
+from ovsam.modeling.adapters.concepts import ConceptHead, ConceptHeadConfig
 from ovsam.modeling.clip import CLIP_SIDES, ClipFeatures, DualEncoderConfig, DualEncoderSide, OpenClipConfig
 from ovsam.modeling.features import sam_channels, sam_maps
 from ovsam.modeling.sam import SAM_SIDES, SamFeatures, SamSide
 from ovsam.processing.vocabulary import Vocabulary
+from ovsam.training.feature_cache import FeatureCache
 from ovsam.training.stages.prompts import take
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Spec = str | dict
+MAP = "map_"  # how the names of kept maps begin: map_0 has stride 4
 
 
 class Pixels(nn.Module):
@@ -57,9 +61,10 @@ class Towers(nn.Module):
     """A SAM side and a CLIP side, either of which may be missing, as a stage's adapters see them.
 
     `composition` is the whole model's: adapters read CLIP's maps, or in `sam` the SAM side's pyramid. They work in the
-    frame of what they read: `frame` is the side of that picture in pixels, which is CLIP's own `clip_size` where that
-    is given (towers that take one size only), and the recipe's otherwise. Frozen unless a stage says otherwise; a
-    frozen tower keeps its batch statistics. In `sam`, a CLIP side with an image tower is a teacher.
+    frame of those maps: `frame` is the side of that image in pixels, CLIP's own `clip_size` where that is given (towers
+    that take one size only), and the recipe's otherwise. `concepts` is a trained ConceptHead over the same maps. Frozen
+    unless a stage unfreezes a tower; a frozen tower keeps its batch statistics. In `sam`, a CLIP side with an image
+    tower is a teacher.
     """
 
     def __init__(
@@ -68,8 +73,10 @@ class Towers(nn.Module):
         clip: nn.Module | None = None,
         composition: str = "dual",
         clip_size: int | None = None,
+        concepts: ConceptHead | None = None,
     ):
         super().__init__()
+        self.concepts = concepts
         self.sam, self.clip, self.composition, self.clip_size = sam, clip, composition, clip_size
         self.sam_pixels = Pixels(IMAGENET_MEAN, IMAGENET_STD)
         if clip is not None:
@@ -108,8 +115,28 @@ class Towers(nn.Module):
         features = self.clip.encode_image(pixels)
         return ClipFeatures(maps=maps_at_strides(features.maps, tuple(pixels.shape[-2:])), pool_map=features.pool_map)
 
-    def maps(self, image: Tensor, sam: SamFeatures | None = None) -> tuple[Tensor, ...]:
-        """What adapters read, in their frame; `sam`: the picture's features, if they are there already."""
+    def keep_maps(self, data: Dataset, folder: Path, data_key: str) -> FeatureCache:
+        """Return the data set with the maps of every sample beside it, computed once and kept on disk."""
+
+        @torch.no_grad()
+        def compute(image: Tensor) -> dict[str, Tensor]:
+            maps = self.maps(image.to(next(self.parameters()).device))
+            return {f"{MAP}{i}": feature for i, feature in enumerate(maps)}
+
+        return FeatureCache.of(data, folder, data_key, self, compute, MAP)
+
+    def maps(
+        self, image: Tensor, sam: SamFeatures | None = None, kept: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return the four maps that adapters read, in their frame.
+
+        Args:
+            image: uint8 [B, 3, S, S].
+            sam: the SAM side's features of the images, where they have been computed.
+            kept: the maps of the images, where `keep_maps` has added them to the samples.
+        """
+        if kept:
+            return tuple(kept[name].float() for name in sorted(kept))
         if self.composition == "sam":
             return sam_maps((sam or self.encode_sam(image)).pyramid, tuple(image.shape[-2:]))
         return self.encode_clip(image).maps
@@ -140,12 +167,25 @@ def build_towers(model: dict) -> Towers:
     """Towers from a recipe's `[model]`: `sam` and `clip` as described above, and Towers' other arguments; `templates`
     are `text_embedder`'s."""
     numbers = {name: value for name, value in model.items() if name not in ("sam", "clip", "templates")}
+    weights = numbers.pop("concepts", None)
     if unknown := numbers.keys() - {"composition", "clip_size"}:
-        known = "sam, clip, composition, clip_size, templates"
+        known = "sam, clip, concepts, composition, clip_size, templates"
         raise InputError(f"[model] has {', '.join(sorted(unknown))}; it knows {known}.")
     sam = sam_side(model["sam"]) if "sam" in model else None
     clip = clip_side(model["clip"]) if "clip" in model else None
-    return Towers(sam, clip, **numbers)
+    towers = Towers(sam, clip, **numbers)
+    if weights is not None:
+        towers.concepts = concept_head(weights, towers).requires_grad_(False)
+    return towers
+
+
+def concept_head(path: str, towers: Towers) -> ConceptHead:
+    """Return the ConceptHead that a recipe published at `path`."""
+    width = load_file(path)["concepts.objectness.weight"].shape[1]  # [1, width, 1, 1]
+    size = {"in_channels": towers.channels, "embed_dim": towers.embed_dim, "width": width}
+    head = ConceptHead(ConceptHeadConfig(**size))
+    _load(head, path, "concepts.")
+    return head
 
 
 def sam_side(spec: Spec) -> SamSide:
