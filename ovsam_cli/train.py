@@ -7,8 +7,15 @@ from ovsam_cli import arguments
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, such as adapters/NAME/recipe.toml")
-    parser.add_argument("--data", metavar="COCO.json", help="instead of the recipe's data; goes with --images")
-    parser.add_argument("--images", metavar="DIR", help="the folder of the pictures of --data")
+    parser.add_argument(
+        "--data",
+        metavar="COCO.json",
+        nargs="+",
+        help="one or several, instead of the recipe's data; goes with --images",
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", nargs="+", help="the folder of the pictures of --data, or one for each"
+    )
     parser.add_argument(
         "--set",
         dest="settings",

@@ -61,8 +61,8 @@ def train_recipe(
     resume: bool = False,
     steps: int | None = None,
     device: str | None = None,
-    data: str | Path | None = None,
-    images: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    images: str | Path | Sequence[str | Path] | None = None,
     settings: Sequence[str] = (),
 ) -> Path:
     """Train what a recipe describes and write its weights.
@@ -73,7 +73,7 @@ def train_recipe(
         resume: go on from the last checkpoint in the output folder, if there is one.
         steps: instead of the recipe's.
         device: "cpu" keeps off a GPU.
-        data, images: a COCO json and the folder of its pictures, instead of the recipe's [data].
+        data, images: a COCO json and the folder of its pictures, instead of the recipe's [data]; or several.
         settings: `KEY=VALUE` instead of what the recipe says, such as `model.sam=facebook/sam2.1-hiera-large`.
 
     Returns:

@@ -45,15 +45,16 @@ RECORD = "recipe.json"
 def read_recipe(
     path: Path,
     steps: int | None = None,
-    data: str | os.PathLike | None = None,
-    images: str | os.PathLike | None = None,
+    data: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    images: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The recipe with every default filled in.
 
     Args:
         steps: instead of the recipe's.
-        data, images: a COCO json and the folder of its pictures, instead of the recipe's [data].
+        data, images: a COCO json and the folder of its pictures, instead of the recipe's [data]; or several jsons, and
+            one folder for all of them or one for each. Their samples are mixed in equal shares.
         settings: `KEY=VALUE` instead of what the recipe says, such as `model.sam=facebook/sam2.1-hiera-large`.
 
     Raises:
@@ -72,7 +73,19 @@ def read_recipe(
     if data is not None:
         own = {k: v for k, v in recipe.get("data", {}).items() if k not in ("format", "annotations", "images")}
         own = own if recipe.get("data", {}).get("format") == "coco" else {}
-        recipe["data"] = {**own, "format": "coco", "annotations": str(data), "images": str(images)}
+        jsons, folders = (
+            [str(one)] if isinstance(one, str | os.PathLike) else [str(path) for path in one] for one in (data, images)
+        )
+        if len(folders) not in (1, len(jsons)):
+            raise InputError(
+                f"There are {len(jsons)} --data and {len(folders)} --images; give one folder, or one each."
+            )
+        folders *= len(jsons) if len(folders) == 1 else 1
+        sets = [
+            {**own, "format": "coco", "annotations": json, "images": folder}
+            for json, folder in zip(jsons, folders, strict=True)
+        ]
+        recipe["data"] = sets[0] if len(sets) == 1 else {"format": "mixture", "sets": sets}
     if missing := [key for key in NEEDED if key not in recipe]:
         raise InputError(f"{path} lacks {', '.join(missing)}; the recipes of adapters/ show what is needed.")
     if unknown := recipe.keys() - TOP_LEVEL:

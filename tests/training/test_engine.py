@@ -409,6 +409,11 @@ def test_the_command_line_replaces_the_data(tmp_path):
     assert changed["optim"]["steps"] == 3 and changed["optim"]["accumulate"] == 1
     with pytest.raises(InputError, match="go together"):
         recipe.read_recipe(path, data="b.json")
+    several = recipe.read_recipe(path, data=["b.json", "c.json"], images=["pictures"], steps=3)["data"]
+    assert several["format"] == "mixture" and [one["annotations"] for one in several["sets"]] == ["b.json", "c.json"]
+    assert all(one["images"] == "pictures" and one["flip"] and one["novel"] == ["cat"] for one in several["sets"])
+    with pytest.raises(InputError, match="There are 2 --data and 3 --images"):
+        recipe.read_recipe(path, data=["b.json", "c.json"], images=["x", "y", "z"])
     with pytest.raises(InputError, match="There is no recipe"):
         recipe.read_recipe(tmp_path / "nothing.toml")
 
