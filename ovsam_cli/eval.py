@@ -8,6 +8,7 @@ from ovsam_cli import arguments
 
 PHOTOS = "tests/data/photos-val"
 TASKS = ("prompts", "words", "everything", "time")
+VIDEO = "video"
 PARSER = {
     "description": "Print masks, names, words and everything in figures; docs/evaluation.md defines each of them.",
     "epilog": "examples:\n"
@@ -28,7 +29,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the json)")
     parser.add_argument("--model", metavar="PRESET|PATH|ID", default="ovsam-tiny", help="default: %(default)s")
     parser.add_argument(
-        "--task", nargs="+", choices=TASKS, default=list(TASKS), dest="tasks", help="what to measure (default: all)"
+        "--task",
+        nargs="+",
+        choices=(*TASKS, VIDEO),
+        default=list(TASKS),
+        dest="tasks",
+        help="what to measure (default: all of a data set of images); video is for a folder in the layout of DAVIS or "
+        "a json of YouTube-VIS",
+    )
+    parser.add_argument(
+        "--tracker",
+        choices=("auto", "memory", "propagation"),
+        default="auto",
+        help="with --task video: what follows (default: auto)",
     )
     parser.add_argument(
         "--absent",
@@ -55,10 +68,28 @@ def check(args: Namespace) -> None:
         raise InputError(
             f"There is no data set {args.dataset}; name a COCO or LVIS json, or a folder with annotations.json."
         )
+    if VIDEO in args.tasks and len(args.tasks) > 1:
+        raise InputError("Videos are measured alone; give --task video without other tasks.")
+    if args.tracker != "auto" and VIDEO not in args.tasks:
+        raise InputError("--tracker goes with --task video.")
 
 
 def run(args: Namespace) -> int:
     """Print the figures of a model on a data set."""
+    if VIDEO in args.tasks:
+        from ovsam.evaluation.evaluate_video import run_video_eval
+
+        run_video_eval(
+            args.dataset,
+            model=args.model,
+            images=args.images,
+            json_path=args.json,
+            limit=args.limit,
+            baselines=args.baselines,
+            tracker=args.tracker,
+            device=args.device,
+        )
+        return 0
     from ovsam.evaluation.evaluate import run_eval
 
     run_eval(

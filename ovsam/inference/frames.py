@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ovsam.errors import InputError
+from ovsam.inference.segmenter import EncodedImage
 from ovsam.processing.images import open_image
 
 DEFAULT_RATE = Fraction(25)  # frames a second of what has no rate of its own
@@ -21,11 +22,12 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class Frame:
-    """One upright RGB image of a video; `time` in seconds from its beginning."""
+    """One upright RGB image of a video; `time` in seconds from its beginning; its features, where they were given."""
 
     index: int
     time: float
     image: Image.Image
+    encoded: EncodedImage | None = None
 
 
 class FrameSource:
@@ -33,7 +35,7 @@ class FrameSource:
 
     Args:
         source: a video file, the number of a camera, an RTSP or HTTP address, a folder of images (in the order of
-            their names), or an iterable of images of any kind that `Segmenter` takes.
+            their names), or an iterable of images of any kind that `Segmenter` takes, an EncodedImage among them.
 
     Attributes:
         rate: frames a second.
@@ -67,7 +69,11 @@ class FrameSource:
             return
         images = self._files if isinstance(self.source, str | os.PathLike) else self.source
         for index, image in enumerate(images):
-            yield Frame(index, float(index / self.rate), open_image(image))
+            time = float(index / self.rate)
+            if isinstance(image, EncodedImage):
+                yield Frame(index, time, image.image, image)
+            else:
+                yield Frame(index, time, open_image(image))
 
     def close(self) -> None:
         """Close the file or the camera; it may be called twice."""

@@ -1,0 +1,111 @@
+"""Metrics of video against the published implementation, and the evaluation over small videos."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ovsam
+from ovsam.errors import InputError
+from ovsam.evaluation.evaluate_video import measure_videos, open_videos, summarise_videos, table
+from ovsam.evaluation.metrics_video import boundary_accuracy, identity_switches, region_similarity
+from ovsam.ops import rle
+from tests.common import tiny_model, tiny_processor
+from tests.inference.test_video import scene
+
+# J and F by db_eval_iou and f_measure of davis2017-evaluation (commit ac7c43f) on the masks of `masks(seed)`.
+PUBLISHED = [
+    (0.139114, 0.106038), (0.872678, 0.500336), (0.764248, 0.350227),
+    (0.738613, 0.277515), (0.718228, 0.300752), (0.694033, 0.448999),
+]  # fmt: skip
+
+
+def masks(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two blobs [120, 160], in most cases one shifted by a few pixels."""
+    rng = np.random.default_rng(seed)
+    y, x = np.ogrid[:120, :160]
+
+    def blob():
+        mask = np.zeros((120, 160), bool)
+        for _ in range(3):
+            down, right, a, b = (rng.integers(*r) for r in ((-10, 130), (-10, 170), (8, 40), (8, 40)))
+            mask |= ((y - down) / a) ** 2 + ((x - right) / b) ** 2 < 1
+        return mask
+
+    one, other = blob(), blob()
+    if rng.random() < 0.7:
+        other = np.roll(one, (int(rng.integers(0, 6)), int(rng.integers(0, 6))), (0, 1))
+    return one, other
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_j_and_f_are_those_of_davis(seed):
+    truth, mask = masks(seed)
+    assert region_similarity(mask, truth) == pytest.approx(PUBLISHED[seed][0], abs=1e-6)
+    assert boundary_accuracy(mask, truth) == pytest.approx(PUBLISHED[seed][1], abs=1e-6)
+
+
+def test_empty_masks():
+    empty, full = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
+    full[5:10, 5:10] = True
+    assert region_similarity(empty, empty) == boundary_accuracy(empty, empty) == 1
+    assert region_similarity(empty, full) == boundary_accuracy(empty, full) == boundary_accuracy(full, empty) == 0
+
+
+def test_identity_switches():
+    left, right, none = np.zeros((4, 8), bool), np.zeros((4, 8), bool), np.zeros((4, 8), bool)
+    left[:, :3], right[:, 5:] = True, True
+    objects = {1: left, 2: right}
+    frames = [
+        ({10: left, 20: right}, objects),
+        ({20: left, 10: right}, objects),  # both switch
+        ({20: left}, objects),
+        ({30: right}, {1: none, 2: right}),  # the second one again, by a third track; the first is not there
+    ]
+    switches, covered = identity_switches(frames)
+    assert switches == {1: 1, 2: 2}
+    assert covered == {1: 1.0, 2: 0.75}
+
+
+def write_davis(folder, official: bool):
+    images, truth = scene(6)
+    for number, (image, mask) in enumerate(zip(images, truth, strict=True)):
+        places = ("JPEGImages/480p/clip", "Annotations/480p/clip") if official else ("clip", "clip")
+        for place, what, end in zip(places, (image, Image.fromarray(mask)), ("jpg", "png"), strict=True):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            what.save(folder / place / f"{number:05d}.{end}")
+    return truth
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_videos_in_the_layout_of_davis_are_measured(tmp_path, official):
+    truth = write_davis(tmp_path, official)
+    (video,) = open_videos(tmp_path)
+    assert video.name == "clip" and np.array_equal(video.truth(3)[1], truth[3])
+    records = measure_videos(ovsam.Segmenter(tiny_model(), tiny_processor()), [video])
+    figures = summarise_videos(records)
+    assert list(figures) == ["mask given", "box given", "copy the first mask", "detect in every frame"]
+    copied = np.mean([region_similarity(truth[0], mask) for mask in truth[1:-1]])
+    assert figures["copy the first mask"]["J"] == pytest.approx(copied)
+    assert figures["mask given"]["J"] > 0.5 > copied
+    assert "clip 1" in table(records)
+
+
+def test_a_json_of_youtube_vis(tmp_path):
+    write_davis(tmp_path, False)
+    _, truth = scene(6)
+    content = {
+        "videos": [{"id": 4, "height": 64, "width": 96, "file_names": [f"clip/{n:05d}.jpg" for n in range(6)]}],
+        "annotations": [{"id": 9, "video_id": 4, "segmentations": [None, *(rle.encode(mask) for mask in truth[1:])]}],
+    }
+    (tmp_path / "vis.json").write_text(json.dumps(content))
+    (video,) = open_videos(tmp_path / "vis.json")
+    assert video.truth(0) == {} and np.array_equal(video.truth(2)[9], truth[2])
+    (record,) = measure_videos(ovsam.Segmenter(tiny_model(), tiny_processor()), [video], ["mask"], baselines=False)
+    assert (record["video"], record["object"]) == ("4", 9) and record["J"] > 0.5
+
+
+def test_a_folder_without_videos_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no video with masks"):
+        open_videos(tmp_path)
