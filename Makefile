@@ -27,6 +27,7 @@ bench: .venv/bin/python
 	.venv/bin/python benchmarks/decode_speed.py --prompts 64 --threads 2
 	.venv/bin/python benchmarks/speed.py
 	.venv/bin/python benchmarks/recall.py
+	.venv/bin/python benchmarks/video.py speed
 
 # Each recipe after those it starts from; SETTINGS="--set optim.batch_size=64" is passed on to all of them.
 tiny: runs/clip2sam-tiny/model.safetensors runs/sam2clip-tiny/model.safetensors

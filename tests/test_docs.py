@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def snippet(name: str) -> str:
-    return re.search(rf"<!-- snippet: {name} -->\n```\w*\n(.*?)```", README, re.S).group(1)
+def snippet(name: str, page: str = README) -> str:
+    return re.search(rf"<!-- snippet: {name} -->\n```\w*\n(.*?)```", page, re.S).group(1)
 
 
 def checkout(tmp_path: Path) -> Path:
@@ -33,6 +33,16 @@ def test_python_snippet(names, tmp_path):
     assert done.stdout.strip(), "the snippet found nothing"
     if "load" in names:
         assert (tmp_path / "overlay.png").stat().st_size > 1000
+
+
+@pytest.mark.weights
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["video", "video_session"])
+def test_video_snippet(name, tmp_path):
+    code = snippet(name, (ROOT / "docs" / "video.md").read_text(encoding="utf-8"))
+    code += "\nassert data['annotations'] if 'data' in dir() else masks.any()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.weights

@@ -267,7 +267,7 @@ class VideoStream:
                 raise InputError(f"The mask is {got} pixels and the frame {width}x{height}; they must be equal.")
             if not mask.any():
                 raise InputError("The mask is empty; it needs at least one pixel of the object.")
-            given = self._mask_prompt(mask)
+            given = self.segmenter.processor.video_mask_prompt(mask)
         else:
             given = self._point_prompt(prompt, width, height)
         source = "mask" if prompt.mask is not None else "point" if prompt.box is None else "box"
@@ -277,13 +277,6 @@ class VideoStream:
         if number not in self._objects:
             name = prompt.name or ""
             self._objects[number] = _Object(number, name, -1, source, shown, 1.0, seen=frame.index)
-
-    def _mask_prompt(self, mask: Tensor) -> VideoPrompt:
-        """A mask [H, W] of the frame as the model's input shows it."""
-        logits = self.segmenter.processor.mask_prompts(mask[None], self.segmenter.model.sam.image_size)  # [1, 1, h, w]
-        size = (self.segmenter.model.sam.image_size,) * 2
-        whole = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)[0, 0] > 0
-        return VideoPrompt(mask=whole)
 
     def _point_prompt(self, prompt: Prompt, width: int, height: int) -> VideoPrompt:
         points = [[float(x), float(y)] for x, y in prompt.points or ()]
@@ -342,7 +335,7 @@ class VideoStream:
     def _enter(self, frame: Frame, features: OVSamFeatures, one: Instance) -> None:
         """A detection that is no track: one that was lost, or a new object."""
         mask = torch.from_numpy(one.mask)
-        prompt = self._mask_prompt(mask)
+        prompt = self.segmenter.processor.video_mask_prompt(mask)
         appearance = _appearance(features, prompt.mask)
         number = None
         for lost in self._lost.values():
@@ -418,7 +411,7 @@ class VideoStream:
         named = self.segmenter.what(encoded, masks=masks, vocabulary=self.vocabulary, top_k=self.top_k)
         for number, mask, one in zip(new, masks, cast(Results, named).instances, strict=True):
             known = self._objects[number]
-            known.appearance = _appearance(encoded.features, self._mask_prompt(mask).mask)
+            known.appearance = _appearance(encoded.features, self.segmenter.processor.video_mask_prompt(mask).mask)
             known.topk, known.score = one.topk, one.score
             if not known.label:
                 known.label, known.label_id = one.label, one.label_id

@@ -29,12 +29,13 @@ from ovsam.processing.postprocessing import (
     is_per_image,
     select,
 )
+from ovsam.processing.video_sessions import VideoSessions
 from ovsam.processing.vocabulary import check_text_length
 
 PADDING_LABEL = -10  # label of padding points
 
 
-class OVSamProcessor(Sam2Processor):
+class OVSamProcessor(VideoSessions, Sam2Processor):
     """SAM 2's processor (image and coordinates) with a tokenizer, and a second image processor if CLIP needs one.
 
     Args:

@@ -10,7 +10,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenc
 import ovsam
 from ovsam.errors import InputError
 from ovsam.modeling.tracking import OVSamVideoSession, VideoPrompt
-from tests.common import SIZE, tiny_config, tiny_video_model
+from tests.common import SIZE, picture, tiny_config, tiny_processor, tiny_video_model
 
 STOCK = {"sam2_video": Sam2VideoModel, "edgetam_video": EdgeTamVideoModel}
 
@@ -244,3 +244,38 @@ def test_a_box_and_clicks_are_what_the_image_model_makes_of_them():
     soft = torch.nn.functional.interpolate((image > 0).float()[None, None], size, mode="bilinear", antialias=True)
     again = torch.nn.functional.interpolate(soft, image.shape, mode="bilinear")[0, 0]
     torch.testing.assert_close(tracked.sigmoid(), again.clamp(1e-4, 1 - 1e-4), atol=1e-4, rtol=0)
+
+
+# ---- the processor's session calls ----------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_session_are_in_pixels_of_the_frame():
+    processor, images = tiny_processor(), [picture(n, 96, 64) for n in range(2)]
+    session = processor.init_video_session(video=images)
+    assert (session.num_frames, session.video_height, session.video_width) == (2, 64, 96)
+    points, boxes = [[[[48.0, 32.0]], [[0.0, 64.0]]]], [[[0, 0, 48, 32], [48, 32, 96, 64]]]
+    processor.add_inputs_to_inference_session(session, 0, [4, 6], input_points=points, input_labels=[[[1], [0]]])
+    torch.testing.assert_close(session.prompts[4][0].points, torch.tensor([[SIZE / 2, SIZE / 2]]))
+    torch.testing.assert_close(session.prompts[6][0].points, torch.tensor([[0.0, float(SIZE)]]))
+    assert session.prompts[6][0].labels.tolist() == [0]
+    processor.add_inputs_to_inference_session(session, 1, [4, 6], points, [[[1], [0]]], boxes)
+    assert session.prompts[6][1].labels.tolist() == [2, 3, 0]
+    torch.testing.assert_close(session.prompts[6][1].points[0], torch.tensor([SIZE / 2, SIZE / 2]))
+    model = ovsam.OVSamVideoModel(tiny_config()).eval()
+    outputs = list(model.propagate_in_video_iterator(session))
+    assert [output.object_ids for output in outputs] == [[4, 6], [4, 6]]
+    masks = processor.post_process_masks([outputs[1].pred_masks], [[64, 96]])[0]
+    assert masks.shape == (2, 1, 64, 96) and masks.dtype == torch.bool
+
+
+def test_wrong_inputs_of_a_session_are_one_clear_error():
+    processor = tiny_processor()
+    session = processor.init_video_session()
+    with pytest.raises(InputError, match="There is no prompt"):
+        processor.add_inputs_to_inference_session(session, 0, 1)
+    with pytest.raises(InputError, match="pass original_size"):
+        processor.add_inputs_to_inference_session(session, 0, 1, input_boxes=[[[0, 0, 5, 5]]])
+    with pytest.raises(InputError, match="2 input_masks for 1 objects"):
+        processor.add_inputs_to_inference_session(session, 0, 1, input_masks=[square(2), square(3)])
+    with pytest.raises(InputError, match="no frames"):
+        processor.init_video_session(video=[])
