@@ -107,10 +107,12 @@ class LabelMemory:
 
 def frame_keys(features: OVSamFeatures) -> Keys:
     """The keys of one image: of the maps at strides 8 and 16 that adapters read, or else of the SAM side's."""
-    assert features.sam is not None and features.sam.pyramid is not None
-    maps = features.sam.pyramid
+    assert features.sam is not None
     if features.maps and features.clip_frame is None:
         maps = features.maps[:3]
+    else:
+        assert features.sam.pyramid is not None
+        maps = features.sam.pyramid
     coarse = F.normalize(maps[-1].float(), dim=1)  # [1, D, h, w]
     parts = [F.interpolate(coarse, scale_factor=FINE, mode="bilinear", align_corners=False)]
     whole = [coarse]
