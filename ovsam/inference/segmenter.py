@@ -24,6 +24,7 @@ from ovsam.errors import InputError
 from ovsam.inference.proposers import Proposer, Question, decode_proposals, get_proposer, mask_boxes, text_inputs
 from ovsam.inference.tiling import segment_tiled
 from ovsam.modeling.configuration_ovsam import OVSamConfig
+from ovsam.modeling.fuse import fuse
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.ops.edges import edge_map
@@ -174,6 +175,16 @@ class Segmenter:
         self._proposers.clear()  # they are loaded on the device of the model
         self._embeds.clear()
         self._text_hash = ""
+        return self
+
+    def fuse(self) -> "Segmenter":
+        """Fold normalisations into convolutions and store weights channels-last, in place; returns this Segmenter.
+
+        Images are encoded faster, with outputs equal to 1e-5 (`ovsam.modeling.fuse`). The model cannot be trained or
+        saved afterwards.
+        """
+        fuse(self.model)
+        self._embeds.clear()
         return self
 
     @overload
