@@ -26,6 +26,7 @@ bench: .venv/bin/python
 	.venv/bin/python -m pip install -e .
 	.venv/bin/python benchmarks/decode_speed.py --prompts 64 --threads 2
 	.venv/bin/python benchmarks/speed.py
+	.venv/bin/python benchmarks/race.py
 	.venv/bin/python benchmarks/recall.py
 	.venv/bin/python benchmarks/video.py speed
 

@@ -28,11 +28,11 @@ OBJECTS = 100
 def random_model() -> ovsam.OVSamModel:
     """SAM 2.1-tiny's encoder and decoder, and adapters on its pyramid (composition "sam")."""
     torch.manual_seed(0)
-    adapter = {"in_channels": [256] * 4, "embed_dim": 512, "width": 128}
+    adapter = {"in_channels": [256] * 4, "embed_dim": 384, "width": 128}  # as wide as the text tower
     config = ovsam.OVSamConfig(
         composition="sam",
         sam_config=Sam2Config(),
-        clip_config=DualEncoderConfig(text_config=text_config(), embed_dim=512),
+        clip_config=DualEncoderConfig(text_config=text_config(), embed_dim=384),
         clip2sam_config=ovsam.Clip2SamConfig(**adapter),
         concepts_config=ovsam.ConceptHeadConfig(**adapter),
         nms_threshold=1.0,  # random proposals overlap at random; as many as are asked for shall stay

@@ -33,7 +33,7 @@ def run_compare(base, tuned, data, images=None, json_path=None, limit=None, devi
     figures = []
     for name in (base, tuned):
         segmenter = load(name, device=device)
-        figures.append(measure(segmenter, coco, folder, limit))
+        figures.append(measure(segmenter, coco, folder, limit, baselines=False))
     before, after = figures
     print(f"\n{min(limit or 10**9, len(coco.imgs))} pictures of {data}\nbase: {base}\ntuned: {tuned}\n")
     print(f"{'':<40}{'base':>9}{'tuned':>9}{'change':>9}")

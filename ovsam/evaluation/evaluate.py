@@ -115,7 +115,7 @@ def table(figures: Figures) -> str:
     shown = [one for one in ("", *COLUMNS) if any(one in row for row in rows.values())]
     lines = [" " * width + "".join(f"{(one or 'all'):>{max(9, len(one) + 2)}}" for one in shown)]
     for title, row in rows.items():
-        cells = (f"{row[one]:.3f}" if one in row else "" for one in shown)
+        cells = (f"{round(row[one], 3) + 0.0:.3f}" if one in row else "" for one in shown)
         each = (f"{cell:>{max(9, len(one) + 2)}}" for one, cell in zip(shown, cells, strict=True))
         lines.append((f"{title:<{width}}" + "".join(each)).rstrip())
     return "\n".join(lines)

@@ -79,7 +79,7 @@ def _table(figures: Figures) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("figure", "all", *COLUMNS))
     lines = []
     for title, row in columns(figures).items():
-        cells = (f"{row[name]:.3f}" if name in row else "" for name in ("", *COLUMNS))
+        cells = (f"{round(row[name], 3) + 0.0:.3f}" if name in row else "" for name in ("", *COLUMNS))
         lines.append(f"<tr><td>{escape(title)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 

@@ -18,7 +18,7 @@ def test_a_tuned_model_must_gain_and_lose_nothing(coco, tmp_path, monkeypatch, c
     figures["tuned"] |= {key: 0.5 + value for key, value in change.items()}
     monkeypatch.setattr(compare, "load", lambda model, device: model)
     monkeypatch.setattr(compare, "open_coco", lambda path: coco[0])
-    monkeypatch.setattr(compare, "measure", lambda model, *_: figures[model])
+    monkeypatch.setattr(compare, "measure", lambda model, *_, **__: figures[model])
     assert compare.run_compare("base", "tuned", data="x.json", json_path=tmp_path / "both.json") is better
     assert ("does not beat" not in capsys.readouterr().out) is better
     assert json.loads((tmp_path / "both.json").read_text())["base"] == figures["base"]

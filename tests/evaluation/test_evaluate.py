@@ -118,6 +118,24 @@ def test_tasks_and_the_limit(segmenter, dataset, monkeypatch, capsys):
     assert "2 pictures" in capsys.readouterr().out
 
 
+def test_lvis_is_asked_for_what_its_images_were_searched_for(segmenter, dataset, tmp_path, monkeypatch, capsys):
+    content = json.loads((dataset / "annotations.json").read_text())
+    for image in content["images"]:
+        image |= {"neg_category_ids": [3], "not_exhaustive_category_ids": [1]}
+    for category, frequency in zip(content["categories"], "rcff", strict=True):
+        category["frequency"] = frequency
+    (tmp_path / "lvis.json").write_text(json.dumps(content))
+    monkeypatch.setattr(evaluate, "load", lambda name, device: segmenter)
+    asked = {"tasks": ["words"], "baselines": False, "output": tmp_path / "out"}
+    figures = evaluate.run_eval(tmp_path / "lvis.json", "m", images=dataset, **asked)
+    records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()[1:]]
+    assert all(one["words"]["absent"] == [3] for one in records)
+    named = {name.removeprefix("words -> masks: ") for name in figures}
+    assert {"AP-fixed", "AP, rare", "AP, common", "AP-pool, rare"} <= named
+    assert np.isnan(figures["words -> masks: AP, frequent"])  # no image shows one
+    assert figures["words -> masks: AP, novel"] == figures["words -> masks: AP, rare"]
+
+
 def test_a_picture_of_another_size_is_refused(segmenter, dataset, tmp_path):
     picture(1, 64, 64).save(tmp_path / "1.png")
     with pytest.raises(InputError, match="has not the size"):
