@@ -6,6 +6,7 @@ import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ovsam.errors import InputError
 from ovsam.inference.labelling.journal import Journal, Journals, read_header
@@ -14,6 +15,9 @@ from ovsam.ops.files import check_target
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.results.formats import FORMATS, check_format
 from ovsam_cli import arguments
+
+if TYPE_CHECKING:
+    from ovsam.inference.labelling.job import Ask, Question
 
 PARSER = {
     "usage": "ovsam label INPUT... (--text WORD... | --vocabulary NAME|FILE) -o OUT [options]\n"
@@ -145,12 +149,8 @@ def run(args: Namespace) -> int:
         todo = job.pending(every, journal.done)
         summary = job.Summary()
         if todo:
-            import ovsam
-
-            question = job.Question(**args.question)
-            segmenter = ovsam.load(args.model, device=args.device)
-            question.prepare(segmenter)
-            outcomes = job.run_local(todo, lambda images, **more: question.ask(segmenter, images, **more), args.workers)
+            load = _Load(args.model, args.device, job.Question(**args.question))
+            outcomes = job.run_local(todo, load(), args.workers, frozenset(journal.done))
             try:
                 summary = job.record(outcomes, journal, sum(map(len, every)))
             except OSError as error:
@@ -174,6 +174,25 @@ def run(args: Namespace) -> int:
         return 1 if summary.failed else 0
     opened = {item.key: item for item in items}
     return max(_export(args, Journals([_journal(args)]), opened), 1 if summary.failed else 0)
+
+
+class _Load:
+    """Loads a model where it is asked, and asks it; what travels to an actor.
+
+    Args:
+        model, device: of `ovsam.load`.
+        question: what is asked.
+    """
+
+    def __init__(self, model: str, device: str | None, question: "Question"):
+        self.model, self.device, self.question = model, device, question
+
+    def __call__(self) -> "Ask":
+        import ovsam
+
+        segmenter = ovsam.load(self.model, device=self.device)
+        self.question.prepare(segmenter)
+        return lambda images, **options: self.question.ask(segmenter, images, **options)
 
 
 def _export(args: Namespace, images: Journals, items: dict[str, Item]) -> int:

@@ -180,6 +180,8 @@ def test_errors_are_listed_and_the_rest_goes_on(photos, segmenter, capsys, monke
     assert "15 images (0 of them before), 30 new objects, 3 errors" in streams.out
     assert "1/001.png: ZeroDivisionError" in streams.err and "all of them: out/errors.jsonl" in streams.err
     monkeypatch.setattr(Item, "open", opened)
+    segmenter.batches.clear()
+    assert label(photos) == 1 and segmenter.batches == [4, 1, 1, 1, 1]  # not where images cannot even be opened
     make_photos(photos, 18)  # mended: only these are missing
     segmenter.batches.clear()
     assert label(photos) == 0 and not Path("out/errors.jsonl").exists()

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +66,7 @@ class Question:
 
 
 Found = Any  # Results, or another `Labelled` image
+Ask = Callable[..., list[Found]]  # images, and further options of the question -> what is found in each
 Outcome = Found | str  # what was found, or why nothing could be
 
 
@@ -76,7 +77,7 @@ class Asker:
         ask: images, and further options -> their results; `Question.ask` of a Segmenter.
     """
 
-    def __init__(self, ask: Callable[..., list[Found]]):
+    def __init__(self, ask: Ask):
         self.ask = ask
         self.limit = sys.maxsize  # images that fit the memory at a time, as far as was tried
 
@@ -136,9 +137,12 @@ def batches(items: Sequence[Item], size: int, shard: tuple[int, int] = (1, 1)) -
 
 
 def run_local(
-    todo: Sequence[Sequence[Item]], ask: Callable[..., list[Found]], workers: int
+    todo: Sequence[Sequence[Item]], ask: Ask, workers: int, done: Collection[str] = ()
 ) -> Iterator[tuple[Sequence[Item], list[Outcome]]]:
-    """Each batch with its outcomes, in order. Images are decoded by `workers` threads, `AHEAD` batches in advance."""
+    """Each batch with its outcomes, in order. Images are decoded by `workers` threads, `AHEAD` batches in advance.
+
+    Batches of which only images in `done` can be opened are not asked.
+    """
     asker = Asker(ask)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         waiting: deque[tuple[Sequence[Item], list[Future]]] = deque()
@@ -150,7 +154,10 @@ def run_local(
                 if not waiting:
                     return
                 batch, opening = waiting.popleft()
-                yield batch, asker(batch, [one.result() for one in opening])
+                images = [one.result() for one in opening]
+                fresh = [image for item, image in zip(batch, images, strict=True) if item.key not in done]
+                asked = any(isinstance(image, Image.Image) for image in fresh)
+                yield batch, asker(batch, images) if asked else [str(image) for image in images]
         finally:
             pool.shutdown(cancel_futures=True)
 

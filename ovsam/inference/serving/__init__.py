@@ -1,0 +1,1 @@
+"""Segmenter as the model of labelling tools."""
