@@ -28,10 +28,11 @@ def run(args: Namespace) -> int:
 
     from ovsam.checkpoints import compose as parts
     from ovsam.checkpoints.convert.base import new_folder
+    from ovsam.modeling.adapters import ADAPTERS
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    names = ("sam", "clip", *parts.ADAPTERS)
+    names = ("sam", "clip", *ADAPTERS)
     chosen = {name: getattr(args, name) for name in names if getattr(args, name)}
     with new_folder(args.output) as folder:
         model, found = parts.compose_model(**chosen, composition=args.composition)

@@ -27,6 +27,7 @@ from ovsam.checkpoints.embedded import find_checkpoint
 from ovsam.checkpoints.tokenizer import clip_tokenizer
 from ovsam.checkpoints.weight_files import OPEN_CLIP, check_weights, fetch, is_open_clip
 from ovsam.errors import InputError
+from ovsam.modeling.adapters import ADAPTERS
 from ovsam.modeling.clip import CLIP_SIDES, ClipSide, OpenClipConfig
 from ovsam.modeling.clip.imagenet import ImageNetSide, pretrained_imagenet
 from ovsam.modeling.configuration_ovsam import OVSamConfig
@@ -35,7 +36,6 @@ from ovsam.modeling.sam import SAM_SIDES
 from ovsam.processing.processing_ovsam import OVSamProcessor
 
 IMAGENET = "imagenet:"  # prefix of the name of a classifier of timm
-ADAPTERS = ("clip2sam", "sam2clip", "concepts")
 # Video models -> the SAM side for the image model inside each.
 TRACKERS = {tracker: kind for kind, side in SAM_SIDES.items() for tracker in vars(side).get("trackers", ())}
 CALIBRATED = (

@@ -1,6 +1,5 @@
 """Data sets for training: a reader for each format, all with the same samples (see `base`)."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from ovsam.data.pictures import PictureData
 from ovsam.data.sa1b import Sa1b
 from ovsam.data.scenes.drawing import SceneConfig
 from ovsam.errors import InputError
+from ovsam.ops.arguments import accepted_arguments
 
 __all__ = [
     "READERS",
@@ -90,12 +90,5 @@ def reader_keys(kind: str) -> dict[str, bool]:
     reader = READERS[kind]
     # Further keys are passed on: to the parent class, or by open_scenes to SceneConfig.
     chain: list[Any] = list(reader.__mro__) if isinstance(reader, type) else [reader, SceneConfig]
-    keys: dict[str, bool] = {}
-    for owner in chain:
-        parameters = inspect.signature(owner).parameters.values()
-        for parameter in parameters:
-            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "words":
-                keys.setdefault(parameter.name, parameter.default is parameter.empty)
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return keys
+    accepted = accepted_arguments(chain)
+    return {name: one.default is one.empty for name, one in accepted.items() if name != "words"}

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
+from ovsam.ops.components import connected_nodes
 from ovsam.ops.nms import fast_nms, within
 from ovsam.results.instance import Instance
 from ovsam.results.results import Results
@@ -151,7 +152,7 @@ def _join(pieces: Sequence[Piece], per_word: bool) -> tuple[list[Instance], np.n
     edges = np.array([piece.window for piece in pieces])  # [n, 4]
     boxes = np.array([instance.box for instance in instances], dtype=int)
     limits = _cut(boxes, edges, (height, width))  # [n, 4]
-    group = _connected(joined)
+    group = connected_nodes(joined)
     whole, cut = [], []
     for number in np.unique(group):
         members = np.flatnonzero(group == number)
@@ -176,17 +177,6 @@ def _add_overview(found: list[Instance], cut: np.ndarray, overview: list[Instanc
     parts = (rle.covered(small, large) >= INSIDE) & alike & cut[:, None] & ~found_before
     kept = [instance for instance, part in zip(found, parts.any(1), strict=True) if not part]
     return kept + [instance for instance, there in zip(overview, found_before, strict=True) if not there]
-
-
-def _connected(joined: np.ndarray) -> np.ndarray:
-    """The connected component of each of n nodes, named by its first node; joined [n, n] is symmetric."""
-    names = np.arange(len(joined))
-    while True:
-        smallest = np.where(joined, names, len(names)).min(1, initial=len(names))
-        smallest = np.minimum(names, smallest)
-        if (smallest == names).all():
-            return names
-        names = smallest
 
 
 def _cut(boxes: np.ndarray, edges: np.ndarray, size: tuple[int, int]) -> np.ndarray:

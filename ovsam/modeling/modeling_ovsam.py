@@ -315,7 +315,7 @@ class OVSamModel(OVSamPreTrainedModel):
             raise InputError("refine=False needs prototype masks, which the ConceptHead of this model does not have.")
         threshold = self.config.proposal_threshold if proposal_threshold is None else proposal_threshold
         index, valid = self._propose(features, None if everything else query, threshold)  # [B, I]
-        boxes = _take(concepts.boxes, index)  # [B, I, 4]
+        boxes = concepts.boxes.take_along_dim(index[..., None], 1)  # [B, I, 4]
         objectness = concepts.objectness.gather(1, index).float().sigmoid()
         masks, iou, tokens = self._prototype_masks(features, index), None, None
         if refine and index.shape[1]:
@@ -394,8 +394,9 @@ class OVSamModel(OVSamPreTrainedModel):
         concepts = features.concepts
         if concepts.prototypes is None:
             return None
-        masks = torch.einsum("biq,bqhw->bihw", _take(concepts.coefficients, index), concepts.prototypes)
-        boxes = _take(concepts.boxes, index) if boxes is None else boxes
+        coefficients = concepts.coefficients.take_along_dim(index[..., None], 1)  # [B, I, Q]
+        masks = torch.einsum("biq,bqhw->bihw", coefficients, concepts.prototypes)
+        boxes = concepts.boxes.take_along_dim(index[..., None], 1) if boxes is None else boxes
         return crop(masks, boxes / self._mask_stride(masks))
 
     def _prompted_prototypes(self, features: OVSamFeatures, prompts: dict) -> Tensor | None:
@@ -436,7 +437,8 @@ class OVSamModel(OVSamPreTrainedModel):
 
     def _concept_naming(self, concepts: ConceptOutput, index: Tensor) -> "Naming":
         """Class embeddings of the locations at index [B, I], each with its own scale and shift."""
-        return Naming(*(_take(t, index) for t in (concepts.embeds, concepts.logit_scale, concepts.logit_shift)))
+        parts = (concepts.embeds, concepts.logit_scale, concepts.logit_shift)
+        return Naming(*(part.take_along_dim(index[..., None], 1) for part in parts))
 
     def _mask_stride(self, masks: Tensor) -> float:
         return self.sam.image_size / masks.shape[-1]
@@ -450,8 +452,3 @@ def _score(
         return None
     things = None if objectness is None else objectness[..., None]
     return calibrated(instance_scores(logits.float(), things, weight), calibration)
-
-
-def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    """tensor [B, L, X], index [B, I] -> [B, I, X]"""
-    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))

@@ -1,4 +1,4 @@
-"""Boxes of masks."""
+"""Boxes of masks, and their overlap."""
 
 import torch
 from torch import Tensor
@@ -15,3 +15,11 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     y1 = torch.where(rows, y + 1, 0).amax(-1)
     boxes = torch.stack([x0, y0, x1, y1], -1).float()
     return torch.where(columns.any(-1, keepdim=True), boxes, torch.zeros_like(boxes))
+
+
+def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of each box with the other at the same place, both [..., 4] xyxy -> [...]."""
+    shared = torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])
+    shared = shared.clamp(min=0).prod(-1)
+    areas = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (boxes, others))
+    return shared / (sum(areas) - shared).clamp(min=1e-6)

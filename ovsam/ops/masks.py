@@ -5,6 +5,13 @@ import torch
 from torch import Tensor
 
 CHUNK = 64  # number of pixels whose distance is computed at a time
+EMPTY = -20.0  # logit of a pixel that is certainly not in the mask
+INSIDE, OUTSIDE = 10.0, -10.0  # logits of a mask that is given as bool, as SAM's mask prompts are scaled
+
+
+def mask_logits(masks: Tensor) -> Tensor:
+    """Masks, bool or already logits -> float logits of the same shape; pad them with OUTSIDE."""
+    return torch.where(masks, INSIDE, OUTSIDE) if masks.dtype == torch.bool else masks.float()
 
 
 def crop(masks: Tensor, boxes: Tensor) -> Tensor:
@@ -13,7 +20,7 @@ def crop(masks: Tensor, boxes: Tensor) -> Tensor:
     x = torch.arange(masks.shape[-1], device=masks.device) + 0.5
     columns = (x > boxes[..., 0:1] - 1) & (x < boxes[..., 2:3] + 1)  # [B, I, w]
     rows = (y > boxes[..., 1:2] - 1) & (y < boxes[..., 3:4] + 1)  # [B, I, h]
-    return masks.masked_fill(~(rows[..., :, None] & columns[..., None, :]), -20.0)
+    return masks.masked_fill(~(rows[..., :, None] & columns[..., None, :]), EMPTY)
 
 
 def mask_overlap(masks: Tensor, others: Tensor | None = None) -> Tensor:

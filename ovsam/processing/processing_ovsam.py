@@ -17,6 +17,7 @@ from ovsam.modeling.outputs import OVSamOutput
 from ovsam.modeling.remote_code import auto_map, write_shim
 from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes
+from ovsam.ops.masks import OUTSIDE, mask_logits
 from ovsam.ops.segments import segments_of
 from ovsam.processing.postprocessing import (
     Canvas,
@@ -183,11 +184,11 @@ class OVSamProcessor(VideoSessions, Sam2Processor):
         """Masks [n, H, W], bool or logits, over one image -> input_masks [1, n, size / 4, size / 4], logits."""
         if masks.ndim != 3:
             raise InputError(f"Masks must be [n, H, W], one for each object; got {list(masks.shape)}.")
-        logits = torch.where(masks, 10.0, -10.0) if masks.dtype == torch.bool else masks.float()
+        logits = mask_logits(masks)
         across, down = self.picture_share(*masks.shape[1:])
         grid = round(down * size / 4), round(across * size / 4)
         logits = F.interpolate(logits[None], grid, mode="bilinear", antialias=True)
-        return F.pad(logits, (0, size // 4 - grid[1], 0, size // 4 - grid[0]), value=-10.0)
+        return F.pad(logits, (0, size // 4 - grid[1], 0, size // 4 - grid[0]), value=OUTSIDE)
 
     def tokenize(self, phrases: list[str]) -> dict[str, Tensor]:
         """Phrases -> input_ids and attention_mask [K, T]."""

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 from ovsam.inference.segmenter import Segmenter
+from ovsam.modeling.adapters import ADAPTERS
 
-ADAPTERS = ("clip2sam", "concepts", "sam2clip")
 SAVING = ".saving"  # what a killed run leaves in it is never read
 
 

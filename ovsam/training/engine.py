@@ -26,6 +26,7 @@ from ovsam.data import SegmentationData, SharedWords
 from ovsam.data.words import Word
 from ovsam.errors import InputError
 from ovsam.inference.segmenter import Segmenter, load
+from ovsam.ops.arguments import accepted_arguments
 from ovsam.ops.files import write_whole
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.training.calibrate import calibrate_recipe
@@ -46,7 +47,7 @@ from ovsam.training.preflight import (
     measure_memory,
     recompute_activations,
 )
-from ovsam.training.recipe import CALIBRATE, check_unchanged, read_recipe, record_recipe, stage_parameters, weight_files
+from ovsam.training.recipe import CALIBRATE, check_unchanged, read_recipe, record_recipe, weight_files
 from ovsam.training.report import LogFile, cut_log, draw_curves, draw_samples
 from ovsam.training.stages import STAGES
 from ovsam.training.stages.text_embeddings import word_table
@@ -211,7 +212,7 @@ def _held_out(recipe: dict, words: list[Word], size: int | None) -> Dataset | No
 def _build_stage(recipe: dict, words: list[Word], base: Segmenter | None) -> nn.Module:
     """The stage, given what its constructor names: the table of words, the towers of [model], the model of its base."""
     kind, given, model = STAGES[recipe["stage"]], dict(recipe["stage_args"]), recipe.get("model", {})
-    accepted = stage_parameters(kind)
+    accepted = accepted_arguments(kind.__mro__)
     if "words" in accepted:
         encode = _embedder(base) if base is not None else embed_texts
         if "clip" in model:

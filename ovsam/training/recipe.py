@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ovsam.errors import InputError
+from ovsam.ops.arguments import accepted_arguments
 from ovsam.ops.files import write_text
 from ovsam.training.stages import STAGES
 
@@ -137,22 +138,11 @@ def _complete(path: Path, name: str, given: dict, defaults: dict, steps: int | N
     return section
 
 
-def stage_parameters(stage: type) -> dict[str, inspect.Parameter]:
-    """What a stage's constructor takes; a stage may pass on to its parent what it does not take itself."""
-    accepted: dict[str, inspect.Parameter] = {}
-    for base in stage.__mro__:
-        own = dict(inspect.signature(base).parameters)
-        accepted = own | accepted
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
-            break
-    return {n: p for n, p in accepted.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-
-
 def _check_start(path: Path, recipe: dict) -> None:
     """The stage takes its arguments, and what it starts from is there."""
     given, model = recipe["stage_args"], recipe.get("model", {})
     if recipe["stage"] != CALIBRATE:
-        accepted = stage_parameters(STAGES[recipe["stage"]])
+        accepted = accepted_arguments(STAGES[recipe["stage"]].__mro__)
         built = {"words", "towers"} | ({"model"} if "base" in model else set())  # these the engine makes
         names = accepted.keys() - built
         if unknown := given.keys() - names:

@@ -17,6 +17,7 @@ import ovsam
 from ovsam.checkpoints.convert import convert_checkpoint, map_tensors
 from ovsam.checkpoints.convert.open_vocabulary_sam import RENAMES, TEMPLATES, UNUSED, read_config
 from ovsam.modeling.adapters import Clip2SamFpnAdapter, Sam2ClipVitAdapter, Sam2ClipVitConfig
+from ovsam.modeling.adapters.common import box_levels, pool_from_pyramid
 from ovsam.modeling.sam import SAM_SIDES, DecodedMasks
 from ovsam.modeling.scoring import FusedNaming, row_labels
 from ovsam.ops.boxes import masks_to_boxes
@@ -210,8 +211,9 @@ def test_head(model, features, numbers, kind):
     masks = numbers[f"{kind}.low_res_masks"][:, 0][None]
     boxes = masks_to_boxes(masks > 0) * 4
     assert torch.equal(boxes[0], numbers[f"{kind}.mask_boxes"])
-    assert torch.equal(head.box_level(boxes[0]), numbers[f"{kind}.roi_level"])
-    rois = head.roi_features(head.levels(features.maps), boxes)
+    size, finest = head.config.roi_size, head.config.finest_size
+    assert torch.equal(box_levels(boxes[0], finest, 4), numbers[f"{kind}.roi_level"])
+    rois = pool_from_pyramid(head.levels(features.maps), 4, boxes, size, finest)
     assert distance(rois, numbers[f"{kind}.roi_feats"]) < TOLERANCE
     convolved = head.roi_conv(rois).relu()
     assert distance(convolved.mean((2, 3)), numbers[f"{kind}.roi_vec"]) < TOLERANCE
@@ -225,8 +227,9 @@ def test_head(model, features, numbers, kind):
 def test_head_on_boxes_at_the_edges(model, features, numbers):
     """At the borders of the levels, without area, outside the picture."""
     head, boxes = model.clip2sam, numbers["roi_probe.boxes"]
-    assert torch.equal(head.box_level(boxes), numbers["roi_probe.level"])
-    rois = head.roi_features(head.levels(features.maps), boxes[None])
+    size, finest = head.config.roi_size, head.config.finest_size
+    assert torch.equal(box_levels(boxes, finest, 4), numbers["roi_probe.level"])
+    rois = pool_from_pyramid(head.levels(features.maps), 4, boxes[None], size, finest)
     vectors = head.roi_conv(rois).relu().mean((2, 3))
     assert distance(vectors, numbers["roi_probe.vec"]) < TOLERANCE
     assert vectors[:2].abs().max() == 0

@@ -28,7 +28,6 @@ from transformers import (
 
 import ovsam
 from ovsam.inference.proposers import Proposals, get_proposer
-from ovsam.inference.proposers.clip_dense import connected_cells
 from ovsam.inference.proposers.detector import Detector
 from ovsam.inference.proposers.grid import stability
 from ovsam.inference.proposers.sam3 import Sam3
@@ -254,15 +253,6 @@ def test_names_of_proposers():
     for name in ("gird", "detector", "sam3:"):
         with pytest.raises(ovsam.InputError, match="no proposer"):
             get_proposer(name)
-
-
-def test_connected_cells():
-    masks = torch.tensor([[[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0]]], dtype=torch.bool)
-    places = connected_cells(masks)[0]
-    assert torch.equal(places > 0, masks[0])
-    first, diagonal, corner = places[0, 0], places[1, 3], places[3, 0]
-    assert places[0, 1] == first and places[2, 2] == diagonal
-    assert len({int(first), int(diagonal), int(corner)}) == 3
 
 
 def test_clip_dense_points_lie_at_the_highest_similarity(segmenter):

@@ -9,6 +9,7 @@ from torchvision.ops import roi_align
 from transformers import AutoConfig, AutoModel
 
 from ovsam import Clip2SamAdapter, Clip2SamConfig, ConceptHead, ConceptHeadConfig, Sam2ClipAdapter, Sam2ClipConfig
+from ovsam.modeling.adapters.common import box_rois, pool_from_pyramid
 
 CHANNELS = [4, 6, 8, 10]
 READ = {"in_channels": CHANNELS, "embed_dim": D, "width": 16}
@@ -117,12 +118,11 @@ def test_a_new_clip2sam_adapter_gives_clips_own_embedding():
 
 def test_boxes_are_read_at_a_stride_that_suits_them():
     """About seven cells across: 56 px at stride 8, 112 at 16, more at 32; never finer or coarser than there is."""
-    model = build("clip2sam")
     levels = [torch.randn(2, 16, 16 >> i, 16 >> i) for i in range(3)]
     sizes = {20: 0, 56: 0, 100: 0, 120: 1, 200: 1, 230: 2, 900: 2}
-    rois = torch.tensor([[i % 2, 5.0, 9.0, 5.0 + size, 9.0 + size] for i, size in enumerate(sizes)])
-    found = model._roi_features(levels, rois)
-    for roi, features, level in zip(rois, found, sizes.values(), strict=True):
+    boxes = torch.tensor([[5.0, 9.0, 5.0 + size, 9.0 + size] for size in sizes]).expand(2, -1, -1)
+    found = pool_from_pyramid(levels, 8, boxes, 7, 56, sampling_ratio=2)
+    for roi, features, level in zip(box_rois(boxes), found, [*sizes.values()] * 2, strict=True):
         expected = roi_align(levels[level], roi[None], 7, 1 / (8 * 2**level), 2, True)[0]
         assert_close(features, expected)
 

@@ -18,6 +18,7 @@ from transformers import Owlv2Config, SamConfig, SiglipConfig
 from ovsam.errors import InputError
 from ovsam.modeling.clip import CLIP_SIDES, OpenClipConfig
 from ovsam.modeling.sam import SAM_SIDES
+from ovsam.ops.arguments import accepted_arguments
 from ovsam.training import engine as training_run
 from ovsam.training import recipe as recipes
 from ovsam.training.stages import STAGES, towers
@@ -151,7 +152,7 @@ def test_stage_and_arguments_of_a_recipe_exist(name):
     recipe = READ[name]
     if recipe["stage"] == "calibrate":
         return
-    accepted = recipes.stage_parameters(STAGES[recipe["stage"]])
+    accepted = accepted_arguments(STAGES[recipe["stage"]].__mro__)
     assert recipe["stage_args"].keys() <= accepted.keys()
     if "towers" in accepted:
         assert recipe["model"].keys() <= {"sam", "clip", "composition", "clip_size", "templates"}

@@ -14,7 +14,6 @@ from testers.stage import WORDS, StageTester, draw_batch, draw_words, towers
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import Dataset
-from torchvision.ops import sigmoid_focal_loss
 from transformers import CLIPModel, Owlv2Config, Sam2Model, ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.mask2former import modeling_mask2former as mask2former
 
@@ -183,10 +182,24 @@ class TestMae(StageTester):
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def test_focal_loss_is_torchvisions():
+@pytest.mark.parametrize(("gamma", "alpha"), [(2.0, 0.25), (2.0, None), (0.0, None), (0.0, 0.75)])
+def test_focal_loss(gamma, alpha):
+    """Lin et al. 2017, eq. 5, written out."""
     logits, target = torch.randn(4, 5), (torch.rand(4, 5) > 0.5).float()
-    want = sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2.0)
-    torch.testing.assert_close(losses.focal_loss(logits, target, 2.0, 0.25), want)
+    p = torch.where(target > 0, logits.sigmoid(), 1 - logits.sigmoid())
+    weight = torch.ones_like(p) if alpha is None else torch.where(target > 0, alpha, 1 - alpha)
+    want = -weight * (1 - p) ** gamma * p.log()
+    torch.testing.assert_close(losses.focal_loss(logits, target, gamma, alpha), want, atol=1e-6, rtol=1e-5)
+
+
+def test_giou_loss_and_iou():
+    """Rezatofighi et al. 2019, algorithm 1: overlapping, apart, equal, without area."""
+    boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 2, 2], [1, 1, 5, 3], [3, 3, 3, 3]])
+    targets = torch.tensor([[2.0, 2, 6, 6], [4, 0, 6, 2], [1, 1, 5, 3], [0, 0, 2, 2]])
+    loss, iou = losses.giou_loss(boxes, targets)
+    union, hull = torch.tensor([28.0, 8, 8, 4]), torch.tensor([36.0, 12, 8, 9])
+    torch.testing.assert_close(iou, torch.tensor([4 / 28, 0, 1, 0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss, 1 - iou + (hull - union) / hull, atol=1e-6, rtol=0)
 
 
 def test_point_losses_are_mask2formers():

@@ -13,6 +13,7 @@ from ovsam.errors import InputError
 from ovsam.modeling.geometry import boxes_from_clip
 from ovsam.modeling.scoring import calibrated, instance_scores
 from ovsam.ops.boxes import masks_to_boxes
+from ovsam.ops.masks import OUTSIDE, mask_logits
 
 if TYPE_CHECKING:
     from ovsam.modeling.modeling_ovsam import OVSamModel
@@ -184,11 +185,11 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 def _over_input(question: Question, masks: Tensor) -> Tensor:
     """Masks [n, h, w] over the image -> logits [1, n, 1, h', w'] over the model input, at the same resolution."""
-    logits = torch.where(masks, 10.0, -10.0) if masks.dtype == torch.bool else masks.float()
+    logits = mask_logits(masks)
     width, height = (side / question.model.sam.image_size for side in question.extent)
     h, w = masks.shape[1:]
     right, below = round(w / width) - w, round(h / height) - h
-    return F.pad(logits, (0, right, 0, below), value=-10.0)[None, :, None]
+    return F.pad(logits, (0, right, 0, below), value=OUTSIDE)[None, :, None]
 
 
 def _check(proposals: Proposals, words: int) -> None:

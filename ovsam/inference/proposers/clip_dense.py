@@ -8,10 +8,10 @@ IoU and the name of the decoded mask do.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ovsam.errors import InputError
 from ovsam.inference.proposers.base import Proposals, Question
+from ovsam.ops.components import connected_cells
 
 LEAST_SHARE = 0.5  # of the way from a word's mean in the image to its maximum: cells below are background
 MOST = 100  # places
@@ -49,16 +49,3 @@ def clip_dense(question: Question) -> Proposals:
         boxes=question.boxes_from_clip(torch.tensor([box for *_, box in found]).reshape(-1, 4) / cells),
         points=(best_cells[:, :2] + best_cells[:, 2:]) / 2,
     )
-
-
-def connected_cells(masks: Tensor) -> Tensor:
-    """masks [K, h, w] bool -> [K, h, w] int: 0 outside, and one number for all cells that touch, also at a corner.
-
-    Every cell starts with a number of its own and takes the largest around it until nothing changes."""
-    height, width = masks.shape[1:]
-    own = torch.arange(1, height * width + 1, device=masks.device, dtype=torch.float32).view(height, width) * masks
-    while True:
-        spread = F.max_pool2d(own[:, None], 3, 1, 1)[:, 0] * masks
-        if torch.equal(spread, own):
-            return own.int()
-        own = spread

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 from transformers import initialization as init
 
-from ovsam.modeling.adapters.common import AdapterModel, RegionProjection, TopDown
+from ovsam.modeling.adapters.common import AdapterModel, RegionProjection, TopDown, pool_from_pyramid
 from ovsam.modeling.clip.base import mask_pool
 from ovsam.modeling.geometry import boxes_to_clip, maps_to_clip
 from ovsam.modeling.remote_code import RemoteCodeConfig
@@ -87,8 +87,8 @@ class Clip2SamAdapter(AdapterModel):
         b, p = boxes.shape[:2]
         pooled = mask_pool(self.region(maps), masks)  # [B, P, D]
 
-        rois = torch.cat([torch.arange(b, device=boxes.device).repeat_interleave(p)[:, None], boxes.flatten(0, 1)], 1)
-        features = self._roi_features(self.pyramid(maps[1:]), rois.float())  # [B*P, width, 7, 7]
+        # [B*P, width, 7, 7], about 7 cells of its level across each box
+        features = pool_from_pyramid(self.pyramid(maps[1:]), 8, boxes, ROI, 8 * ROI, sampling_ratio=2)
         each = torch.cat([torch.arange(b * p, device=boxes.device)[:, None], boxes.flatten(0, 1)], 1)
         inside = roi_align(masks.flatten(0, 1)[:, None].float(), each.float(), ROI, 1 / 4, 2, True).to(features.dtype)
 
@@ -126,13 +126,3 @@ class Clip2SamAdapter(AdapterModel):
     def logits(self, embeds: Tensor, words: Tensor) -> Tensor:
         """embeds [B, P, D], words [K, D] -> [B, P, K]"""
         return (embeds @ words.T + self.logit_shift) * self.log_scale.exp()
-
-    def _roi_features(self, levels: list[Tensor], rois: Tensor) -> Tensor:
-        """RoIAlign on the level on which the box is about 7 cells wide (Lin et al. 2017, eq. 1)."""
-        side = (rois[:, 3:] - rois[:, 1:3]).clamp(min=1).prod(1).sqrt()
-        level = torch.floor(torch.log2(side / (ROI * 8) + 1e-6)).clamp(0, len(levels) - 1)
-        pooled = rois.new_zeros(len(rois), levels[0].shape[1], ROI, ROI)
-        for i, feature in enumerate(levels):
-            here = (level == i).nonzero()[:, 0]
-            pooled = pooled.index_copy(0, here, roi_align(feature.float(), rois[here], ROI, 1 / (8 * 2**i), 2, True))
-        return pooled.to(levels[0].dtype)

@@ -3,18 +3,15 @@ pyramid, RoIAlign on the box of the mask, and one linear layer."""
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
-from ovsam.modeling.adapters.common import AdapterModel, TopDown
+from ovsam.modeling.adapters.common import AdapterModel, TopDown, pool_from_pyramid
 from ovsam.modeling.geometry import boxes_to_clip, maps_to_clip
 from ovsam.modeling.remote_code import RemoteCodeConfig
 from ovsam.modeling.scoring import FusedNaming
 from ovsam.ops.boxes import masks_to_boxes
-
-EMPTY = -20.0  # logit of a pixel outside the model input
+from ovsam.ops.masks import EMPTY
 
 
 class Clip2SamFpnConfig(RemoteCodeConfig):
@@ -63,7 +60,8 @@ class Clip2SamFpnAdapter(AdapterModel):
         """
         stride = 4 * maps[0].shape[-1] / masks.shape[-1]
         boxes = masks_to_boxes(masks > 0.5) * stride  # [B, P, 4] in pixels of CLIP's input
-        rois = self.roi_features(self.levels(maps), boxes)
+        config = self.config
+        rois = pool_from_pyramid(self.levels(maps), 4, boxes, config.roi_size, config.finest_size)
         embeds = F.relu(self.roi_conv(rois)).mean((2, 3))  # [B*P, D, r, r] -> [B*P, D]
         return F.normalize(embeds, dim=-1).unflatten(0, boxes.shape[:2])
 
@@ -87,21 +85,3 @@ class Clip2SamFpnAdapter(AdapterModel):
     def levels(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
         """Maps at strides 4, 8, 16, 32 -> the feature pyramid at the same strides, each [B, width, hi, wi]."""
         return [conv(level) for conv, level in zip(self.smooth, self.pyramid(maps), strict=True)]
-
-    def roi_features(self, levels: list[Tensor], boxes: Tensor) -> Tensor:
-        """Boxes [B, P, 4] -> [B*P, width, r, r], each from the level for its size (Lin et al. 2017, eq. 1)."""
-        size = self.config.roi_size
-        image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
-        rois = torch.cat([image[:, None], boxes.flatten(0, 1)], 1).float()  # [B*P, 5]
-        level = self.box_level(boxes).flatten()
-        features = rois.new_zeros(len(rois), self.config.width, size, size)
-        for i, feature in enumerate(levels):
-            here = (level == i).nonzero()[:, 0]
-            pooled = roi_align(feature.float(), rois[here], size, 1 / (4 * 2**i), aligned=True)
-            features = features.index_copy(0, here, pooled)
-        return features.to(levels[0].dtype)
-
-    def box_level(self, boxes: Tensor) -> Tensor:
-        """Boxes [..., 4] -> index of the pyramid level for their size, [...]."""
-        side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
-        return torch.floor(torch.log2(side / self.config.finest_size + 1e-6)).clamp(0, 3).long()

@@ -1,8 +1,11 @@
 """Base class and modules of the adapters."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
@@ -65,6 +68,42 @@ class TopDown(nn.Module):
         for i in range(len(laterals) - 2, -1, -1):
             laterals[i] = laterals[i] + upsample(laterals[i + 1])
         return laterals
+
+
+def box_rois(boxes: Tensor) -> Tensor:
+    """Boxes [B, P, 4] -> RoIAlign's rows [B*P, 5], the image's number before each box."""
+    image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+    return torch.cat([image[:, None], boxes.flatten(0, 1)], 1).float()
+
+
+def box_levels(boxes: Tensor, finest_size: float, levels: int) -> Tensor:
+    """Boxes [..., 4] -> the pyramid level of each [...], the finest for boxes less than twice `finest_size` pixels
+    across, the next for less than four times, and so on (FPN, Lin et al. 2017, eq. 1)."""
+    side = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1).sqrt()
+    return torch.floor(torch.log2(side / finest_size + 1e-6)).clamp(0, levels - 1).long()
+
+
+def pool_from_pyramid(
+    levels: Sequence[Tensor], stride: int, boxes: Tensor, size: int, finest_size: float, sampling_ratio: int = -1
+) -> Tensor:
+    """RoIAlign of each box from the level that suits its size.
+
+    Args:
+        levels: maps [B, C, hi, wi], the first at `stride`, each of the others at twice the stride before.
+        boxes: [B, P, 4] xyxy in pixels of the model input.
+        size: cells r across a pooled region.
+        finest_size: see `box_levels`.
+
+    Returns:
+        [B*P, C, r, r]
+    """
+    rois, level = box_rois(boxes), box_levels(boxes, finest_size, len(levels)).flatten()
+    pooled = rois.new_zeros(len(rois), levels[0].shape[1], size, size)
+    for i, feature in enumerate(levels):
+        here = (level == i).nonzero()[:, 0]
+        found = roi_align(feature.float(), rois[here], size, 1 / (stride * 2**i), sampling_ratio, aligned=True)
+        pooled = pooled.index_copy(0, here, found)
+    return pooled.to(levels[0].dtype)
 
 
 class RegionProjection(nn.Module):

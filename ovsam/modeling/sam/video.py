@@ -23,9 +23,8 @@ from ovsam.modeling.sam.base import check_prompts
 from ovsam.modeling.sam.decode import decode_masks
 from ovsam.modeling.sam.memory import Recall
 from ovsam.modeling.sam.sam2 import Sam2Side
+from ovsam.ops.masks import INSIDE, OUTSIDE
 
-# Logits that stand for the pixels of a given mask, inside and outside.
-INSIDE, OUTSIDE = 10.0, -10.0
 # Bytes of attention scores that are computed at once on a CPU, whose caches are small.
 SCORES_AT_ONCE = 2**23
 

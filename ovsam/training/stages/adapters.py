@@ -14,7 +14,7 @@ from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter, Clip2SamConfig
 from ovsam.modeling.clip.base import mask_pool
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.training.stages.concepts import ConceptsStage
-from ovsam.training.stages.prompts import choose_objects, resize_masks, take, visible_objects
+from ovsam.training.stages.prompts import choose_objects, resize_masks, visible_objects
 from ovsam.training.stages.text_embeddings import WordTable
 from ovsam.training.stages.towers import Towers, start_region
 from ovsam.training.stages.word_losses import LitLosses
@@ -105,6 +105,6 @@ class AdaptersStage(ConceptsStage):
         losses = {"mask_name": name_loss}
         losses["mask_word"] = self.word_weight * self.word_losses.word_loss(logits, ids, asked)
         if taught is not None:
-            distance = 1 - (embeds.float() * take(taught, keep)[visible].float()).sum(-1)
+            distance = 1 - (embeds.float() * taught.take_along_dim(keep[..., None], 1)[visible].float()).sum(-1)
             losses["mask_teacher"] = self.teacher_weight * distance.sum() / max(len(distance), 1)
         return losses, top1

@@ -20,10 +20,10 @@ from torchvision.ops import nms
 from ovsam.modeling.adapters.concepts import ConceptHead, ConceptHeadConfig
 from ovsam.modeling.outputs import ConceptOutput
 from ovsam.ops.boxes import masks_to_boxes
-from ovsam.ops.masks import crop
+from ovsam.ops.masks import EMPTY, crop
 from ovsam.training.stages.losses import dice_loss, giou_loss
 from ovsam.training.stages.predictions import Found
-from ovsam.training.stages.prompts import resize_masks, take
+from ovsam.training.stages.prompts import resize_masks
 from ovsam.training.stages.text_embeddings import WordTable
 from ovsam.training.stages.towers import Towers, start_region
 from ovsam.training.stages.word_losses import WordLosses, check_width
@@ -116,7 +116,7 @@ class ConceptsStage(nn.Module):
         masks, known = masks & ~whole[:, None, None, None], known & ~whole[:, None]
         boxes = masks_to_boxes(masks)
         place = assign(masks, boxes, self.concepts.strides)
-        truth = take(boxes, place.owner)  # [B, L, 4]
+        truth = boxes.take_along_dim(place.owner[..., None], 1)  # [B, L, 4]
         on = place.centrality > 0.02
         regression, iou = giou_loss(out.boxes[on], truth[on])
         box_loss = (regression * place.centrality[on]).sum() / place.centrality[on].sum().clamp(min=1)
@@ -171,7 +171,7 @@ class ConceptsStage(nn.Module):
         inside = box_grid(boxes[batch, owner] / 4, logits.shape[-2:])
         pixel = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * inside
         pixel = pixel.sum((-1, -2)) / inside.sum((-1, -2)).clamp(min=1)
-        cropped = torch.where(inside > 0, logits, logits.new_full((), -20.0))
+        cropped = torch.where(inside > 0, logits, logits.new_full((), EMPTY))
         return (2 * pixel + 2 * dice_loss(cropped, target)).sum() / max(len(target), 1)
 
     @torch.no_grad()

@@ -3,18 +3,15 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from ovsam.ops.boxes import paired_iou
 
 
 def focal_loss(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float | None = None) -> Tensor:
-    """Sigmoid focal loss (Lin et al. 2017), element-wise; gamma 0 is cross entropy, `alpha` the weight of what is (and
-    1 - alpha that of what is not), None both 1."""
-    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    if alpha is not None:
-        loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
-    if gamma == 0:
-        return loss
-    probability = logits.sigmoid()
-    return loss * (probability * (1 - targets) + (1 - probability) * targets) ** gamma
+    """Sigmoid focal loss (Lin et al. 2017), element-wise. `alpha` weights positives and 1 - alpha negatives; None: both
+    have weight 1. With gamma 0 it is cross entropy."""
+    return sigmoid_focal_loss(logits, targets, alpha=-1 if alpha is None else alpha, gamma=gamma)
 
 
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -61,10 +58,4 @@ def point_mask_losses(logits: Tensor, targets: Tensor, count: int) -> tuple[Tens
 
 def giou_loss(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Generalised IoU loss (Rezatofighi et al. 2019) and plain IoU of paired xyxy boxes [n, 4] -> [n], [n]."""
-    left, right = torch.maximum(boxes[:, :2], targets[:, :2]), torch.minimum(boxes[:, 2:], targets[:, 2:])
-    overlap = (right - left).clamp(min=0).prod(-1)
-    union = (boxes[:, 2:] - boxes[:, :2]).prod(-1) + (targets[:, 2:] - targets[:, :2]).prod(-1) - overlap
-    iou = overlap / union.clamp(min=1e-6)
-    hull = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])
-    hull_area = hull.clamp(min=0).prod(-1)
-    return 1 - iou + (hull_area - union) / hull_area.clamp(min=1e-6), iou
+    return generalized_box_iou_loss(boxes, targets), paired_iou(boxes, targets)

@@ -34,7 +34,6 @@ from ovsam.modeling.features import sam_channels, sam_maps
 from ovsam.modeling.sam import SAM_SIDES, SamFeatures, SamSide
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.training.feature_cache import FeatureCache
-from ovsam.training.stages.prompts import take
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Spec = str | dict
@@ -152,7 +151,7 @@ class Towers(nn.Module):
         out = self.clip.concepts(features)
         fit = torch.stack([box_iou(b, o) for b, o in zip(boxes, out.boxes.float(), strict=True)])  # [B, O, L]
         best = (fit * out.objectness.sigmoid()[:, None]).argmax(-1)  # [B, O]
-        return take(out.embeds, best)
+        return out.embeds.take_along_dim(best[..., None], 1)
 
 
 def start_region(adapter: AdapterModel, towers: Towers) -> AdapterModel:
