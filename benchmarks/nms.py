@@ -1,0 +1,93 @@
+"""Which non-maximum suppression finds most: each kind of `ovsam.ops.nms.NMS` on the same proposals.
+
+    python benchmarks/nms.py [--model ovsam-tiny] [--data tests/data/emojiscenes-val] [--crowded 25] [--loose 0.9]
+
+Every image is asked for its words and its absent words, as in `ovsam eval`, and the kinds are compared by mask AP.
+`--crowded N` takes the N most crowded images only: by the mean over their objects of the highest box IoU with another
+object. The model suppresses proposals before it refines them, by thresholds of its own; beside these rows, others show
+the same with both thresholds at `--loose`, so that more of the objects that cover each other, and more duplicates,
+reach post-processing.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.ops import box_convert, box_iou
+from tqdm import tqdm
+
+import ovsam
+from ovsam.evaluation.evaluate import ap_floor, average_precision, draw_absent, open_coco, true_objects
+from ovsam.ops.nms import NMS
+from ovsam.processing.vocabulary import Vocabulary
+
+
+def crowding(boxes: list[list[float]]) -> float:
+    """Boxes xywh of the objects of an image -> the mean of their highest IoU with another one."""
+    corners = box_convert(torch.tensor(boxes, dtype=torch.float).reshape(-1, 4), "xywh", "xyxy")
+    return float(box_iou(corners, corners).fill_diagonal_(0).amax(1).mean()) if boxes else 0.0
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="ovsam-tiny")
+    parser.add_argument("--data", type=Path, default=Path("tests/data/emojiscenes-val"))
+    parser.add_argument("--crowded", type=int, help="number of images, the most crowded ones (default: all images)")
+    parser.add_argument("--loose", type=float, default=0.9)
+    arguments = parser.parse_args()
+
+    segmenter, coco = ovsam.load(arguments.model), open_coco(arguments.data / "annotations.json")
+    config, floor = segmenter.model.config, ap_floor(segmenter)
+    own = config.nms_threshold, config.mask_nms_threshold
+    category = {coco.cats[i]["name"].strip(): i for i in sorted(coco.cats)}
+    _, embeds = segmenter.embed(Vocabulary(list(category)))
+    row = {name: i for i, name in enumerate(category)}
+
+    objects = {i: true_objects(coco, i)[0] for i in coco.imgs}
+    crowded = {i: crowding([a["bbox"] for a in found]) for i, found in objects.items() if found}
+    chosen = sorted(crowded, key=crowded.__getitem__, reverse=True)[: arguments.crowded]
+    detections: dict[tuple, list[dict]] = defaultdict(list)
+    for image_id in tqdm(chosen):
+        info = coco.imgs[image_id]
+        present = list(dict.fromkeys(coco.cats[a["category_id"]]["name"].strip() for a in objects[image_id]))
+        absent = info.get("absent_words") or draw_absent([n for n in category if n not in present], image_id)
+        words = present + absent
+        features = segmenter.encode(arguments.data / info["file_name"]).features
+        for proposals, thresholds in (("own", own), ("loose", (arguments.loose,) * 2)):
+            config.nms_threshold, config.mask_nms_threshold = thresholds
+            outputs = segmenter.model(
+                features=features,
+                text_embeds=embeds[[row[word] for word in words]],
+                text_labels=words,
+                proposal_threshold=min(floor, config.proposal_threshold),
+            )
+            outputs.mask_nms_threshold = own[1]  # that of post-processing
+            for kind in (*NMS, None):
+                found = segmenter.processor.post_process_instance_segmentation(
+                    outputs,
+                    threshold=floor,
+                    target_sizes=[(info["height"], info["width"])],
+                    nms=kind,
+                    return_coco_annotation=True,
+                )[0]
+                detections[proposals, kind] += [
+                    {"image_id": image_id, "category_id": category[label], "score": score, "segmentation": mask}
+                    for label, score, mask in zip(
+                        found["text_labels"], found["scores"].tolist(), found["masks"], strict=True
+                    )
+                ]
+    density = np.mean([crowded[i] for i in chosen])
+    print(f"\n{segmenter.name} on {len(chosen)} images of {arguments.data}")
+    print(f"mean of the highest box IoU of an object with another: {density:.2f}\n")
+    print(f"{'proposals':<11}{'NMS':<10}{'AP':>7}{'AP50':>7}{'instances':>11}")
+    for (proposals, kind), found in detections.items():
+        figures = average_precision(coco, found, sorted(chosen))
+        ap, ap50 = figures["words -> masks: AP"], figures["words -> masks: AP50"]
+        print(f"{proposals:<11}{kind or 'none':<10}{ap:>7.3f}{ap50:>7.3f}{len(found):>11}")
+
+
+if __name__ == "__main__":
+    main()
