@@ -1,8 +1,8 @@
 """Puts measured figures into the documents: `python benchmarks/figures.py RESULTS.json`, from `ovsam eval --json`.
 
-README.md and model_card.md have a `<!-- figures -->` line; the table after it is replaced. The model-index in the front
-matter of model_card.md and of the adapters' cards, which the Hub reads, is replaced as well. So no figure is typed by
-hand. `python hub/build.py --cards` then brings the cards to where they are published.
+model_card.md has a `<!-- figures -->` line; the table after it is replaced. The model-index in its front matter and in
+that of the adapters' cards, which the Hub reads, is replaced as well. So no figure is typed by hand.
+`python hub/build.py --cards` then brings the cards to where they are published.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "model_card.md")
+DOCUMENTS = ("model_card.md",)
 SIZES = ("small", "medium", "large")
 # What is shown: the row's text, the figure's name in the results, as a percentage or as it is, and the targets.
 PHOTOGRAPHS = (

@@ -19,7 +19,10 @@ from torchvision.ops import box_convert, box_iou
 from tqdm import tqdm
 
 import ovsam
-from ovsam.evaluation.evaluate import ap_floor, average_precision, draw_absent, open_coco, true_objects
+from ovsam.evaluation.datasets import open_set
+from ovsam.evaluation.metrics_ap import average_precision
+from ovsam.evaluation.tasks import ap_floor
+from ovsam.ops import rle
 from ovsam.ops.nms import NMS
 from ovsam.processing.vocabulary import Vocabulary
 
@@ -39,54 +42,51 @@ def main() -> None:
     parser.add_argument("--loose", type=float, default=0.9)
     arguments = parser.parse_args()
 
-    segmenter, coco = ovsam.load(arguments.model), open_coco(arguments.data / "annotations.json")
+    segmenter, data = ovsam.load(arguments.model), open_set(arguments.data)
     config, floor = segmenter.model.config, ap_floor(segmenter)
     own = config.nms_threshold, config.mask_nms_threshold
-    category = {coco.cats[i]["name"].strip(): i for i in sorted(coco.cats)}
-    _, embeds = segmenter.embed(Vocabulary(list(category)))
-    row = {name: i for i, name in enumerate(category)}
+    class_of = {word: i for i, word in data.words.items()}
+    _, embeds = segmenter.embed(Vocabulary(list(class_of)))
+    row = {class_id: i for i, class_id in enumerate(class_of.values())}
 
-    objects = {i: true_objects(coco, i)[0] for i in coco.imgs}
+    objects = {i: data.objects(i)[0] for i in data.coco.imgs}
     crowded = {i: crowding([a["bbox"] for a in found]) for i, found in objects.items() if found}
     chosen = sorted(crowded, key=crowded.__getitem__, reverse=True)[: arguments.crowded]
     detections: dict[tuple, list[dict]] = defaultdict(list)
     for image_id in tqdm(chosen):
-        info = coco.imgs[image_id]
-        present = list(dict.fromkeys(coco.cats[a["category_id"]]["name"].strip() for a in objects[image_id]))
-        absent = info.get("absent_words") or draw_absent([n for n in category if n not in present], image_id)
-        words = present + absent
-        features = segmenter.encode(arguments.data / info["file_name"]).features
+        asked = list(dict.fromkeys(a["category_id"] for a in objects[image_id])) + data.absent(image_id)
+        image = segmenter.encode(data.picture(image_id))
         for proposals, thresholds in (("own", own), ("loose", (arguments.loose,) * 2)):
             config.nms_threshold, config.mask_nms_threshold = thresholds
             outputs = segmenter.model(
-                features=features,
-                text_embeds=embeds[[row[word] for word in words]],
-                text_labels=words,
+                features=image.features,
+                text_embeds=embeds[[row[i] for i in asked]],
+                text_labels=[data.words[i] for i in asked],
                 proposal_threshold=min(floor, config.proposal_threshold),
             )
             outputs.mask_nms_threshold = own[1]  # that of post-processing
             for kind in (*NMS, None):
                 found = segmenter.processor.post_process_instance_segmentation(
-                    outputs,
-                    threshold=floor,
-                    target_sizes=[(info["height"], info["width"])],
-                    nms=kind,
-                    return_coco_annotation=True,
+                    outputs, threshold=floor, target_sizes=[image.image.size[::-1]], nms=kind
                 )[0]
+                rows = zip(found["text_labels"], found["scores"].tolist(), found["masks"], strict=True)
                 detections[proposals, kind] += [
-                    {"image_id": image_id, "category_id": category[label], "score": score, "segmentation": mask}
-                    for label, score, mask in zip(
-                        found["text_labels"], found["scores"].tolist(), found["masks"], strict=True
-                    )
+                    {
+                        "image_id": image_id,
+                        "category_id": class_of[label],
+                        "score": score,
+                        "segmentation": rle.encode(mask.cpu().numpy()),
+                    }
+                    for label, score, mask in rows
                 ]
+    truth = data.truth(chosen)
     density = np.mean([crowded[i] for i in chosen])
     print(f"\n{segmenter.name} on {len(chosen)} images of {arguments.data}")
     print(f"mean of the highest box IoU of an object with another: {density:.2f}\n")
     print(f"{'proposals':<11}{'NMS':<10}{'AP':>7}{'AP50':>7}{'instances':>11}")
     for (proposals, kind), found in detections.items():
-        figures = average_precision(coco, found, sorted(chosen))
-        ap, ap50 = figures["words -> masks: AP"], figures["words -> masks: AP50"]
-        print(f"{proposals:<11}{kind or 'none':<10}{ap:>7.3f}{ap50:>7.3f}{len(found):>11}")
+        figures = average_precision(truth, found)
+        print(f"{proposals:<11}{kind or 'none':<10}{figures['AP']:>7.3f}{figures['AP50']:>7.3f}{len(found):>11}")
 
 
 if __name__ == "__main__":
