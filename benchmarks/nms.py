@@ -64,20 +64,17 @@ def main() -> None:
                 text_labels=[data.words[i] for i in asked],
                 proposal_threshold=min(floor, config.proposal_threshold),
             )
-            outputs.mask_nms_threshold = own[1]  # that of post-processing
+            found = segmenter.processor.post_process_instance_segmentation(
+                outputs, threshold=floor, target_sizes=[image.image.size[::-1]], nms=None, return_coco_annotation=True
+            )[0]
+            overlap = torch.from_numpy(rle.iou(found["masks"], found["masks"]))
             for kind in (*NMS, None):
-                found = segmenter.processor.post_process_instance_segmentation(
-                    outputs, threshold=floor, target_sizes=[image.image.size[::-1]], nms=kind
-                )[0]
-                rows = zip(found["text_labels"], found["scores"].tolist(), found["masks"], strict=True)
+                left = found["scores"] if kind is None else NMS[kind](overlap, found["scores"], own[1])
+                rows = zip(found["text_labels"], left.tolist(), found["masks"], strict=True)
                 detections[proposals, kind] += [
-                    {
-                        "image_id": image_id,
-                        "category_id": class_of[label],
-                        "score": score,
-                        "segmentation": rle.encode(mask.cpu().numpy()),
-                    }
+                    {"image_id": image_id, "category_id": class_of[label], "score": score, "segmentation": mask}
                     for label, score, mask in rows
+                    if score >= floor
                 ]
     truth = data.truth(chosen)
     density = np.mean([crowded[i] for i in chosen])
