@@ -36,6 +36,11 @@ def resize_masks(masks: Tensor, size: int) -> Tensor:
     return masks if masks.shape[-1] == size else F.interpolate(masks.float(), (size, size), mode="area") > 0.5
 
 
+def take(tensor: Tensor, index: Tensor) -> Tensor:
+    """tensor [B, O, X], index [B, n] -> [B, n, X]"""
+    return tensor.take_along_dim(index[..., None], 1)
+
+
 def corrective_clicks(predicted: Tensor, truth: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """One click in each region where two masks [B, P, h, w] bool differ: positive where the prediction misses, negative
     where it has too much, label -1 (no click) where they agree. Drawn uniformly (SAM, appendix A).
