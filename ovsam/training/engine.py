@@ -48,7 +48,7 @@ from ovsam.training.preflight import (
     recompute_activations,
 )
 from ovsam.training.recipe import CALIBRATE, check_unchanged, read_recipe, record_recipe, weight_files
-from ovsam.training.report import LogFile, cut_log, draw_curves, draw_samples
+from ovsam.training.report import draw_curves, draw_samples
 from ovsam.training.stages import STAGES
 from ovsam.training.stages.text_embeddings import word_table
 from ovsam.training.stages.towers import build_towers, text_embedder
@@ -78,7 +78,8 @@ def train_recipe(
         settings: `KEY=VALUE` instead of what the recipe says, such as `model.sam=facebook/sam2.1-hiera-large`.
 
     Returns:
-        the output folder: model.safetensors under the whole model's names, log.jsonl, curves.png, the last checkpoint.
+        the output folder: model.safetensors under the whole model's names, curves.png, and the last checkpoint, whose
+        trainer_state.json holds the log.
         Where the recipe starts from a whole model, the folder is one: OVSamModel.from_pretrained(output) loads it, and
         its adapters lie in folders of their own.
 
@@ -128,7 +129,7 @@ def train_recipe(
         sys.stdout.flush()  # before the progress bar
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     if main:
-        draw_curves(folder)
+        draw_curves(folder, trainer.state.log_history)
         if base is not None:
             # Without words from a user, it names what it was tuned for, and what it knew before.
             known = base.model.config.vocabulary  # a list, the name of a built-in one, or none
@@ -197,7 +198,6 @@ def _prepare_folder(folder: Path, recipe: dict, resume: bool) -> None:
     if checkpoints:
         check_unchanged(folder, recipe)
     record_recipe(folder, recipe)
-    cut_log(folder, checkpoint_step(checkpoints[-1]) if checkpoints else -1)
 
 
 def _held_out(recipe: dict, words: list[Word], size: int | None) -> Dataset | None:
@@ -242,7 +242,7 @@ def _embedder(segmenter: Segmenter):
 
 
 def _callbacks(folder: Path) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [LogFile(folder)]
+    callbacks: list[TrainerCallback] = []
     if importlib.util.find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
@@ -311,7 +311,7 @@ class StageTrainer(Trainer):
             metrics = {f"eval_{n}": sum(t for t, _ in pairs) / sum(c for _, c in pairs) for n, pairs in merged.items()}
             self.log(metrics)
             if self.is_world_process_zero():
-                draw_curves(self.folder)
+                draw_curves(self.folder, self.state.log_history)
                 draw_samples(self.folder, self._predictions(stage), self.words)
             self.accelerator.wait_for_everyone()
         stage.train(training)

@@ -1,6 +1,5 @@
-"""What a person looks at while a run goes on: its log, its curves, and predictions beside the truth."""
+"""Pictures of a run that goes on: its curves, and predictions beside the truth."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,51 +7,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from transformers import TrainerCallback
 
-from ovsam.ops.files import write_text, write_whole
+from ovsam.ops.files import write_whole
 from ovsam.results.results import Results
 from ovsam.training.stages.predictions import Found
 
-LOG, CURVES, SAMPLES = "log.jsonl", "curves.png", "samples.png"
+CURVES, SAMPLES = "curves.png", "samples.png"
 UNTOLD = {"step", "epoch"}  # of a log line, what is no curve
 
 
-class LogFile(TrainerCallback):
-    """Appends each log line to a jsonl file."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / LOG
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The log's lines; the last one may have been cut short by a kill, and is then left out."""
-    lines = []
-    if (folder / LOG).is_file():
-        for text in (folder / LOG).read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
-    return lines
-
-
-def cut_log(folder: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint of `step`: it will be logged again."""
-    kept = "".join(json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= step)
-    write_text(folder / LOG, kept)
-
-
-def draw_curves(folder: Path) -> bool:
-    """curves.png from the log: one panel a metric, held-out data beside the training batches. False if it cannot be
-    drawn, because matplotlib is not installed or nothing was logged yet."""
+def draw_curves(folder: Path, history: Sequence[dict]) -> bool:
+    """curves.png from the Trainer's `log_history`: one panel a metric, held-out data beside the training batches. False
+    if it cannot be drawn, because matplotlib is not installed or nothing was logged yet."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for line in read_log(folder):
+    for line in history:
         if "train_runtime" in line:  # the summary at the end
             continue
         for name, value in line.items():

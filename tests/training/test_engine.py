@@ -20,7 +20,7 @@ from ovsam.data import SceneDataset
 from ovsam.data.scenes.drawing import SceneConfig
 from ovsam.data.words import Word
 from ovsam.errors import InputError
-from ovsam.training import checkpoint, preflight, recipe, report
+from ovsam.training import checkpoint, preflight, recipe
 from ovsam.training import engine as training_run
 from ovsam.training import order as training_data
 from ovsam.training.stages import STAGES
@@ -96,7 +96,9 @@ def assert_same(folder: Path, other: Path) -> None:
 
 
 def logged(folder: Path, name: str, beside: str = "loss") -> list[float]:
-    return [line[name] for line in report.read_log(folder) if beside in line]
+    """What the last checkpoint holds of the log."""
+    state = json.loads((checkpoint.list_checkpoints(folder)[-1] / "trainer_state.json").read_text())
+    return [line[name] for line in state["log_history"] if beside in line]
 
 
 # ---- the order of the samples ---------------------------------------------------------------------------------
