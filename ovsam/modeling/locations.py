@@ -7,11 +7,11 @@ from torchvision.ops import box_iou
 from ovsam.modeling.outputs import ConceptOutput
 
 
-def boxed_locations(concepts: ConceptOutput, boxes: Tensor) -> Tensor:
-    """boxes [B, P, 4] -> [B, P]: the location whose box has the highest IoU with each prompt, weighted by
-    objectness."""
+def boxed_locations(concepts: ConceptOutput, boxes: Tensor, trust: float = 0.5) -> Tensor:
+    """boxes [B, P, 4] -> [B, P]: the location with the highest product of its IoU with the box and objectness ** trust.
+    An empty box has IoU 0 with every location."""
     fit = torch.stack([box_iou(given, found) for given, found in zip(boxes, concepts.boxes.float(), strict=True)])
-    return (fit * concepts.objectness.float().sigmoid().sqrt()[:, None]).argmax(-1)
+    return (fit.nan_to_num() * concepts.objectness.float().sigmoid()[:, None] ** trust).argmax(-1)  # of [B, P, L]
 
 
 def pointed_locations(concepts: ConceptOutput, points: Tensor, labels: Tensor, stride: float) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_iou
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
@@ -425,10 +424,7 @@ class OVSamModel(OVSamPreTrainedModel):
             return self.clip2sam.name(features, masks, boxes, tokens, self.clip)
         if features.concepts is not None:
             concepts = features.concepts
-            overlap = torch.stack([box_iou(b, c) for b, c in zip(boxes, concepts.boxes, strict=True)])  # [B, P, L]
-            overlap = overlap.nan_to_num()  # an empty mask's box has no IoU with an empty one
-            best = (overlap * concepts.objectness.sigmoid()[:, None]).argmax(-1)  # [B, P]
-            return self._concept_naming(concepts, best)
+            return self._concept_naming(concepts, boxed_locations(concepts, boxes, trust=1.0))
         if features.clip is not None:
             seen = maps_to_clip(masks.sigmoid(), features.clip_frame, self.sam.image_size, features.clip_size)
             embeds = self.clip.pool(features.clip, masks=seen)

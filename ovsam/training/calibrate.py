@@ -28,6 +28,7 @@ from ovsam.evaluation.tasks import AP_FLOOR, ask
 from ovsam.inference.segmenter import EncodedImage, Segmenter, load
 from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter
 from ovsam.modeling.adapters.concepts import ConceptHead
+from ovsam.modeling.locations import boxed_locations
 from ovsam.modeling.scoring import calibrated
 from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes
@@ -125,8 +126,7 @@ def calibrate(
                 naming.add(seen, model.clip2sam.log_scale.exp(), model.clip2sam.logit_shift, embeds[words], own)
             if isinstance(model.concepts, ConceptHead) and len(own):
                 out = held.encoded.features.concepts
-                fit = box_iou(boxes[0], out.boxes[0].float()) * out.objectness[0].sigmoid()
-                best = fit.argmax(1)  # the location of each object
+                best = boxed_locations(out, boxes, trust=1.0)[0]  # the location of each object
                 where = (out.embeds[0, best], out.logit_scale[0, best], out.logit_shift[0, best])
                 finding.add(*where, embeds[words], own)
         if naming.own:

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.ops import box_iou
 from transformers import AutoConfig, EdgeTamConfig
 
 from ovsam.checkpoints.compose import Part, load_clip, load_sam, load_tokenizer
@@ -31,6 +30,7 @@ from ovsam.modeling.adapters.common import AdapterModel, maps_at_strides
 from ovsam.modeling.adapters.concepts import ConceptHead, ConceptHeadConfig
 from ovsam.modeling.clip import CLIP_SIDES, ClipFeatures, DualEncoderConfig, DualEncoderSide, OpenClipConfig
 from ovsam.modeling.features import sam_channels, sam_maps
+from ovsam.modeling.locations import boxed_locations
 from ovsam.modeling.sam import SAM_SIDES, SamFeatures, SamSide
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.training.feature_cache import FeatureCache
@@ -149,8 +149,7 @@ class Towers(nn.Module):
         if not self.clip.has_concepts:
             return self.clip.pool(features, boxes=boxes)
         out = self.clip.concepts(features)
-        fit = torch.stack([box_iou(b, o) for b, o in zip(boxes, out.boxes.float(), strict=True)])  # [B, O, L]
-        best = (fit * out.objectness.sigmoid()[:, None]).argmax(-1)  # [B, O]
+        best = boxed_locations(out, boxes, trust=1.0)  # [B, O]
         return out.embeds.take_along_dim(best[..., None], 1)
 
 
