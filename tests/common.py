@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -147,7 +148,8 @@ def _open_clip(**vision) -> OpenClipConfig:
     return OpenClipConfig(model_cfg=model_cfg)
 
 
-def _clip(kind: str):
+def clip_config(kind: str) -> PreTrainedConfig:
+    """A CLIP of 128 px (eva: 224) and some hundred thousand parameters."""
     match kind:
         case "dual_encoder":
             text = _TOWER | {"vocab_size": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -188,7 +190,7 @@ def tiny_config(composition="dual", sam="edgetam", clip="dual_encoder", adapters
     if composition == "clip":
         stand_in = ovsam.Sam2ClipConfig(in_channels=CHANNELS[clip], width=C, num_layers=1, num_heads=4)
         more["sam2clip_config"] = stand_in
-    return ovsam.OVSamConfig(composition=composition, sam_config=sam_config(sam), clip_config=_clip(clip), **more)
+    return ovsam.OVSamConfig(composition=composition, sam_config=sam_config(sam), clip_config=clip_config(clip), **more)
 
 
 @torch.no_grad()
@@ -230,7 +232,7 @@ def tiny_video_model(kind="edgetam_video", adapters=True) -> ovsam.OVSamVideoMod
 
 
 def save_sam(folder: Path, kind: str) -> Path:
-    """A SAM of a family, random, as it is published: weights, configuration, image processor."""
+    """A SAM of a family, random, as it is published: weights, configuration, image processor, card."""
     torch.manual_seed(1)
     model = randomise({"sam": SamModel, "sam2": Sam2Model, "edgetam": EdgeTamModel}[kind](sam_config(kind)))
     code = model.prompt_encoder.shared_embedding.positional_embedding  # one and the same in released weights
@@ -243,13 +245,14 @@ def save_sam(folder: Path, kind: str) -> Path:
         SamImageProcessor(**edges, pad_size=square, mask_pad_size=small).save_pretrained(folder)
     else:
         Sam2ImageProcessor(size=square, mask_size=small).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# SAM\n")
     return folder
 
 
 def save_clip(folder: Path, kind: str) -> Path:
     """A CLIP of a family, random, as it is published: by open_clip (convnext, resnet), or by transformers."""
     torch.manual_seed(2)
-    config = _clip(kind)
+    config = clip_config(kind)
     if kind in ("convnext", "resnet"):
         folder.mkdir()
         model = randomise(OpenClipSide(config).model)
@@ -290,3 +293,10 @@ def picture(seed=0, width=SIZE, height=SIZE) -> Image.Image:
     coarse = torch.rand(1, 3, 6, 6)
     pixels = nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)[0]
     return Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())
+
+
+def wait_until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import CHANNELS, SIZE, WORDS, C, D, picture, sam_config, save_clip, save_sam, tiny_model, tiny_tokenizer
+from common import CHANNELS, SIZE, WORDS, C, D, picture, sam_config, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
@@ -25,7 +25,6 @@ from transformers import (
     SamModel,
     SamProcessor,
 )
-from transformers.utils import logging
 
 import ovsam
 import ovsam_cli
@@ -39,26 +38,16 @@ MODEL_INPUTS = ("pixel_values", "clip_pixel_values", "clip_window", "input_boxes
 HEADS = {"width": 16, "num_prototypes": 8, "prototype_width": 8}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
-
-
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    return {kind: str(save_sam(folder / kind, kind)) for kind in ("sam", "sam2")} | {
-        kind: str(save_clip(folder / kind, kind)) for kind in ("convnext", "clip", "owlv2")
-    }
+def parts(sam_folder, clip_folder):
+    sams, clips = ("sam", "sam2"), ("convnext", "clip", "owlv2")
+    return {kind: sam_folder(kind) for kind in sams} | {kind: clip_folder(kind) for kind in clips}
 
 
 @pytest.fixture(scope="module")
 def photo(parts, tmp_path_factory):
     """SAM 2 + OWLv2, as the command line writes it; and what it printed."""
     folder = tmp_path_factory.mktemp("composed") / "photo"
-    Path(parts["sam2"], "README.md").write_text("---\nlicense: apache-2.0\n---\n# SAM\n")
     assert ovsam_cli.main(["compose", "--sam", parts["sam2"], "--clip", parts["owlv2"], "-o", str(folder)]) == 0
     return folder
 
@@ -153,7 +142,7 @@ def test_trackers_of_other_families(family, parts, tmp_path):
 
 
 @torch.no_grad()
-def test_open_clips_layout(parts):
+def test_the_layout_of_open_clip(parts, tmp_path):
     """Its weights, its colours, and its own tokeniser where the folder has none."""
     model, processor = compose(parts["sam2"], parts["convnext"], vocabulary=list(WORDS))
     saved = load_file(Path(parts["convnext"], "open_clip_model.safetensors"))
@@ -163,7 +152,7 @@ def test_open_clips_layout(parts):
     assert processor.clip_images["size"] == {"height": SIZE, "width": SIZE}
     assert processor.clip_images["image_mean"] == list(model.clip.image_mean) != processor.image_processor.image_mean
 
-    bare = Path(parts["convnext"]).parent / "bare"
+    bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("open_clip_config.json", "open_clip_model.safetensors"):
         (bare / name).write_bytes(Path(parts["convnext"], name).read_bytes())

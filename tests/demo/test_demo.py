@@ -8,22 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import app
+import engine
 import numpy as np
 import pytest
 import torch
-from demo_page import DEMO, app, engine, page, scene, wait_until  # noqa: F401
+from common import ROOT, wait_until
 from gradio_client import Client, handle_file
 from PIL import Image
 from pycocotools.coco import COCO
+from scene import Session, Sessions, Sliders, to_path
 
 import ovsam
 import ovsam_cli
 from ovsam.errors import InputError
 from ovsam.results.results import Results
 
+DEMO = ROOT / "demo"
 EXAMPLE = DEMO / "examples" / "hamburgers.jpg"
 SIZE = (40, 60)  # height, width
-Session, Sessions, Sliders = scene.Session, scene.Sessions, scene.Sliders
 
 
 def found(source="text", objectness=None):
@@ -116,7 +119,7 @@ def test_outlines_fill_to_the_very_mask(session):
     mask[25:30, 2:4] = mask[20, 40] = True  # another part, and one that touches by a corner
     one = Results.from_arrays([mask], ["a"], [0], [1], [1], ["a"], "text")[0]
     drawn = np.zeros(SIZE, bool)
-    for ring in re.findall(r"M(\d+) (\d+)([^z]*)z", scene.to_path(one)):
+    for ring in re.findall(r"M(\d+) (\d+)([^z]*)z", to_path(one)):
         x, y = start = int(ring[0]), int(ring[1])
         for way, length in [*re.findall(r"([hv])(-?\d+)", ring[2]), ("close", 0)]:
             before = y
@@ -207,7 +210,7 @@ def test_every_download_holds_the_corrected_names(session, tmp_path, kind):
                     assert cut.size == (5, 5) and cut.mode == "RGBA"
 
 
-def test_the_endpoints_are_the_three_questions_with_types_and_descriptions(page):  # noqa: F811
+def test_the_endpoints_are_the_three_questions_with_types_and_descriptions(page):
     api = app.demo.get_api_info()
     types = {
         name: {p["parameter_name"]: p["python_type"]["type"] for p in endpoint["parameters"]}
@@ -226,7 +229,7 @@ def test_the_endpoints_are_the_three_questions_with_types_and_descriptions(page)
 
 
 @pytest.fixture(scope="module")
-def client(page):  # noqa: F811
+def client(page):
     client = Client(page.url, verbose=False)
     yield client
     client.close()
@@ -239,7 +242,7 @@ def assert_same(coco, results):
     assert coco["info"]["model"] == "ovsam-tiny" and coco["images"][0]["file_name"] == EXAMPLE.name
 
 
-def test_a_client_gets_the_answers_of_the_library_and_of_the_page(page, client):  # noqa: F811
+def test_a_client_gets_the_answers_of_the_library_and_of_the_page(page, client):
     segmenter, picture = engine.models.get("ovsam-tiny"), handle_file(str(EXAMPLE))
     encoded = segmenter.encode(EXAMPLE)
     box = [230.0, 190.0, 410.0, 410.0]
@@ -285,7 +288,7 @@ def test_mistakes_are_answered_in_one_sentence(client, endpoint, asked, sentence
     assert "Traceback" not in str(error.value)
 
 
-def test_only_uploads_are_opened(client, page):  # noqa: F811
+def test_only_uploads_are_opened(client, page):
     page.asked.clear()
     with pytest.raises(Exception, match="must be uploaded"):
         client.predict({"path": "/etc/passwd"}, words=["cat"], api_name="/where")
@@ -301,7 +304,7 @@ def test_on_a_space_models_come_from_the_hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_visitors_at_once_get_their_own_images(page, tmp_path, monkeypatch):  # noqa: F811
+def test_twenty_visitors_at_once_get_their_own_images(page, tmp_path, monkeypatch):
     """Each has a part of another size of the example by the same file name, and some ask again."""
     monkeypatch.setattr(engine.features, "size", 100_000_000)  # three pictures: most are encoded again
     whole, together = Image.open(EXAMPLE).convert("RGB"), threading.Barrier(20)
@@ -340,7 +343,7 @@ def test_the_command_serves_this_machine_only_by_default(monkeypatch):
     assert served == [("auto", "127.0.0.1", 7860, False), ("m", "0.0.0.0", 80, True)]
 
 
-def test_a_port_in_use_is_refused_in_one_sentence(page, capsys):  # noqa: F811
+def test_a_port_in_use_is_refused_in_one_sentence(page, capsys):
     port = page.url.rstrip("/").rsplit(":", 1)[1]
     assert ovsam_cli.main(["demo", "--model", "ovsam-tiny", "--port", port]) == 2
     assert capsys.readouterr().err.endswith(f"cannot be served at 127.0.0.1:{port}; try another --port.\n")
@@ -351,7 +354,7 @@ def test_the_space_is_the_demo_with_our_wheel(tmp_path):
 
     wheel = tmp_path / f"ovsam-{ovsam.__version__}-py3-none-any.whl"
     wheel.write_bytes(b"wheel")
-    build = runpy.run_path(str(DEMO.parent / "hub" / "build_space.py"))["build_space"]
+    build = runpy.run_path(str(ROOT / "hub" / "build_space.py"))["build_space"]
     build("me/ovsam", wheel, tmp_path / "space")
     written = {str(path.relative_to(tmp_path / "space")) for path in (tmp_path / "space").rglob("*") if path.is_file()}
     shown = {str(path.relative_to(DEMO)) for path in DEMO.rglob("*") if path.is_file() and path.suffix != ".pyc"}

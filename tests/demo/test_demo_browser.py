@@ -5,8 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
+import app
+import engine
 import pytest
-from demo_page import DEMO, app, engine, page, wait_until  # noqa: F401
+from common import ROOT, wait_until
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -19,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium"),
 ]
 
-EXAMPLE = DEMO / "examples" / "hamburgers.jpg"
+EXAMPLE = ROOT / "demo" / "examples" / "hamburgers.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ class Visitor:
 
 
 @pytest.fixture
-def visitor(browser, page):  # noqa: F811
+def visitor(browser, page):
     visitor = Visitor(browser, page.url)
     page.asked.clear()
     yield visitor
@@ -90,7 +92,7 @@ def soon(count, locator):
     playwright.expect(locator).to_have_count(count)
 
 
-def test_from_a_picture_to_a_corrected_coco_file(visitor, page, shots, tmp_path):  # noqa: F811
+def test_from_a_picture_to_a_corrected_coco_file(visitor, page, shots, tmp_path):
     segmenter, tab = engine.models.get("ovsam-tiny"), visitor.tab
     visitor.give(EXAMPLE)
     wait_until(lambda: page.asked == ["encode"])
@@ -158,7 +160,7 @@ def test_from_a_picture_to_a_corrected_coco_file(visitor, page, shots, tmp_path)
     wait_until(lambda: not (len(app.sessions) or len(engine.features) or folder.exists()))
 
 
-def test_mistakes_are_one_message(visitor, page, tmp_path):  # noqa: F811
+def test_mistakes_are_one_message(visitor, page, tmp_path):
     tab, message = visitor.tab, visitor.tab.locator(".toast-body")
     visitor.find("hamburger")
     playwright.expect(message).to_contain_text("There is no picture yet: choose one, or take an example.")
@@ -183,7 +185,7 @@ def test_mistakes_are_one_message(visitor, page, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_it_fits_a_phone(browser, page, shots, theme):  # noqa: F811
+def test_it_fits_a_phone(browser, page, shots, theme):
     """Nothing is wider than the screen; names from a pasted list, everything, and all like one."""
     visitor = Visitor(browser, page.url, width=400, theme=theme)
     tab = visitor.tab

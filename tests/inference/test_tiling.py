@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from ovsam.errors import InputError
 from ovsam.inference.tiling import Piece, Window, merge, place, segment_tiled, tiles
@@ -15,33 +16,10 @@ COLOURS = {"red": (220, 20, 20), "green": (20, 200, 40), "blue": (30, 60, 230), 
 
 
 def blobs(mask):
-    """The connected parts of a mask [h, w], as (x, y, part). Runs of a row are joined to those they touch above."""
-    padded = np.zeros((mask.shape[0], mask.shape[1] + 2), np.int8)
-    padded[:, 1:-1] = mask
-    edges = np.diff(padded, axis=1)
-    (rows, starts), stops = np.nonzero(edges == 1), np.nonzero(edges == -1)[1]
-    parent = list(range(len(rows)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    first = np.searchsorted(rows, np.arange(mask.shape[0] + 1)).tolist()
-    left, right = starts.tolist(), stops.tolist()
-    for row in range(1, mask.shape[0]):
-        for i in range(first[row], first[row + 1]):
-            for j in range(first[row - 1], first[row]):
-                if left[j] < right[i] and left[i] < right[j]:
-                    parent[root(i)] = root(j)
-    roots = np.array([root(i) for i in range(len(rows))], int)
-    for number in np.unique(roots):
-        runs = np.flatnonzero(roots == number)
-        x, y = starts[runs].min(), rows[runs].min()
-        part = np.zeros((rows[runs].max() + 1 - y, stops[runs].max() - x), bool)
-        for i in runs:
-            part[rows[i] - y, starts[i] - x : stops[i] - x] = True
-        yield x, y, part
+    """The connected parts of a mask [h, w], as (x, y, part)."""
+    parts, _ = ndimage.label(mask)
+    for number, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1):
+        yield columns.start, rows.start, parts[rows, columns] == number
 
 
 def find(image):

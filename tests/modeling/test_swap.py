@@ -7,8 +7,7 @@ import re
 
 import pytest
 import torch
-from common import CHANNELS, GRID, WORDS, C, D, picture, randomise, save_clip, save_sam
-from transformers.utils import logging
+from common import CHANNELS, GRID, WORDS, C, D, picture, randomise
 
 import ovsam
 from ovsam.checkpoints.compose import compose
@@ -33,15 +32,13 @@ def adapter(folder, config):
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
+def parts(tmp_path_factory, sam_folder, clip_folder):
     """Name -> folder: three SAMs, five CLIPs, and adapters for every CLIP's maps and for SAM's own."""
-    logging.disable_progress_bar()
     once = pytest.MonkeyPatch()  # nobody changes a part's weights, so each is read once and not nine times
     for name in ("load_sam", "load_clip"):
         once.setattr(ovsam.checkpoints.compose, name, functools.cache(getattr(ovsam.checkpoints.compose, name)))
     folder = tmp_path_factory.mktemp("parts")
-    found = {kind: str(save_sam(folder / kind, kind)) for kind in SAMS}
-    found |= {kind: str(save_clip(folder / kind, kind)) for kind in CLIPS}
+    found = {kind: sam_folder(kind) for kind in SAMS} | {kind: clip_folder(kind) for kind in CLIPS}
     for kind in (*CLIPS, "pyramid"):
         channels = CHANNELS.get(kind, [C] * 4)
         stand_in = ovsam.Sam2ClipConfig(in_channels=channels, width=C, num_layers=1, num_heads=4)
@@ -56,7 +53,6 @@ def parts(tmp_path_factory):
             found[f"{name}-{kind}"] = adapter(folder / f"{name}-{kind}", config)
     yield found
     once.undo()
-    logging.enable_progress_bar()
 
 
 def chosen(parts, composition, sam, clip):

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import files
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scene import Session, Sliders
 
 import ovsam
 import ovsam_cli
@@ -26,11 +28,6 @@ from ovsam.results.results import Results
 from ovsam.training.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "demo"))  # its modules lie flat, as on a Space
-
-import files  # noqa: E402
-from scene import Session, Sliders  # noqa: E402
-
 README = (ROOT / "adapters" / "README.md").read_text(encoding="utf-8")
 WORDS = ("garlic", "lotion bottle", "oyster", "ring buoy")  # novel: ovsam-tiny was trained on none of them
 SEED = 900_000  # no recipe's

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import SIZE, C, D, randomise, tiny_config
+from common import SIZE, D, clip_config, randomise, sam_config
 from safetensors.torch import load_file
-from transformers import Owlv2Config, SamConfig, SiglipConfig
 
 from ovsam.errors import InputError
 from ovsam.modeling.clip import CLIP_SIDES, OpenClipConfig
@@ -39,37 +38,22 @@ MINIATURES = {
     "sa1b": {"folder": READERS / "sa1b"},
     "folders": {"folder": READERS / "imagenet" / "train"},
 }
-_PATCHES = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
 
 
 def tiny_sam(spec):
     """A side of the family that a recipe names, at tiny size."""
-    if isinstance(spec, dict) or "sam2.1" in spec:
-        kind = "edgetam" if isinstance(spec, dict) else "sam2"
-        return randomise(SAM_SIDES[kind](tiny_config(sam=kind, adapters=False).sam_config))
-    vision = {"hidden_size": C, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 32, "output_channels": C}
-    vision |= {"image_size": SIZE, "patch_size": 16, "num_pos_feats": C // 2, "global_attn_indexes": [1]}
-    prompts = {"hidden_size": C, "image_size": SIZE, "patch_size": 16, "image_embedding_size": SIZE // 16}
-    decoder = {"hidden_size": C, "mlp_dim": 48, "num_attention_heads": 4, "iou_head_hidden_dim": 16}
-    config = SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
-    return randomise(SAM_SIDES["sam"](config))
+    family = "edgetam" if isinstance(spec, dict) else "sam2" if "sam2.1" in spec else "sam"
+    return randomise(SAM_SIDES[family](sam_config(family)))
 
 
 def tiny_clip(spec):
     name = spec if isinstance(spec, str) else spec.get("open_clip", "dual_encoder")
     if "model_cfg" in spec:
         vision = spec["model_cfg"]["vision_cfg"] | {"timm_model_name": "vit_tiny_patch16_224", "image_size": SIZE // 2}
-        model_cfg = spec["model_cfg"] | {"embed_dim": D, "vision_cfg": vision}
-        return randomise(CLIP_SIDES["ovsam_open_clip"](OpenClipConfig(model_cfg=model_cfg), part="vision"))
-    picture = {"image_size": SIZE, "patch_size": 16}
-    if "owlv2" in name:
-        text = _PATCHES | {"vocab_size": 64, "max_position_embeddings": 12}
-        config = Owlv2Config(text_config=text, vision_config=_PATCHES | picture, projection_dim=D)
-    elif "siglip" in name:
-        config = SiglipConfig(text_config=_PATCHES | {"projection_size": D}, vision_config=_PATCHES | picture)
+        config = OpenClipConfig(model_cfg=spec["model_cfg"] | {"embed_dim": D, "vision_cfg": vision})
     else:
-        kind = {"convnext_large_d_320": "convnext", "RN50x16-quickgelu": "resnet"}.get(name, name)
-        config = tiny_config(clip=kind, adapters=False).clip_config
+        kinds = {"owlv2": "owlv2", "siglip": "siglip", "convnext_large_d_320": "convnext", "RN50x16": "resnet"}
+        config = clip_config(next((kind for part, kind in kinds.items() if part in name), name))
     return randomise(CLIP_SIDES[config.model_type](config, part="vision"))
 
 

@@ -1,23 +1,14 @@
-"""The demo as it is served, with the embedded checkpoint, and a count of what its model was asked."""
-
-import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
+import app
+import engine
 import pytest
-
-DEMO = Path(__file__).parents[1] / "demo"
-sys.path.insert(0, str(DEMO))  # its modules lie flat, as on a Space
-
-import app  # noqa: E402
-import engine  # noqa: E402
-import scene  # noqa: E402, F401
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """`url`; `asked`, the questions that the model answered so far, with "encode" for each picture."""
+    """The demo, served with the shipped checkpoint: `url`, and `asked`, the questions that the model has answered, with
+    "encode" for each image."""
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
     for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_SHARE", "OVSAM_MODEL"):
@@ -35,10 +26,3 @@ def page(tmp_path_factory):
     yield SimpleNamespace(url=url, asked=asked)
     app.demo.close(verbose=False)
     patch.undo()
-
-
-def wait_until(true, seconds=20):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
