@@ -29,7 +29,6 @@ from transformers import (
 import ovsam
 import ovsam_cli
 from ovsam.checkpoints.compose import compose, compose_model, describe
-from ovsam.checkpoints.embedded import find_checkpoint
 from ovsam.modeling.sam import SAM_SIDES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,22 +159,18 @@ def test_the_layout_of_open_clip(parts, tmp_path):
     assert processor.tokenizer("a cat")["input_ids"] == [49406, 320, 2368, 49407]
 
 
-@pytest.mark.weights
 @torch.no_grad()
-def test_a_whole_model_is_a_source_of_every_part():
-    """ovsam-tiny taken apart, and its adapters as they lie beside it, make ovsam-tiny again."""
-    tiny = str(find_checkpoint())
-    whole = ovsam.load("ovsam-tiny", "cpu")
-    adapters = {"clip2sam": str(ROOT / "adapters/clip2sam-tiny"), "concepts": tiny}
-    model, processor = compose(tiny, tiny, **adapters)
+def test_a_whole_model_is_a_source_of_every_part(tiny_folder):
+    """Taken apart and composed again, it is the same model."""
+    tiny, whole = str(tiny_folder), ovsam.load(tiny_folder, "cpu")
+    model, processor = compose(tiny, tiny, clip2sam=tiny, concepts=tiny)
     assert model.config.vocabulary == whole.model.config.vocabulary
     assert tuple(model.config.templates) == tuple(whole.model.config.templates)
-    assert processor.clip_images is None  # both sides see the same
+    assert processor.clip_images is None  # both sides get the same pixels
     expected, found = whole.model.state_dict(), model.state_dict()
     assert expected.keys() == found.keys()
     for name in expected:
-        if not name.startswith("clip2sam."):
-            assert torch.equal(expected[name], found[name]), name
+        assert torch.equal(expected[name], found[name]), name
 
 
 def test_calibrations_come_with_the_adapters_they_were_fitted_for():
@@ -318,7 +313,7 @@ def test_output_of_the_command(photo, parts, tmp_path, capsys):
     assert ovsam_cli.main(command) == 2  # nothing is overwritten
     assert "exists already" in capsys.readouterr().err
     assert ovsam_cli.main(["compose", "--sam", parts["clip"], "--clip", parts["clip"], "-o", str(tmp_path / "x")]) == 2
-    assert "'clip'; a SAM is one of sam, sam_hq" in capsys.readouterr().err
+    assert "'clip'; a SAM must be one of sam, sam_hq" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["composed"]  # nor is anything left behind
 
 
@@ -372,8 +367,7 @@ def test_a_stand_in_gives_as_many_maps_as_the_decoder_reads(parts):
         ovsam.from_parts(parts["sam"], parts["clip"], sam2clip=adapter)
 
 
-@pytest.mark.weights
-def test_wrong_parts_are_refused_in_one_sentence(parts, tmp_path):
+def test_wrong_parts_are_refused_in_one_sentence(parts, tiny_folder, tmp_path):
     head = ovsam.ConceptHead(ovsam.ConceptHeadConfig(in_channels=CHANNELS["clip"], embed_dim=D, **HEADS))
     head.save_pretrained(tmp_path / "head")
     damaged = tmp_path / "damaged"
@@ -394,9 +388,9 @@ def test_wrong_parts_are_refused_in_one_sentence(parts, tmp_path):
             {"sam": parts["sam2"], "clip": clip, "concepts": clip},
             "passed as concepts, but it is a model of type clip",
         ),
-        ({"sam": str(find_checkpoint()), "clip": clip, "sam2clip": str(find_checkpoint())}, "it has no sam2clip"),
+        ({"sam": str(tiny_folder), "clip": clip, "sam2clip": str(tiny_folder)}, "it has no sam2clip"),
         ({"sam": str(tmp_path / "cut"), "clip": clip}, "is not a complete safetensors file"),
-        ({"sam": str(tmp_path), "clip": clip}, "lacks model.safetensors"),
+        ({"sam": str(tmp_path), "clip": clip}, "lacks the weight file model.safetensors"),
         ({"sam": "nowhere/at/all", "clip": clip}, "neither a folder nor the id"),
         ({"sam": parts["sam2"], "clip": clip, "composition": "both"}, "composition is 'both'"),
     ):
