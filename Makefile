@@ -20,7 +20,7 @@ test: .venv/bin/python
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 bench: .venv/bin/python
 	.venv/bin/python -m pip install -e .

@@ -6,7 +6,6 @@ import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import app
 import engine
@@ -366,8 +365,3 @@ def test_the_space_is_the_demo_with_our_wheel(tmp_path):
     assert (tmp_path / "space" / "README.md").read_text().startswith("---\ntitle: ovsam\n")
     with pytest.raises(SystemExit, match="not empty"):
         build("me/ovsam", wheel, tmp_path / "space")
-
-
-def test_the_examples_exist():
-    assert all((DEMO / "examples" / file).is_file() for file, *_ in app.EXAMPLES)
-    assert Path(EXAMPLE).is_file()

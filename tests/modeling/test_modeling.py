@@ -355,13 +355,6 @@ def test_an_image_alone_is_as_in_a_batch(kind, question):
             assert_near(together[name][image, :count].float(), alone[name][0, :count].float())
 
 
-@questions
-def test_the_same_question_has_the_same_answer(question):
-    inputs = inputs_for(**question)
-    one, other = (ask(model_of(), proposal_threshold=THRESHOLD, **inputs) for _ in range(2))
-    assert_same(one, other)
-
-
 # ------------------------------------------------------------------------------------------------ compositions
 
 

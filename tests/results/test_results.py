@@ -124,7 +124,7 @@ def test_filtering_again_needs_no_model():
     assert ids(found.filter(score=0.1, nms="soft")) == [1, 3, 4]
     assert ids(found.filter(min_area=95, nms="fast")) == [1, 4] and list(found) == before
     assert len(found[:0].filter(nms="matrix")) == 0
-    with pytest.raises(InputError, match="no NMS 'best'; there are fast, greedy, soft, matrix, density"):
+    with pytest.raises(InputError, match="no NMS method 'best'; choose one of fast, greedy, soft, matrix, density"):
         found.filter(nms="best")
 
 

@@ -246,7 +246,7 @@ def test_a_killed_run_resumes_to_the_same_result(whole, server, tmp_path, monkey
     path, expected = whole
     process = server.Process(target=train_and_die, args=(path, tmp_path / "run", moment))
     process.start()
-    process.join(60)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "run" / "model.safetensors").exists()
     checkpoints = checkpoint.list_checkpoints(tmp_path / "run")
@@ -310,7 +310,7 @@ def test_two_processes_equal_one_with_twice_the_batch(server, tmp_path):
     for process in both:
         process.start()
     for process in both:
-        process.join(120)
+        process.join(600)
     assert [process.exitcode for process in both] == [0, 0]
     double = tmp_path / "run"
     assert [(tmp_path / f"steps-of-{rank}").read_text() for rank in (0, 1)] == ["6", "6"]
