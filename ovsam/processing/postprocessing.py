@@ -271,13 +271,13 @@ def assign(
     """Assign each pixel to one of n instances.
 
     Args:
-        logits: [n, h, w]; scores: [n]. by_pixel: assign by the highest product of score and pixel probability
-            (MaskFormer, Cheng et al. 2021, §3.4)
-                instead of the highest score.
+        logits: mask logits [n, h, w]; scores: [n].
+        by_pixel: whether to assign by the highest product of score and pixel probability (MaskFormer, Cheng et al.
+            2021, §3.4) instead of the highest score.
 
     Returns:
-            owners [H, W], -1 without a mask; their value [H, W] (score, or product; 0 without a mask); areas [n] of the
-            masks before the assignment.
+        owners [H, W], -1 without a mask; their value [H, W] (score, or product; 0 without a mask); areas [n] of the
+        masks before the assignment.
     """
     level = _logit(mask_threshold)
     owners = torch.full(canvas.size, -1, device=logits.device)

@@ -1,11 +1,11 @@
-"""Stage `calibrate`: temperature, shift and thresholds of a trained model, from held-out pictures.
+"""Stage `calibrate`: temperature, shift and thresholds of a trained model, from held-out images.
 
-Temperature and shift make a word's logit mean what it says: of each object, its own word against words that the picture
-was searched for and does not show, both counting alike (Platt 1999, with the shift inside the cosine). They go into the
-adapters' own parameters. Then scores are made to mean how often they are right (Platt 1999 again): those of what words
-return, and those of the best name of a boxed mask; these numbers go into the configuration and change no order. The
-score threshold is the lowest at which at most a given share of absent words returns anything; the objectness threshold
-(everything mode) the one with the best F1 of boxes.
+Temperature and shift turn logits into probabilities: they are fitted on the class name of each object and on class
+names that were annotated and are absent, with equal weight (Platt 1999, with the shift inside the cosine). They are
+stored in the parameters of the adapters. The scores of text queries and of the class names of prompted masks are then
+calibrated (Platt 1999 again); these numbers are stored in the configuration and change no ranking. The score threshold
+is the lowest at which at most a given share of absent class names returns instances; the objectness threshold
+(everything mode) the one with the highest F1 of boxes.
 """
 
 import json
@@ -38,14 +38,14 @@ from ovsam.training.order import read_data
 from ovsam.training.stages.prompts import LEAST
 
 THRESHOLDS = "thresholds.json"
-ABSENT_WORDS = 20  # asked of each picture in vain
-LIMIT = 2.5  # of the logarithm of a calibration's scale
+ABSENT_WORDS = 20  # absent class names queried per image
+LIMIT = 2.5  # maximum logarithm of the scale of a calibration
 
 
 @dataclass
 class Held:
-    """One held-out picture: `encoded` as Segmenter gives it, masks, boxes and word ids of its objects, words to ask
-    for."""
+    """One held-out image: `encoded` as returned by Segmenter; masks, boxes and word ids of its objects; words to
+    query."""
 
     encoded: EncodedImage
     masks: Tensor  # [n, S, S] bool
@@ -57,7 +57,7 @@ class Held:
 
 @dataclass
 class Pairs:
-    """Cosines of objects and words with the scale and shift that make logits of them, and whether they belong."""
+    """Cosines of objects and words with their scale and shift, and whether the word is the object's class name."""
 
     cosine: list[Tensor] = field(default_factory=list)
     scale: list[Tensor] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Pairs:
 
 
 def calibrate_recipe(recipe: dict, folder: Path, device: str | None) -> Path:
-    """Calibrate what `[model] base` names on the recipe's [data]; write it as a whole model, with thresholds.json."""
+    """Calibrate the model `[model] base` on the recipe's [data] and write it as a whole model, with thresholds.json."""
     if (folder / "model.safetensors").is_file():
         raise InputError(f"{folder} already holds a model; pass another --output.")
     options = dict(recipe["stage_args"])
@@ -80,7 +80,7 @@ def calibrate_recipe(recipe: dict, folder: Path, device: str | None) -> Path:
     data = read_data(recipe["data"], recipe["seed"], options["pictures"], segmenter.model.sam.image_size)
     if novel := options.pop("novel"):
         if not isinstance(data, SceneDataset) or len(data.novel_ids) < novel:
-            raise InputError("novel is for emojiscenes with all their words; of other data leave it out.")
+            raise InputError("novel is for emojiscenes with all their words; leave it out for other data.")
         data.novel = novel
     print(f"calibrating {recipe['model']['base']} on up to {options['pictures']} of\n{data.describe()}", flush=True)
     found = calibrate(segmenter, data, recipe["seed"], **options)
@@ -102,14 +102,14 @@ def calibrate(
     """Set temperature, shift and thresholds of the segmenter's model in place.
 
     Args:
-        data: held-out pictures.
-        seed: of the absent words.
-        pictures: how many are looked at.
-        absent: share of the absent words that may return something.
-        temperature: fit temperature and shift as well.
+        data: held-out images.
+        seed: seed of the absent class names.
+        images: number of images.
+        absent: share of the absent class names that may return instances.
+        temperature: whether to fit temperature and shift as well.
 
     Returns:
-        the thresholds and the calibrations of scores, by their names in the configuration.
+        the thresholds and the calibrations of scores, under their names in the configuration.
     """
     model = segmenter.model
     model.config.score_calibration = model.config.name_calibration = (1.0, 0.0)
@@ -134,7 +134,7 @@ def calibrate(
             model.clip2sam.log_scale += float(np.log(factor))
             model.clip2sam.logit_shift += shift
         if finding.own:
-            factor, shift = _fit(finding, "words of locations")
+            factor, shift = _fit(finding, "text queries of locations")
             head = model.concepts.scale_shift  # a location's scale is elu(x) + 1, in practice x + 1
             head.weight[0] *= factor
             head.bias[0] = factor * head.bias[0] + factor - 1
@@ -159,7 +159,7 @@ def _pictures(segmenter: Segmenter, data: SegmentationData, seed: int, pictures:
 
 
 def _absent(words: list, present: list[int], known: Tensor, rng: np.random.Generator) -> list[int]:
-    """Words that the picture was searched for and does not show, none of which could be said of what it shows."""
+    """Return known class names that are absent in the image and share no keyword with those present."""
     here, chosen = [words[i] for i in present], []
     for i in rng.permutation(len(words)).tolist():
         fair = known[i] and i not in present
@@ -171,7 +171,7 @@ def _absent(words: list, present: list[int], known: Tensor, rng: np.random.Gener
 
 
 def _fit(pairs: Pairs, title: str) -> tuple[float, float]:
-    """The factor on the scale and the addition to the shift that make logits fit best (cross entropy)."""
+    """Fit a factor for the scale and an addition to the shift by the cross entropy."""
     cosine, scale, shift = (torch.cat(part).double() for part in (pairs.cosine, pairs.scale, pairs.shift))
     own = torch.cat(pairs.own).double()
     weight = torch.where(own > 0, 0.5 / own.sum().clamp(min=1), 0.5 / (1 - own).sum().clamp(min=1))
@@ -198,8 +198,8 @@ def _fit(pairs: Pairs, title: str) -> tuple[float, float]:
 
 
 def _platt(pairs: list[tuple[float, bool]], title: str) -> list[float]:
-    """Scale and shift that make logits of scores fit how often they are right best (cross entropy). Targets lie a
-    little inside 0 and 1, so that few or separable scores do not make sure of everything (Platt 1999, §2.2)."""
+    """Fit the scale and shift of the logits of scores by the cross entropy. Targets lie slightly inside 0 and 1, so
+    that few or separable scores do not lead to extreme values (Platt 1999, §2.2)."""
     if not pairs:
         return [1.0, 0.0]
     scores, right = [score for score, _ in pairs], [hit for _, hit in pairs]
@@ -229,8 +229,8 @@ def _calibrations_and_thresholds(
     segmenter: Segmenter, data: SegmentationData, embeds: Tensor, seed: int, pictures: int, share: float
 ) -> dict[str, float | list[float]]:
     shown, fired, objects, locations = [], [], 0, []
-    returned: list[tuple[float, bool]] = []  # score of what words find, and whether it is right
-    named: list[tuple[float, bool]] = []  # score of the best name of a boxed mask, and whether it is right
+    returned: list[tuple[float, bool]] = []  # score of the instances of text queries, and whether it is right
+    named: list[tuple[float, bool]] = []  # highest score of masks of box prompts, and whether it is right
     for held in _pictures(segmenter, data, seed, pictures, "scores"):
         asked = held.present + held.absent
         names = [data.words[i].name for i in asked]
@@ -252,20 +252,20 @@ def _calibrations_and_thresholds(
             named += zip(surest.tolist(), (name.cpu() == held.word_ids[own]).tolist(), strict=True)
 
         features = held.encoded.features
-        refine = features.concepts.prototypes is None  # only boxes count here, which refinement leaves alone
+        refine = features.concepts.prototypes is None  # only boxes are used here, which refinement does not change
         outputs = segmenter.model(features=features, everything=True, refine=refine, proposal_threshold=AP_FLOOR)
-        taken = box_iou(outputs.pred_boxes[0].cpu().float(), held.boxes) > 0.5  # [I, objects], best proposal first
+        taken = box_iou(outputs.pred_boxes[0].cpu().float(), held.boxes) > 0.5  # [I, objects], highest score first
         for score, hits in zip(outputs.objectness[0].tolist(), taken, strict=True):
             locations.append((score, bool(hits.any())))
-            taken = taken & ~hits  # an object is found once
+            taken = taken & ~hits  # each object is matched once
         objects += len(held.boxes)
     if not fired or not shown:
-        raise InputError("No picture of [data] has both an object and a word that it was searched for in vain.")
+        raise InputError("No image of [data] has both an object and a known class name that is absent; use other data.")
     score = float(np.quantile(fired, 1 - share))
     reached = float(np.mean(np.array(shown) >= score))
-    print(f"{reached:.3f} of present words return something, {share} of absent ones")
-    words = _platt(returned, "scores of words")
-    # The adapter's half may still lift a location that is a little below the threshold.
+    print(f"{reached:.3f} of present class names return instances, {share} of absent ones")
+    words = _platt(returned, "scores of text queries")
+    # The adapter's half of the score may still raise a location that is slightly below the threshold.
     score, proposal = calibrated(torch.tensor([score, 0.65 * score]), words).tolist()
     grid = np.arange(0.05, 0.9, 0.01)
     f1 = [2 * sum(h for s, h in locations if s >= t) / (sum(s >= t for s, _ in locations) + objects) for t in grid]
@@ -280,5 +280,5 @@ def _calibrations_and_thresholds(
 
 
 def _codes(masks: Tensor) -> list:
-    """[n, H, W] bool -> COCO's run lengths"""
+    """masks [n, H, W] bool -> COCO run lengths"""
     return [rle.encode(mask.cpu().numpy()) for mask in masks]

@@ -1,4 +1,4 @@
-"""Checkpoints and models that are either whole or not there: written beside their place, then renamed into it."""
+"""Checkpoints and models are written completely or not at all: into another folder that is then renamed."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ SAVING = ".saving"  # what a killed run leaves in it is never read
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=checkpoint_step)
 
@@ -20,7 +20,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def publish_checkpoint(folder: Path, name: str) -> None:
-    """Rename a finished `SAVING/name` to `name`, and only then delete the checkpoints before it."""
+    """Rename a finished `SAVING/name` to `name`, then delete the earlier checkpoints."""
     target = folder / name
     (folder / SAVING / name).rename(target)
     clear_saving(folder)
@@ -34,8 +34,8 @@ def clear_saving(folder: Path) -> None:
 
 
 def write_model(segmenter: Segmenter, folder: Path) -> None:
-    """A whole model as a folder that loads by itself (weights, configuration, processor, tokenizer, shim), and each of
-    its adapters as a folder in it. The weights come last: where they are, the rest is."""
+    """Write a whole model as a folder that loads by itself (weights, configuration, processor, tokenizer, shim), with a
+    folder for each of its adapters. The weights are written last: if they exist, the other files do."""
     saving, model = folder / SAVING, segmenter.model
     clear_saving(folder)
     model.save_pretrained(saving)

@@ -1,7 +1,7 @@
-"""`ovsam train RECIPE`: one toml file in, one folder of weights out; stopped at any moment, `--resume` goes on.
+"""`ovsam train RECIPE`: one TOML file in, one folder of weights out; an interrupted run continues with `--resume`.
 
-The loop is transformers.Trainer's, so `accelerate launch -m ovsam_cli train ...` spreads it over GPUs and
-machines (which must share the output folder), and accumulation, bfloat16 and the progress bar come with it.
+The loop is that of transformers.Trainer, so `accelerate launch -m ovsam_cli train ...` distributes it over GPUs and
+machines (which must share the output folder), with accumulation, bfloat16 and a progress bar.
 """
 
 import hashlib
@@ -66,16 +66,16 @@ def train_recipe(
     images: str | Path | Sequence[str | Path] | None = None,
     settings: Sequence[str] = (),
 ) -> Path:
-    """Train what a recipe describes and write its weights.
+    """Train a recipe and write its weights.
 
     Args:
-        path: a recipe.toml; adapters/README.md explains its tables.
-        output: folder of the result; default `runs/NAME`, NAME being the recipe's folder.
-        resume: go on from the last checkpoint in the output folder, if there is one.
-        steps: instead of the recipe's.
-        device: "cpu" keeps off a GPU.
-        data, images: a COCO json and the folder of its pictures, instead of the recipe's [data]; or several.
-        settings: `KEY=VALUE` instead of what the recipe says, such as `model.sam=facebook/sam2.1-hiera-large`.
+        path: path of a recipe.toml; adapters/README.md explains its tables.
+        output: folder of the result; by default `runs/NAME`, where NAME is the folder of the recipe.
+        resume: whether to continue from the last checkpoint in the output folder, if there is one.
+        steps: number of steps, instead of the recipe's.
+        device: "cpu" to train without a GPU.
+        data, images: COCO JSON file and the folder of its images, or several, instead of the recipe's [data].
+        settings: `KEY=VALUE` entries that replace those of the recipe, such as `model.sam=facebook/sam2.1-hiera-large`.
 
     Returns:
         the output folder: model.safetensors under the whole model's names, curves.png, and the last checkpoint, whose
@@ -84,13 +84,13 @@ def train_recipe(
         its adapters lie in folders of their own.
 
     Raises:
-        InputError: the recipe or the data cannot work, or the output folder holds another run.
+        InputError: the recipe or the data are invalid, or the output folder has another run.
     """
     recipe = read_recipe(Path(path), steps, data, images, settings)
     folder = Path(output or Path("runs") / Path(path).parent.name)
     if recipe["stage"] == CALIBRATE:
         return calibrate_recipe(recipe, folder, device)
-    arguments = _arguments(recipe, folder, device)  # from here on it is known which process of how many this is
+    arguments = _arguments(recipe, folder, device)  # sets the rank and the number of processes
     optim, main = recipe["optim"], arguments.process_index == 0
     samples = optim["steps"] * optim["batch_size"] * optim["accumulate"] * arguments.world_size
 
@@ -113,9 +113,9 @@ def train_recipe(
     check_trainable(stage, recipe["stage"])
     if optim["gradient_checkpointing"]:
         recompute_activations(stage)
-    if hasattr(stage, "prepare"):  # what a stage computes once for each picture
+    if hasattr(stage, "prepare"):  # features that a stage computes once for each image
         if rehearsal is not None:
-            raise InputError(f"The stage {recipe['stage']} keeps features of each picture, so it takes no [rehearsal].")
+            raise InputError(f"The stage {recipe['stage']} caches features of each image; remove [rehearsal].")
         data = stage.prepare(data, folder / "cache", json.dumps([recipe["data"], recipe["seed"]]))
     order = TrainingOrder(data, samples, recipe["seed"], source.pictures, rehearsal, share)
     trainer = StageTrainer(folder, words, model=stage, args=arguments, train_dataset=order, eval_dataset=held_out)
@@ -123,7 +123,7 @@ def train_recipe(
     if main:
         print(describe(recipe, stage, source, memory, arguments.world_size))
         if held_out is not None:
-            print(f"held out: {len(held_out):,} pictures, looked at every {recipe['eval']['every']:,} steps")
+            print(f"held out: {len(held_out):,} images, evaluated every {recipe['eval']['every']:,} steps")
         if checkpoints:
             print(f"resuming after step {checkpoint_step(checkpoints[-1]):,} of {optim['steps']:,}")
         sys.stdout.flush()  # before the progress bar
@@ -131,7 +131,7 @@ def train_recipe(
     if main:
         draw_curves(folder, trainer.state.log_history)
         if base is not None:
-            # Without words from a user, it names what it was tuned for, and what it knew before.
+            # The default vocabulary is that of the training data and of the model before.
             known = base.model.config.vocabulary  # a list, the name of a built-in one, or none
             vocabulary = [word.name for word in source.words] + (Vocabulary(known).labels if known else [])
             base.model.config.vocabulary = list(dict.fromkeys(vocabulary))
@@ -144,21 +144,21 @@ def train_recipe(
 
 
 def _fingerprint(data: SegmentationData, processes: int) -> dict[str, Any]:
-    """What else a run is, beside its recipe: the data as they are today, and how many processes share a step."""
+    """Identify a run besides its recipe: the data in their current state, and the number of processes."""
     words = hashlib.sha256("\n".join(word.name for word in data.words).encode()).hexdigest()[:12]
     return {"processes": processes, "pictures": data.pictures, "instances": data.instances, "words": words}
 
 
 def _arguments(recipe: dict, folder: Path, device: str | None) -> TrainingArguments:
     if device is not None and device.partition(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"--device {device} cannot be trained on; there are cpu and cuda.")
+        raise InputError(f"--device {device} is not supported for training; use cpu or cuda.")
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: there is no GPU here that PyTorch can use; `cpu` always works.")
+        raise InputError(f"--device {device}: PyTorch finds no GPU; use `cpu`.")
     on_gpu = torch.cuda.is_available() and device != "cpu"
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1  # by accelerate or torchrun
     optim = recipe["optim"]
     workers = optim["workers"]
-    if workers < 0:  # on a CPU, reading shares the model's cores anyway
+    if workers < 0:  # on a CPU, workers would share the cores of the model
         workers = min(12, os.cpu_count() or 1) if on_gpu else 0
     check_workers(workers)
     return TrainingArguments(
@@ -166,7 +166,7 @@ def _arguments(recipe: dict, folder: Path, device: str | None) -> TrainingArgume
         max_steps=optim["steps"],
         per_device_train_batch_size=optim["batch_size"],
         gradient_accumulation_steps=optim["accumulate"],
-        train_sampling_strategy="sequential",  # TrainingOrder is the order
+        train_sampling_strategy="sequential",  # TrainingOrder defines the order
         learning_rate=optim["learning_rate"],
         weight_decay=optim["weight_decay"],
         warmup_steps=optim["warmup_steps"],
@@ -189,12 +189,12 @@ def _arguments(recipe: dict, folder: Path, device: str | None) -> TrainingArgume
 
 
 def _prepare_folder(folder: Path, recipe: dict, resume: bool) -> None:
-    """Make the output folder ready to start or to go on in; an earlier run is neither mixed up with nor overwritten."""
+    """Prepare the output folder for a new or a resumed run, without overwriting an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
     clear_saving(folder)
     checkpoints = list_checkpoints(folder)
     if not resume and (checkpoints or (folder / "model.safetensors").is_file()):
-        raise InputError(f"{folder} already holds a run; pass --resume to go on with it, or another --output.")
+        raise InputError(f"{folder} already has a run; pass --resume to continue it, or another --output.")
     if checkpoints:
         check_unchanged(folder, recipe)
     record_recipe(folder, recipe)
@@ -205,12 +205,14 @@ def _held_out(recipe: dict, words: list[Word], size: int | None) -> Dataset | No
         return None
     data = read_data(recipe["eval"]["data"], recipe["seed"] + 2, recipe["eval"]["pictures"], size)
     if unknown := {word.name for word in data.words} - {word.name for word in words}:
-        raise InputError(f"[eval.data] has words that are not trained: {', '.join(sorted(unknown)[:5])}.")
+        raise InputError(
+            f"[eval.data] has class names that are not in the training data: {', '.join(sorted(unknown)[:5])}."
+        )
     return Subset(SharedWords(data, words, data.max_objects), range(min(len(data), recipe["eval"]["pictures"])))
 
 
 def _build_stage(recipe: dict, words: list[Word], base: Segmenter | None) -> nn.Module:
-    """The stage, given what its constructor names: the table of words, the towers of [model], the model of its base."""
+    """Build the stage with the arguments of its constructor: the table of words, the towers of [model], its base."""
     kind, given, model = STAGES[recipe["stage"]], dict(recipe["stage_args"]), recipe.get("model", {})
     accepted = accepted_arguments(kind.__mro__)
     if "words" in accepted:
@@ -223,11 +225,11 @@ def _build_stage(recipe: dict, words: list[Word], base: Segmenter | None) -> nn.
     if "model" in accepted and base is not None:
         if base.processor.clip_images is not None:
             raise InputError(
-                f"In {model['base']} SAM and CLIP see different pictures; `finetune` is for models of one."
+                f"In {model['base']} SAM and CLIP have different inputs; `finetune` needs a model with one input."
             )
         given["model"] = base.model
     stage = kind(**given)
-    if paths := weight_files(recipe):  # of a tensor that several files have, the last one's counts
+    if paths := weight_files(recipe):  # if several files have a tensor, the last one counts
         stage.load_published({name: tensor for path in paths for name, tensor in load_file(path).items()})
     return stage
 
@@ -252,8 +254,8 @@ def _callbacks(folder: Path) -> list[TrainerCallback]:
 
 
 class StageTrainer(Trainer):
-    """transformers.Trainer with checkpoints that are whole or not there, held-out metrics that are the stage's own, and
-    the running means of whatever a stage returns beside its loss."""
+    """transformers.Trainer with checkpoints that are complete or missing, held-out metrics of the stage, and running
+    means of the metrics that a stage returns with its loss."""
 
     control: TrainerControl
 
@@ -276,7 +278,7 @@ class StageTrainer(Trainer):
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 saved = list_checkpoints(self.folder)
-                last = f"The last checkpoint is {saved[-1]}." if saved else "Nothing was saved yet."
+                last = f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
                 raise InputError(
                     f"The loss became {logs['loss']} by step {self.state.global_step}; a smaller learning_rate or more "
                     f"warmup_steps may help. {last}"
@@ -288,8 +290,8 @@ class StageTrainer(Trainer):
     # ---- held-out data ----------------------------------------------------------------------------------------
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """The stage's metrics on the held-out pictures, shared out among the processes; then curves and samples. Its
-        random numbers are the same every time, and the training's are left as they were."""
+        """Compute the metrics of the stage on the held-out images, distributed over the processes; then draw curves and
+        samples. Its random numbers are the same every time, and those of training are not affected."""
         stage, device = self.model, self.args.device
         training = stage.training
         rank, world = self.args.process_index, self.args.world_size
@@ -339,13 +341,13 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir=None, state_dict=None):
-        """What training changes: trainable parameters, and buffers such as batch statistics."""
+        """Save the tensors that training changes: trainable parameters, and buffers such as batch statistics."""
         if not self.args.should_save:
             return
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         state = self.model.state_dict() if state_dict is None else state_dict
         frozen = {n for n, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        # safetensors takes no channels-last tensors.
+        # safetensors does not support channels-last tensors.
         kept = {name: tensor.contiguous() for name, tensor in state.items() if name not in frozen}
         save_file(kept, Path(output_dir) / "model.safetensors", metadata={"format": "pt"})
 
@@ -353,4 +355,7 @@ class StageTrainer(Trainer):
         state = load_file(Path(resume_from_checkpoint) / "model.safetensors")
         unexpected = self.model.load_state_dict(state, strict=False).unexpected_keys
         if unexpected:
-            raise InputError(f"{resume_from_checkpoint} holds {unexpected[0]}, which this stage has not.")
+            raise InputError(
+                f"{resume_from_checkpoint} has {unexpected[0]}, which is not part of this stage; "
+                "resume with the same recipe."
+            )

@@ -1,5 +1,5 @@
-"""What a run trains on: the recipe's data in an order that is a function of the seed alone, so that a resumed run draws
-nothing twice; with old scenes mixed in, so that what was known is not forgotten."""
+"""Order of the training samples: a function of the seed, so that runs can be resumed, with an optional share of earlier
+scenes (rehearsal), so that earlier class names are not forgotten."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from ovsam.data.words import Word
 
 
 def read_data(section: dict[str, Any], seed: int, length: int, size: int | None = None) -> SegmentationData:
-    """The data set of a recipe's [data] table, which need not say what is the same for all formats.
+    """Open the data set of a recipe's [data] table, with defaults for the keys that all formats have.
 
     Args:
-        section: `format` and its reader's own keys; see ovsam.data.
-        seed, length: of what is drawn.
-        size: side of the pictures in pixels.
+        section: `format` and the keys of its reader; see ovsam.data.
+        seed, length: seed and number of drawn scenes.
+        size: side of the images in pixels.
     """
     kind = section.get("format", "emojiscenes")
     common = {"seed": seed, "length": length, "size": None if "canvas" in section else size}
@@ -26,7 +26,7 @@ def read_data(section: dict[str, Any], seed: int, length: int, size: int | None 
 
 
 def collate(samples: list[Sample]) -> Sample:
-    """Samples stacked, without the padding that none of them needs: masks are most of what a step looks at."""
+    """Stack samples and remove padding that none of them needs, since masks are most of the data of a step."""
     batch = default_collate(samples)
     used = (batch["masks"].flatten(2).any(-1) | (batch["word_ids"] >= 0)).any(0).nonzero()  # padding comes last
     most = int(used.max()) + 1 if len(used) else 1
@@ -34,11 +34,11 @@ def collate(samples: list[Sample]) -> Sample:
 
 
 class TrainingOrder(Dataset):
-    """`length` samples: pass after pass over the pictures, each in a new random order, every `1 / share`-th sample
-    taken from `rehearsal` instead. Sample i depends on i and the seed alone.
+    """`length` samples: passes over the images, each in a new random order; every `1 / share`-th sample is taken from
+    `rehearsal` instead. Sample i depends only on i and the seed.
 
-    `pictures` of the data make a pass, where it has several samples of each, differently cropped: sample j shows
-    picture j modulo `pictures`, and every pass takes the next ones.
+    A pass has `pictures` samples if the data have several samples of each image, cropped differently: sample j shows
+    image j modulo `pictures`, and every pass takes the next ones.
     """
 
     def __init__(
@@ -65,10 +65,9 @@ class TrainingOrder(Dataset):
 
 
 def mix_rehearsal(data: SegmentationData, scenes: SegmentationData) -> tuple[SharedWords, SharedWords, list[Word]]:
-    """Both data sets over the words of both.
+    """Return both data sets with the words of both.
 
-    A picture of `data` says nothing about words that only the scenes have. A scene is known to show none of the
-    pictogram words that it is not annotated with.
+    The words of the scenes are unknown in the images of `data`. In a scene all pictogram words are known.
     """
     words = merge_words(data.words, scenes.words)
     objects = max(data.max_objects, scenes.max_objects)

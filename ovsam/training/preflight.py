@@ -1,4 +1,4 @@
-"""Before a run: what it will train, on what, and in how much memory; and a refusal of what cannot work."""
+"""Checks before a run, and a summary of its parameters, data and memory."""
 
 import contextlib
 import os
@@ -13,12 +13,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ovsam.errors import InputError
 
-LOOKED_AT = 32  # samples that are searched for one with an object
+LOOKED_AT = 32  # maximum number of samples that are searched for one with an object
 
 
 @dataclass
 class Memory:
-    """Bytes: `weights`, `gradients`, `optimiser` (Adam's two moments), and `activations` of one sample, measured."""
+    """Bytes: `weights`, `gradients`, `optimiser` (Adam's two moments), and measured `activations` of one sample."""
 
     weights: int
     gradients: int
@@ -37,11 +37,11 @@ def check_workers(workers: int) -> None:
 
 def check_trainable(stage: nn.Module, name: str) -> None:
     if not any(parameter.requires_grad for parameter in stage.parameters()):
-        raise InputError(f"The stage {name} has no trainable parameter as this recipe sets it up; unfreeze a part.")
+        raise InputError(f"The stage {name} has no trainable parameters with this recipe; unfreeze a part.")
 
 
 def recompute_activations(stage: nn.Module) -> None:
-    """Gradient checkpointing of all layers that know it: transformers' own and timm's."""
+    """Enable gradient checkpointing of all layers that support it, of transformers and timm."""
     found = False
     again = partial(checkpoint, use_reentrant=False)
     for module in stage.modules():
@@ -51,11 +51,11 @@ def recompute_activations(stage: nn.Module) -> None:
             module.set_grad_checkpointing(True)
             found = True
     if not found:
-        raise InputError("gradient_checkpointing = true, but this stage has no layer that can be computed again.")
+        raise InputError("gradient_checkpointing = true, but no layer of this stage supports it; set it to false.")
 
 
 def first_sample(data) -> dict[str, Tensor]:
-    """The first sample with an object."""
+    """Return the first sample with an object."""
     for index in range(min(len(data), LOOKED_AT)):
         sample = data[index]
         if sample["masks"].any():
@@ -64,12 +64,12 @@ def first_sample(data) -> dict[str, Tensor]:
 
 
 def measure_memory(stage: nn.Module, batch: dict[str, Tensor], autocast=contextlib.nullcontext) -> Memory:
-    """What one forward and backward of a sample keeps. The stage is left as it was, and the random numbers too.
+    """Measure the memory of one forward and backward pass of a sample. Stage and random state are restored.
 
     Activations are the tensors that autograd saves, each storage once, without the weights.
     """
     device = next(stage.parameters()).device
-    # A run's saved tensors include batch statistics; the dry run must not move those.
+    # Batch statistics are part of the saved tensors; the dry run must not change them.
     buffers = [(buffer, buffer.clone()) for buffer in stage.buffers()]
     known = {tensor.untyped_storage().data_ptr() for tensor in (*stage.parameters(), *stage.buffers())}
     saved: dict[int, int] = {}
@@ -86,7 +86,9 @@ def measure_memory(stage: nn.Module, batch: dict[str, Tensor], autocast=contextl
         with autocast():
             loss = stage.train()(**{name: tensor.to(device) for name, tensor in batch.items()})["loss"]
         if not loss.requires_grad:
-            raise InputError("The loss of this stage depends on no trainable parameter; unfreeze the part it is about.")
+            raise InputError(
+                "The loss of this stage does not depend on a trainable parameter; unfreeze the part that it trains."
+            )
         loss.backward()
     stage.train(training)
     stage.zero_grad(set_to_none=True)
@@ -94,7 +96,9 @@ def measure_memory(stage: nn.Module, batch: dict[str, Tensor], autocast=contextl
         for buffer, before in buffers:
             buffer.copy_(before)
     if not torch.isfinite(loss):
-        raise InputError(f"The loss of the first sample is {loss.item()}; something in the data or weights is wrong.")
+        raise InputError(
+            f"The loss of the first sample is {loss.item()}; it must be finite: check the data and the weights."
+        )
     trained = [p for p in stage.parameters() if p.requires_grad]
     return Memory(
         weights=_nbytes(stage.parameters()) + _nbytes(stage.buffers()),
@@ -109,19 +113,19 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def describe(recipe: dict, stage: nn.Module, data, memory: Memory, processes: int) -> str:
-    """The lines that are printed before a run starts."""
+    """Return the lines that are printed before a run starts."""
     optim, share = recipe["optim"], recipe.get("rehearsal", {}).get("share", 0.0)
     batch, samples = optim["batch_size"], optim["batch_size"] * optim["accumulate"] * processes
     each = f"{batch} at a time" + (f" on each of {processes} processes" if processes > 1 else "")
-    lines = [f"stage {recipe['stage']}: {optim['steps']:,} steps of {samples} pictures ({each})"]
+    lines = [f"stage {recipe['stage']}: {optim['steps']:,} steps of {samples} images ({each})"]
     parts = [*_parts(stage), ("together", stage)]
     width = max(len(name) for name, _ in parts)
     lines += [f"  {name:<{width}}  {_parameters(module)}" for name, module in parts]
     lines.append(data.describe())
-    if data.instances is not None:  # scenes are never seen twice
-        lines.append(f"  each picture is seen {optim['steps'] * samples * (1 - share) / data.pictures:.3g} times")
+    if data.instances is not None:  # scenes are not repeated
+        lines.append(f"  each image is used {optim['steps'] * samples * (1 - share) / data.pictures:.3g} times")
     if share:
-        lines.append(f"rehearsal: {share:.0%} of the samples are scenes of the pictograms that ovsam-tiny knows")
+        lines.append(f"rehearsal: {share:.0%} of the samples are scenes of the pictograms of ovsam-tiny")
     lines.append(
         f"memory of a process, about {_size(memory.total(batch))}: weights {_size(memory.weights)}, gradients "
         f"{_size(memory.gradients)}, Adam {_size(memory.optimiser)} (counted), activations {batch} x "
@@ -131,7 +135,7 @@ def describe(recipe: dict, stage: nn.Module, data, memory: Memory, processes: in
 
 
 def _parts(stage: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The stage's children with weights; a whole model's are named by their own children."""
+    """Return the children of the stage with weights; a whole model is replaced by its own children."""
     parts = []
     for name, module in stage.named_children():
         if not any(True for _ in module.parameters()):

@@ -1,4 +1,4 @@
-"""What a recipe.toml says: read, completed with defaults, overridden by the command line, and compared between runs."""
+"""Recipes: recipe.toml is read, completed with defaults, overridden by the command line, and compared between runs."""
 
 import copy
 import inspect
@@ -14,22 +14,22 @@ from ovsam.ops.arguments import accepted_arguments
 from ovsam.ops.files import write_text
 from ovsam.training.stages import STAGES
 
-CALIBRATE = "calibrate"  # the one stage that follows no gradient (calibrate.py)
+CALIBRATE = "calibrate"  # the only stage that is not gradient-based (calibrate.py)
 NEEDED = ("stage", "seed", "data")
-# The keys of each section with their defaults; None: there is no default, the recipe has to say it. [data] and
-# [stage_args] are the reader's and the stage's own.
+# The keys of each section with their defaults; None: required. The keys of [data] and [stage_args] are those of the
+# reader and of the stage.
 SECTIONS: dict[str, dict[str, Any]] = {
     "optim": {
-        "batch_size": None,  # of one process
+        "batch_size": None,  # for each process
         "steps": None,
         "learning_rate": None,
         "weight_decay": 0.05,
         "warmup_steps": 0,
-        "accumulate": 1,  # batches that make one step
+        "accumulate": 1,  # number of batches of one step
         "save_steps": 500,
         "logging_steps": 50,
-        "workers": -1,  # processes that read pictures; -1: none on a CPU, up to 12 beside a GPU
-        "bf16": True,  # on a GPU
+        "workers": -1,  # processes that read images; -1: none on a CPU, up to 12 with a GPU
+        "bf16": True,  # on a GPU only
         "gradient_checkpointing": False,
     },
     "eval": {"every": None, "data": None, "pictures": 64},
@@ -38,7 +38,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 CALIBRATION = {"pictures": 60, "absent": 0.03, "temperature": True, "novel": 0}  # the [stage_args] of calibrate
 MAY_BE_ZERO = {"weight_decay", "warmup_steps", "share", "workers", "absent", "novel"}
 TOP_LEVEL = {"stage", "seed", "data", "stage_args", "weights", "model", *SECTIONS}
-# What may differ between a run and its continuation, since it changes no weight.
+# Keys that may differ between a run and its continuation, since they change no weights.
 HARMLESS = ("optim.save_steps", "optim.logging_steps", "optim.workers", "eval.")
 RECORD = "recipe.json"
 
@@ -50,27 +50,27 @@ def read_recipe(
     images: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     settings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The recipe with every default filled in.
+    """Read a recipe and fill in the defaults.
 
     Args:
-        steps: instead of the recipe's.
-        data, images: a COCO json and the folder of its pictures, instead of the recipe's [data]; or several jsons, and
+        steps: number of steps, instead of the recipe's.
+        data, images: COCO JSON file and the folder of its images, instead of the recipe's [data]; or several files, and
             one folder for all of them or one for each. Their samples are mixed in equal shares.
-        settings: `KEY=VALUE` instead of what the recipe says, such as `model.sam=facebook/sam2.1-hiera-large`.
+        settings: `KEY=VALUE` entries that replace those of the recipe, such as `model.sam=facebook/sam2.1-hiera-large`.
 
     Raises:
-        InputError: no such recipe, stage or key, something missing, or weights to start from that are not there.
+        InputError: the recipe, its stage or a key is unknown, a key is missing, or weights to start from do not exist.
     """
     if not path.is_file():
         raise InputError(f"There is no recipe at {path}; pass the path of a recipe.toml, such as one of adapters/.")
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a toml file: {error}.") from error
+        raise InputError(f"{path} is not a TOML file: {error}.") from error
     for setting in settings:
         _set(recipe, setting)
     if (data is None) != (images is None):
-        raise InputError("--data and --images go together: a COCO json, and the folder of its pictures.")
+        raise InputError("--data and --images go together: a COCO JSON file, and the folder of its images.")
     if data is not None:
         own = {k: v for k, v in recipe.get("data", {}).items() if k not in ("format", "annotations", "images")}
         own = own if recipe.get("data", {}).get("format") == "coco" else {}
@@ -90,9 +90,9 @@ def read_recipe(
     if missing := [key for key in NEEDED if key not in recipe]:
         raise InputError(f"{path} lacks {', '.join(missing)}; the recipes of adapters/ show what is needed.")
     if unknown := recipe.keys() - TOP_LEVEL:
-        raise InputError(f"{path} has {', '.join(sorted(unknown))}; a recipe knows {', '.join(sorted(TOP_LEVEL))}.")
+        raise InputError(f"{path} has {', '.join(sorted(unknown))}; a recipe takes {', '.join(sorted(TOP_LEVEL))}.")
     if recipe["stage"] not in (*STAGES, CALIBRATE):
-        raise InputError(f"{path} asks for the stage {recipe['stage']!r}; there are {', '.join((*STAGES, CALIBRATE))}.")
+        raise InputError(f"{path} has the stage {recipe['stage']!r}; choose one of {', '.join((*STAGES, CALIBRATE))}.")
     recipe.setdefault("stage_args", {})
     for name, defaults in SECTIONS.items():
         always = {"optim": recipe["stage"] != CALIBRATE, "rehearsal": recipe["stage"] == "finetune"}
@@ -107,7 +107,7 @@ def read_recipe(
 
 
 def _set(recipe: dict, setting: str) -> None:
-    """`table.key=value`; the value is TOML's, or else a string."""
+    """Set `table.key=value`; the value is TOML, or else a string."""
     name, equals, value = setting.partition("=")
     *tables, key = name.strip().split(".")
     if not equals or not all((*tables, key)):
@@ -125,7 +125,7 @@ def _set(recipe: dict, setting: str) -> None:
 def _complete(path: Path, name: str, given: dict, defaults: dict, steps: int | None) -> dict:
     if unknown := given.keys() - defaults.keys():
         known = ", ".join(sorted(defaults))
-        raise InputError(f"{path} has {', '.join(sorted(unknown))} in [{name}], which knows {known}.")
+        raise InputError(f"{path} has {', '.join(sorted(unknown))} in [{name}], which takes {known}.")
     section = copy.deepcopy(defaults) | given
     if name == "optim" and steps is not None:
         section["steps"] = steps
@@ -134,12 +134,12 @@ def _complete(path: Path, name: str, given: dict, defaults: dict, steps: int | N
     for key, value in section.items():
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if numeric and key != "workers" and (value < 0 or value == 0 and key not in MAY_BE_ZERO):
-            raise InputError(f"{path} says {key} = {value} in [{name}]; it must be more than 0.")
+            raise InputError(f"{path} has {key} = {value} in [{name}]; it must be more than 0.")
     return section
 
 
 def _check_start(path: Path, recipe: dict) -> None:
-    """The stage takes its arguments, and what it starts from is there."""
+    """Check that the stage takes its arguments, and that the weights it starts from exist."""
     given, model = recipe["stage_args"], recipe.get("model", {})
     if recipe["stage"] != CALIBRATE:
         accepted = accepted_arguments(STAGES[recipe["stage"]].__mro__)
@@ -156,15 +156,15 @@ def _check_start(path: Path, recipe: dict) -> None:
         if missing:
             raise InputError(f"{path} lacks {', '.join(sorted(missing))} in [stage_args].")
         if "towers" in accepted and not model:
-            raise InputError(f"{path} lacks [model]: the towers that the stage {recipe['stage']} stands on.")
+            raise InputError(f"{path} lacks [model]: the towers that the stage {recipe['stage']} needs.")
     named = [value for key, value in given.items() if key.endswith("weights") and value]
     for file in (*weight_files(recipe), *named):
         if not Path(file).is_file():
-            raise InputError(f"{path} starts from {file}, which is not there; train that recipe first.")
+            raise InputError(f"{path} starts from {file}, which does not exist; train that recipe first.")
 
 
 def weight_files(recipe: dict[str, Any]) -> list[str]:
-    """What the recipe's `weights` names: one file, or several."""
+    """Return the files in the recipe's `weights`: one or several."""
     paths = recipe.get("weights", [])
     return [paths] if isinstance(paths, str) else list(paths)
 
@@ -178,15 +178,15 @@ def _flat(section: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def record_recipe(folder: Path, recipe: dict) -> None:
-    """Remember in the output folder what its run is, so that a continuation can be compared with it."""
+    """Store the recipe in the output folder, so that a continuation can be compared with it."""
     write_text(folder / RECORD, json.dumps(recipe, indent=1, sort_keys=True) + "\n")
 
 
 def check_unchanged(folder: Path, recipe: dict) -> None:
-    """Raise InputError, saying what changed, unless the run in the folder was started with the same recipe and data."""
+    """Raise InputError with the differences unless the run in the folder has the same recipe and data."""
     record = folder / RECORD
     if not record.is_file():
-        raise InputError(f"{folder} holds a checkpoint but no {RECORD}; it is not known what was trained there.")
+        raise InputError(f"{folder} has a checkpoint but no {RECORD}, which describes its run; use another --output.")
     before, now = dict(_flat(json.loads(record.read_text()))), dict(_flat(json.loads(json.dumps(recipe))))
     changed = [
         f"{key} was {before.get(key, 'not set')!r} and is {now.get(key, 'not set')!r}"
@@ -196,5 +196,5 @@ def check_unchanged(folder: Path, recipe: dict) -> None:
     if changed:
         raise InputError(
             f"The run in {folder} cannot be resumed with another recipe: {'; '.join(changed)}. "
-            "Undo that, or start anew with another --output."
+            "Undo the changes, or start a new run with another --output."
         )

@@ -55,11 +55,11 @@ def draw_curves(folder: Path, history: Sequence[dict]) -> bool:
 
 
 def draw_samples(folder: Path, rows: Sequence[tuple[dict, Found]], words: Sequence[str]) -> None:
-    """samples.png: pictures with their true objects, each beside what the stage finds there; two pairs a row.
+    """Draw samples.png: images with the ground truth, each beside the predictions of the stage; two pairs a row.
 
     Args:
-        rows: (a sample, (masks bool [n, h, w], word ids [n], scores [n])) for each picture.
-        words: names of the word ids.
+        rows: (a sample, (masks bool [n, h, w], word ids [n], scores [n])) for each image.
+        words: class names by word id.
     """
     pairs = []
     for sample, found in rows:

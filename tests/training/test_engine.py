@@ -274,7 +274,7 @@ def test_resuming_with_another_recipe_is_refused_with_the_changes(whole, tmp_pat
         training_run.train_recipe(changed, output=tmp_path / "run", resume=True, device="cpu")
     with pytest.raises(InputError, match="optim.steps was 6 and is 8"):
         training_run.train_recipe(path, output=tmp_path / "run", resume=True, steps=8, device="cpu")
-    with pytest.raises(InputError, match="already holds a run; pass --resume"):
+    with pytest.raises(InputError, match="already has a run; pass --resume"):
         training_run.train_recipe(path, output=tmp_path / "run", device="cpu")
     more_often = write_recipe(tmp_path / "often", optim={"save_steps": 3})  # which changes no weight
     training_run.train_recipe(more_often, output=tmp_path / "run", resume=True, device="cpu")
@@ -315,7 +315,7 @@ def test_two_processes_equal_one_with_twice_the_batch(server, tmp_path):
     double = tmp_path / "run"
     assert [(tmp_path / f"steps-of-{rank}").read_text() for rank in (0, 1)] == ["6", "6"]
     said = [(tmp_path / f"said-by-{rank}").read_text() for rank in (0, 1)]
-    assert "6 steps of 4 pictures (2 at a time on each of 2 processes)" in said[0] and "pictures" not in said[1]
+    assert "6 steps of 4 images (2 at a time on each of 2 processes)" in said[0] and "images" not in said[1]
     assert_same(double, single)
     for name in ("loss", "eval_loss"):
         assert logged(double, name, name) == pytest.approx(logged(single, name, name), rel=1e-4)
@@ -366,15 +366,15 @@ def test_memory_is_counted_and_the_dry_run_leaves_no_trace():
 
 
 def test_runs_that_cannot_work_are_refused():
-    with pytest.raises(InputError, match="depends on no trainable parameter"):
+    with pytest.raises(InputError, match="does not depend on a trainable parameter"):
         stage = Line()
         stage.forward = lambda x: {"loss": x.sum()}
         preflight.measure_memory(stage, {"x": torch.randn(5, 64)})
     with pytest.raises(InputError, match="loss of the first sample is nan"):
         preflight.measure_memory(Line(), {"x": torch.full((5, 64), float("inf"))})
-    with pytest.raises(InputError, match="no trainable parameter"):
+    with pytest.raises(InputError, match="no trainable parameters"):
         preflight.check_trainable(Line().requires_grad_(False), "toy")
-    with pytest.raises(InputError, match="no layer that can be computed again"):
+    with pytest.raises(InputError, match="no layer of this stage supports it"):
         preflight.recompute_activations(Line())
     with pytest.raises(InputError, match="999999 workers on"):
         preflight.check_workers(999999)
@@ -386,15 +386,15 @@ def test_runs_that_cannot_work_are_refused():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"stage": "tos"}, "asks for the stage 'tos'; there are"),
-        ({"steps": 3}, "has steps; a recipe knows"),
-        ({"optim": {"lr": 0.1}}, r"has lr in \[optim\], which knows"),
-        ({"optim": {"steps": 0}}, "says steps = 0"),
+        ({"stage": "tos"}, "has the stage 'tos'; choose one of"),
+        ({"steps": 3}, "has steps; a recipe takes"),
+        ({"optim": {"lr": 0.1}}, r"has lr in \[optim\], which takes"),
+        ({"optim": {"steps": 0}}, "has steps = 0"),
         ({"stage_args": {"nose": 1}}, r"has nose in \[stage_args\]; the stage toy takes coin, noise"),
         ({"eval": {"every": 2}}, r"lacks data in \[eval\]"),
-        ({"weights": "nowhere.safetensors"}, "starts from nowhere.safetensors, which is not there"),
+        ({"weights": "nowhere.safetensors"}, "starts from nowhere.safetensors, which does not exist"),
         ({"data": {"sides": 3}}, "'sides'"),
-        ({"data": {"format": "coca"}}, "format 'coca'; there are"),
+        ({"data": {"format": "coca"}}, "format 'coca'; choose one of"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(tmp_path, change, message):
@@ -422,7 +422,7 @@ def test_the_command_line_replaces_the_data(tmp_path):
 
 def test_an_unknown_device_is_refused(tmp_path):
     path = write_recipe(tmp_path)
-    with pytest.raises(InputError, match="--device tpu cannot be trained on"):
+    with pytest.raises(InputError, match="--device tpu is not supported for training"):
         training_run.train_recipe(path, output=tmp_path / "run", device="tpu")
 
 

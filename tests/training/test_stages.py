@@ -710,7 +710,7 @@ def test_a_tower_that_is_not_there_is_one_sentence(monkeypatch, tmp_path):
         clip_side({"model_type": "bert"})
     with pytest.raises(InputError, match="train that recipe first"):
         clip_side({"architecture": "test_efficientnet", "weights": str(tmp_path / "none.safetensors")})
-    with pytest.raises(InputError, match="it knows sam, clip"):
+    with pytest.raises(InputError, match="it takes sam, clip"):
         build_towers({"size": 3})
 
 
@@ -724,7 +724,7 @@ def test_maps_of_a_plain_transformer_become_a_pyramid():
 def test_words_of_another_text_tower_are_refused(words):
     narrow = WordTable(words.names[:, :8], words.keywords[:, :8], words.has_keyword, words.is_base)
     for stage in (ClipStage, ConceptsStage, Clip2SamStage):
-        with pytest.raises(InputError, match="into 32 numbers and the text tower into 8"):
+        with pytest.raises(InputError, match="image tower have 32 numbers, those of the text tower 8"):
             stage(narrow, towers())
 
 

@@ -182,7 +182,7 @@ def test_temperature_and_shift_are_those_the_labels_were_drawn_with():
 
 def test_calibration_is_written_into_the_heads(base, data):
     segmenter, other = ovsam.load(base, device="cpu"), ovsam.load(base, device="cpu")
-    fitted = {"names of masks": (1.3, 0.1), "words of locations": (0.7, -0.05)}
+    fitted = {"names of masks": (1.3, 0.1), "text queries of locations": (0.7, -0.05)}
     source = calibrate.read_data({"format": "coco", "annotations": str(data[0])}, 0, 1, 128)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "_fit", lambda pairs, title: fitted[title])
@@ -247,7 +247,7 @@ def test_models_without_a_trainable_part_are_refused(base):
     table = texts.WordTable(torch.eye(2, 32), torch.zeros(0, 32), none, torch.tensor([True, True]))
     with pytest.raises(InputError, match="nothing to fine-tune"):
         FinetuneStage(table, model)
-    with pytest.raises(InputError, match="train_clip is for the small CLIP tower"):
+    with pytest.raises(InputError, match="train_clip needs the small CLIP tower"):
         FinetuneStage(table, tiny_model(clip="convnext"), train_clip=True)
 
 

@@ -47,9 +47,9 @@ def write_labels(
     """Write images in a label format to a file or a folder, depending on the format (`FORMATS`).
 
     Args:
-            labels: the label names in order; "yolo" needs all of them.
-            images: the folder that file names are relative to: LabelMe's paths lead there, and GeoJSON takes its map
-                coordinates from georeferenced images there.
+        labels: the label names in order; "yolo" needs all of them.
+        images: the folder that file names are relative to: LabelMe's paths lead there, and GeoJSON takes its map
+            coordinates from georeferenced images there.
 
     Raises:
         InputError: the format is unknown, a label is missing in those of "yolo", or two images have the same label

@@ -1,7 +1,7 @@
-"""The training stages by the name that a recipe gives them.
+"""The training stages by their names in recipes.
 
 A stage is a module whose `forward(image, masks, word_ids, known)` takes a batch of a SegmentationData and returns
-{"loss": ..., metric: ...}; `predict`, of the same arguments, returns what it finds in each picture.
+{"loss": ..., metric: ...}; `predict`, with the same arguments, returns the predictions for each image.
 """
 
 from ovsam.training.stages.adapters import AdaptersStage

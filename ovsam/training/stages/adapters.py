@@ -1,8 +1,8 @@
-"""Stage `adapters`: ConceptHead and Clip2SamAdapter from the same pictures at once.
+"""Stage `adapters`: ConceptHead and Clip2SamAdapter trained together on the same images.
 
-Clip2SamAdapter sees true masks made imperfect; `clip2sam` finishes it on masks that the SAM side predicts. The towers
-are frozen, as over released ones; `train_clip` lets a small tower of our own learn on, by its own LiT loss and through
-the adapters.
+Clip2SamAdapter is trained on perturbed true masks; `clip2sam` continues on masks that the SAM side predicts. The towers
+are frozen; with `train_clip` a small tower of this project is trained too, by its own LiT loss and through the
+adapters.
 """
 
 import torch
@@ -23,10 +23,10 @@ from ovsam.training.stages.word_losses import LitLosses
 class AdaptersStage(ConceptsStage):
     """
     Args:
-        prompts: objects of each picture that Clip2SamAdapter names.
-        train_clip: let the CLIP side's image tower learn too.
-        keyword_weight: of its loss against keywords.
-        arguments: of ConceptsStage.
+        prompts: number of objects of each image that Clip2SamAdapter classifies.
+        train_clip: whether to train the image tower of the CLIP side too.
+        keyword_weight: weight of its loss against keywords.
+        arguments: arguments of ConceptsStage.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class AdaptersStage(ConceptsStage):
         if train_clip:
             towers.clip.requires_grad_(True)
             self.lit = LitLosses(words, self.word_losses.label_smoothing, keyword_weight)
-            nn.init.constant_(self.lit.log_scale, 4.0)  # where the clip stage ends
+            nn.init.constant_(self.lit.log_scale, 4.0)  # the value at the end of the clip stage
 
     def parts(self) -> dict[str, nn.Module]:
         return {"concepts": self.concepts, "clip2sam": self.clip2sam} | ({"clip": self.towers.clip} if self.lit else {})
@@ -59,7 +59,7 @@ class AdaptersStage(ConceptsStage):
     def load_published(self, state: dict[str, Tensor]) -> None:
         for part, module in {"clip": self.towers.clip, **self.parts()}.items():
             own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
-            if own:  # a run over a frozen CLIP side publishes none of it
+            if own:  # a run with a frozen CLIP side publishes no weights of it
                 module.load_state_dict(own)
 
     def forward(
@@ -85,7 +85,7 @@ class AdaptersStage(ConceptsStage):
     def naming_losses(
         self, maps: tuple[Tensor, ...], masks: Tensor, word_ids: Tensor, known: Tensor, taught: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Clip2SamAdapter on true masks made imperfect, as the decoder's will be."""
+        """Losses of Clip2SamAdapter on perturbed true masks, which resemble those of the decoder."""
         masks, visible, keep = choose_objects(masks, self.prompts, visible_objects(masks, word_ids))
         boxes, word_ids = masks_to_boxes(masks), word_ids.gather(1, keep)
         soft = F.avg_pool2d(masks.float(), 4)  # [B, P, H/4, W/4]

@@ -1,12 +1,12 @@
-"""Stage `clip`: an image tower drawn towards a locked text tower (LiT, Zhai et al. 2022).
+"""Stage `clip`: an image tower is trained towards a locked text tower (LiT, Zhai et al. 2022).
 
-What is a picture? With `pictures = "objects"` it is one object of a scene: the tower sees a whole window once, and each
-object's features are averaged under its mask. That costs per object what a small crop costs, and the tower learns the
-dense features that the adapters will read, at the scale and in the clutter in which they will read them. With "whole"
-it is the whole picture, named by its first named object, as in a folder of pictures a class; plain vision transformers
-may then skip a share of their patches (FLIP, Li et al. 2023), which saves that share of the work. With "captions" it is
-the whole picture as CLIP saw it (Radford et al. 2021): told from the others of its batch by a caption that says which
-words are in it, and not where.
+The option `pictures` selects the images. With "objects" each object of a scene is one: the tower encodes a whole window
+once, and the features of each object are averaged under its mask. The cost for each object is that of a small crop, and
+the dense features are trained at the scale and in the clutter in which the adapters read them. With "whole" it is the
+whole image, with the class name of its first named object, as in folders of images for each class; plain vision
+transformers may then skip a share of their patches (FLIP, Li et al. 2023), which saves that share of the cost. With
+"captions" it is the whole image as in CLIP (Radford et al. 2021), contrasted within the batch by a caption that lists
+its class names.
 """
 
 from collections.abc import Callable
@@ -37,12 +37,12 @@ PICTURES = ("objects", "whole", "captions")
 class ClipStage(nn.Module):
     """
     Args:
-        words: the words as the locked text tower sees them.
-        towers: with the CLIP side whose image tower learns.
-        label_smoothing: of the cross entropy among all names.
-        keyword_weight: of the cross entropy against a word's keywords.
-        pictures: "objects", "whole" or "captions"; label_smoothing and keyword_weight do nothing to captions.
-        patch_drop: share of the patches to skip while training on whole pictures (FLIP: 0.5).
+        words: words embedded by the locked text tower.
+        towers: towers with the CLIP side whose image tower is trained.
+        label_smoothing: label smoothing of the cross entropy among all names.
+        keyword_weight: weight of the cross entropy against the keywords of a word.
+        images: "objects", "whole" or "captions"; label_smoothing and keyword_weight are not used for captions.
+        patch_drop: share of the patches that are skipped in training on whole images (FLIP: 0.5).
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class ClipStage(nn.Module):
     ):
         super().__init__()
         if pictures not in PICTURES:
-            raise InputError(f"pictures is {pictures!r}; it is one of {', '.join(PICTURES)}.")
+            raise InputError(f"images is {pictures!r}; it must be one of {', '.join(PICTURES)}.")
         if patch_drop and pictures != "whole":
-            raise InputError("patch_drop needs pictures = 'whole': objects are read where their patches lie.")
+            raise InputError("patch_drop needs images = 'whole': objects need the features of all patches.")
         check_width(words, towers.embed_dim)
         self.clip = towers.clip.requires_grad_(True)
         self.clip.to(memory_format=torch.channels_last)
@@ -66,7 +66,7 @@ class ClipStage(nn.Module):
             drop_patches(self.clip, patch_drop)
         if pictures == "captions" and not isinstance(self.clip, DualEncoderSide):
             raise InputError(
-                "pictures = 'captions' is for our own towers, from scratch; released ones have read theirs."
+                "images = 'captions' is for towers of this project, trained from scratch; choose 'objects' or 'whole'."
             )
         size = self.clip.image_size if pictures == "whole" else towers.clip_size
         self.clip_pixels = Pixels(self.clip.image_mean, self.clip.image_std, size)
@@ -76,7 +76,7 @@ class ClipStage(nn.Module):
         self.embed: Callable[[list[str]], Tensor] | None = None
 
     def prepare(self, data: Dataset, folder: Path, data_key: str) -> Dataset:
-        """Captions are written anew at each step, so they need the words and the text tower while training."""
+        """Prepare the words and the text tower for captions, which are written at each step."""
         if self.pictures == "captions":
             self.caption_words = [word.name for word in data.words]
             self.embed = caption_embedder()
@@ -102,7 +102,7 @@ class ClipStage(nn.Module):
         return self.lit(F.normalize(embeds.float(), dim=-1), word_ids[visible])
 
     def match_captions(self, image: Tensor, word_ids: Tensor) -> dict[str, Tensor]:
-        """CLIP's loss: which caption of the batch belongs to each picture, and which picture to each caption."""
+        """CLIP's loss: classify the caption of each image in the batch, and the image of each caption."""
         named = (word_ids >= 0).any(1)
         captions = [write_caption(ids[ids >= 0], self.caption_words) for ids in word_ids[named]]
         texts = self.embed(captions).to(image.device)  # [b, D]
@@ -114,7 +114,7 @@ class ClipStage(nn.Module):
         return {"loss": loss, "retrieved": retrieved, "scale": self.lit.log_scale.detach().exp()}
 
     def picture_embeds(self, image: Tensor) -> Tensor:
-        """[B, D] of whole pictures, by the tower's own pooling."""
+        """Embeddings [B, D] of whole images, by the tower's own pooling."""
         pixels = self.clip_pixels(image)
         if isinstance(self.clip, OpenClipSide):
             return self.clip.model.visual(pixels)
@@ -124,7 +124,7 @@ class ClipStage(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
-        """The best base word of every true object, or of the whole picture."""
+        """Return the base word of highest score for every true object, or for the whole image."""
         there = masks.flatten(2).any(-1)  # [B, O]
         if self.pictures == "whole":
             embeds = F.normalize(self.picture_embeds(image).float(), dim=-1)[:, None].expand(-1, masks.shape[1], -1)
@@ -136,14 +136,15 @@ class ClipStage(nn.Module):
 
 
 def write_caption(ids: Tensor, words: list[str]) -> str:
-    """ "fork, cat face and red apple": each word of a picture once, in a random order. ids [n], places in `words`."""
+    """ "fork, cat face and red apple": each word of an image once, in a random order. ids [n] are indices into
+    `words`."""
     unique = ids.unique()
     names = [words[i] for i in unique[torch.randperm(len(unique))].tolist()]
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def caption_embedder() -> Callable[[list[str]], Tensor]:
-    """Captions -> [n, D], L2-normalised, by the locked text tower, in bfloat16: it is asked at every step."""
+    """Return a function from captions to [n, D], L2-normalised, by the locked text tower, in bfloat16 for speed."""
     side, tokenizer = text_tower()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     side.to(device)
@@ -158,10 +159,10 @@ def caption_embedder() -> Callable[[list[str]], Tensor]:
 
 
 def drop_patches(side: nn.Module, share: float) -> None:
-    """Let a plain vision transformer skip a random share of its patches while it trains (FLIP).
+    """Make a plain vision transformer skip a random share of its patches in training (FLIP).
 
     Raises:
-        InputError: the tower is something else; leaving patches out of windows or convolutions is another computation.
+        InputError: the tower is of another kind; windows and convolutions need all patches.
     """
     if isinstance(side, TransformersClipSide | TransformersSiglipSide):
         prefix = int(isinstance(side, TransformersClipSide))  # the class token

@@ -1,10 +1,10 @@
-"""Stage `clip2sam`: Clip2SamAdapter, and if wished the mask decoder, on boxes and clicks through the SAM side
+"""Stage `clip2sam`: Clip2SamAdapter, and optionally the mask decoder, on boxes and clicks through the SAM side
 (Open-Vocabulary SAM, Yuan et al. 2024, §3.3).
 
-The SAM side answers each prompt; the adapter names what it answered, by predicted mask and box. 2 x cross entropy among
-the names and a background class of weight 0.1, 5 x cross entropy and 5 x Dice of the masks on 12,544 points. With a
-frozen decoder the mask losses would teach nobody and are left out. Pictures of one thing (a folder a class) may be
-among the data: an object that fills its picture has a name and no mask to learn.
+The SAM side segments each prompt, and the adapter classifies the predicted mask and box. The losses are 2 x cross
+entropy over the class names and a background class of weight 0.1, and 5 x cross entropy and 5 x Dice of the masks on
+12,544 points. With a frozen decoder the mask losses have no effect and are left out. Classification data (a folder for
+each class) may be part of the data: an object that fills its image has a class name and no mask loss.
 """
 
 import torch
@@ -26,18 +26,18 @@ from ovsam.training.stages.word_losses import WordLosses, check_width
 class Clip2SamStage(nn.Module):
     """
     Args:
-        words: the words as CLIP's text tower sees them.
-        towers: whose maps the adapter reads, and the SAM side.
-        width: of the adapter.
-        mask_token: the adapter also reads the decoder's mask token.
-        prompts: objects of each picture that are prompted.
-        background: prompts of each picture where no object is, in pictures that were searched for every word.
-        train_decoder: the mask decoder learns as well (the paper); otherwise the adapter alone.
+        words: words embedded by CLIP's text tower.
+        towers: towers with the maps that the adapter reads, and the SAM side.
+        width: width of the adapter.
+        mask_token: whether the adapter also reads the decoder's mask token.
+        prompts: number of prompted objects of each image.
+        background: number of prompts on the background, in images annotated for all words.
+        train_decoder: whether to train the mask decoder as well (as in the paper).
         box_share: share of the steps with boxes; the others have clicks.
-        box_noise: deviation of a box's sides, in parts of its size.
-        name_weight, mask_weight, dice_weight, points, background_weight: the paper's.
-        word_weight: of the sigmoid loss per text, which sets the scale and shift of a word's logit.
-        label_smoothing: of the cross entropy.
+        box_noise: standard deviation of the sides of a box, relative to its size.
+        name_weight, mask_weight, dice_weight, points, background_weight: as in the paper.
+        word_weight: weight of the sigmoid loss for each text, which sets the scale and shift of the logits.
+        label_smoothing: label smoothing of the cross entropy.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Clip2SamStage(nn.Module):
         with torch.no_grad():
             features = self.towers.encode_sam(image)
             maps = self.towers.maps(image, features)
-            # 1. Prompts: objects, and places where there is none.
+            # 1. Prompts: objects, and background.
             everything = masks
             masks, valid, keep = choose_objects(masks, self.prompts, masks.flatten(2).sum(-1) >= LEAST)
             ids = word_ids.gather(1, keep)  # [B, P]
@@ -108,15 +108,15 @@ class Clip2SamStage(nn.Module):
             if not boxed:
                 prompts = {"input_points": torch.cat([points, nothing.points], 1)[:, :, None]}
 
-        # 2. The SAM side answers.
+        # 2. The SAM side segments.
         with torch.set_grad_enabled(self.train_decoder and torch.is_grad_enabled()):
             decoded = self.towers.sam.decode(features, **prompts)
-            if self.train_decoder:  # the single-mask token's, whatever is stable
+            if self.train_decoder:  # the single-mask token, without the stability rule
                 decoded = DecodedMasks(masks=decoded.masks[:, :, :1], tokens=decoded.tokens[:, :, :1])
             else:
                 decoded = self.towers.sam.select_masks(decoded, multimask_output=False)
 
-        # 3. The adapter names what was answered.
+        # 3. The adapter classifies the masks.
         embeds = self.name(maps, decoded, prompts.get("input_boxes"), size)  # [B, P + G, D]
         named = valid & (ids >= 0)
         chosen = torch.cat([named, nothing.valid], 1)  # [B, P + G]
@@ -128,7 +128,7 @@ class Clip2SamStage(nn.Module):
         word_loss = self.word_losses.word_loss(logits, ids[named], asked)
         loss = self.name_weight * name_loss + self.word_weight * word_loss
 
-        # 4. The masks, of what is not the whole picture.
+        # 4. Mask losses, except for whole-image masks.
         predicted = decoded.masks[:, : ids.shape[1], 0]  # [B, P, h, w]
         metrics = {"name": name_loss.detach(), "word": word_loss.detach(), "top1": top1}
         with_mask = valid & outlined(masks)
@@ -144,20 +144,20 @@ class Clip2SamStage(nn.Module):
         return {"loss": loss, **metrics}
 
     def name(self, maps: tuple[Tensor, ...], decoded: DecodedMasks, boxes: Tensor | None, size: int) -> Tensor:
-        """Class embeddings of answered prompts [B, P, D]; a person's box is the region itself, as in OVSamModel."""
+        """Class embeddings of prompts [B, P, D]; the region is the box prompt if there is one, as in OVSamModel."""
         predicted = decoded.masks[:, :, 0].detach()  # [B, P, h, w]
         if boxes is None:
             boxes = masks_to_boxes(predicted > 0) * (size / predicted.shape[-1])
         frame = 4 * maps[0].shape[-1]
         probabilities = predicted.float().sigmoid()
-        if probabilities.shape[-1] * 4 != frame:  # the adapter works in its own frame
+        if probabilities.shape[-1] * 4 != frame:  # the input of the adapter has another size
             probabilities = nn.functional.interpolate(probabilities, (frame // 4, frame // 4), mode="area")
         tokens = decoded.tokens[:, :, 0] if self.clip2sam.token is not None else None
         return self.clip2sam(maps, boxes * (frame / size), probabilities, tokens)
 
     @torch.no_grad()
     def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
-        """The SAM side's masks of the true boxes, with the best base word of each."""
+        """Return the masks of the SAM side for the true boxes, with the base word of highest score."""
         boxes = masks_to_boxes(masks)
         features = self.towers.encode_sam(image)
         decoded = self.towers.sam.decode(features, input_boxes=boxes)
@@ -170,7 +170,8 @@ class Clip2SamStage(nn.Module):
 
 
 def answering_parts(sam: SamSide) -> nn.ModuleList:
-    """What of a mask decoder one mask depends on: not what sees the image alone, nor other masks, nor the scores."""
+    """Return the parameters of a mask decoder that affect the single mask: not image-only layers, other masks,
+    scores."""
     decoder = sam.model.mask_decoder
     apart = [*sam.image_layers, "iou_prediction_head", "pred_obj_score_head", "output_hypernetworks_mlps"]
     parts = [module for name, module in decoder.named_children() if name not in apart]
@@ -178,15 +179,15 @@ def answering_parts(sam: SamSide) -> nn.ModuleList:
 
 
 class Nothing:
-    """Prompts where no object is: `points` [B, G, 2], `boxes` [B, G, 4], and which of them are to be believed."""
+    """Prompts on the background: `points` [B, G, 2], `boxes` [B, G, 4], and whether each is `valid`."""
 
     def __init__(self, points: Tensor, boxes: Tensor, valid: Tensor):
         self.points, self.boxes, self.valid = points, boxes, valid
 
 
 def background_prompts(masks: Tensor, known: Tensor, count: int) -> Nothing:
-    """Random pixels of no object and boxes around them that fit none; only in pictures that were searched for every
-    word. masks [B, O, H, W], known [B, W]"""
+    """Draw random background pixels, and boxes around them that overlap no object much; valid only in images annotated
+    for all words. masks [B, O, H, W], known [B, W]"""
     b, _, height, width = masks.shape
     free = ~masks.any(1)  # [B, H, W]
     points = random_points(free.repeat_interleave(count, 0)).view(b, count, 2)

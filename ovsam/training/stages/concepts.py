@@ -1,11 +1,11 @@
 """Stage `concepts`: ConceptHead over frozen maps: for every location an objectness, a box, a class embedding, a mask.
 
-Locations are assigned to objects by the exact masks: a location on an object's pixels is that object's, more so the
-nearer it is to the object's centre. Words are learned as in word_losses.py; where a picture was not searched for a word
-(LVIS), its background says nothing about that word. Objects without a name (SA-1B) teach all but words.
+Locations are assigned to objects by the exact masks: a location on the pixels of an object belongs to it, with a higher
+weight near the centre of the object. Class names are trained as in word_losses.py; if an image was not annotated for a
+class name (LVIS), its background is no negative for it. Objects without a class name (SA-1B) train all other outputs.
 
-In the composition `sam` the maps are the SAM side's pyramid, and CLIP's knowledge is distilled into the head: its class
-embeddings are drawn towards those a CLIP or OWLv2 teacher gives to the same objects.
+In the composition `sam` the maps are the pyramid of the SAM side, and CLIP is distilled into the head: its class
+embeddings are trained towards those of a CLIP or OWLv2 teacher for the same objects.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from ovsam.training.stages.text_embeddings import WordTable
 from ovsam.training.stages.towers import Towers, start_region
 from ovsam.training.stages.word_losses import WordLosses, check_width
 
-# An object goes to a level if its box's longer side, in pixels, lies in the level's range; the ranges overlap.
+# An object is assigned to a level if the longer side of its box, in pixels, is in this range; the ranges overlap.
 LEVEL_RANGES = ((0.0, 110.0), (72.0, 1e4))
 
 
@@ -43,17 +43,17 @@ class Assignment:
 class ConceptsStage(nn.Module):
     """
     Args:
-        words: the words as CLIP's text tower sees them.
-        towers: whose maps the head reads.
-        width: of the head.
-        label_smoothing: of the cross entropy among names.
-        word_weight: of the sigmoid loss per text.
-        teacher_weight: of the distance between a location's class embedding and the teacher's (1 - cosine), in the
-            composition `sam`.
-        cache: keep the maps of the frozen towers on disk (2 bytes a number: 1.9 MB for an image of 512 pixels and
-            EfficientNet-Lite2), instead of encoding every sample again each time. Meant for data with few `draws`.
-        map_dropout: share of the channels of the two coarse maps that a step leaves out.
-        mask_locations: locations of a batch whose masks are compared with the truth; 0 all. YOLACT takes 100 a picture.
+        words: words embedded by CLIP's text tower.
+        towers: towers with the maps that the head reads.
+        width: width of the head.
+        label_smoothing: label smoothing of the cross entropy among names.
+        word_weight: weight of the sigmoid loss for each text.
+        teacher_weight: weight of the distance (1 - cosine) between the class embeddings of a location and of the
+            teacher, in the composition `sam`.
+        cache: whether to store the maps of the frozen towers on disk (2 bytes a number: 1.9 MB for an image of 512
+            pixels and EfficientNet-Lite2), instead of encoding every sample again; for data with few `draws`.
+        map_dropout: share of the channels of the two coarse maps that are dropped in a step.
+        mask_locations: number of locations of a batch with a mask loss; 0 for all. YOLACT takes 100 for each image.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class ConceptsStage(nn.Module):
         return {"loss": sum(losses.values()), **metrics}
 
     def teach(self, image: Tensor, masks: Tensor) -> Tensor | None:
-        """The teacher's embeddings of the objects [B, O, D], if there is one."""
+        """Return the embeddings of the objects by the teacher [B, O, D], None without a teacher."""
         return self.towers.teach(image, masks_to_boxes(masks)) if self.teacher_weight else None
 
     def concept_losses(
         self, out: ConceptOutput, masks: Tensor, word_ids: Tensor, known: Tensor, taught: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        # A picture that is one thing (a folder a class) shows that thing, but says of no place what is there.
+        # A whole-image mask (classification data) has a class name, but no locations.
         whole = masks.flatten(2).all(-1).any(1)  # [B]
         masks, known = masks & ~whole[:, None, None, None], known & ~whole[:, None]
         boxes = masks_to_boxes(masks)
@@ -121,7 +121,7 @@ class ConceptsStage(nn.Module):
         regression, iou = giou_loss(out.boxes[on], truth[on])
         box_loss = (regression * place.centrality[on]).sum() / place.centrality[on].sum().clamp(min=1)
 
-        # Objectness learns how good a location is: central, and with a box that fits (varifocal weights).
+        # The target of objectness is the quality of a location: centrality and IoU of its box (varifocal weights).
         quality = torch.zeros_like(place.centrality)
         quality[on] = place.centrality[on] * iou.detach().clamp(0, 1)
         objectness = out.objectness.float()
@@ -129,7 +129,7 @@ class ConceptsStage(nn.Module):
         pointwise = F.binary_cross_entropy_with_logits(objectness, quality, reduction="none")
         objectness_loss = (pointwise * weight * ~whole[:, None]).sum() / quality.sum().clamp(min=1)
 
-        # Central locations learn masks and words; the most object-like background learns to have no word.
+        # Central locations have mask and word losses; background of the highest objectness has negative word losses.
         batch, location = (place.centrality > 0.5).nonzero(as_tuple=True)
         owner = place.owner[batch, location]
         mask_loss = self.prototype_loss(out, masks, boxes, batch, location, owner)
@@ -140,7 +140,7 @@ class ConceptsStage(nn.Module):
         background = objectness.detach().masked_fill(place.centrality > 0, -1e4)
         worst = background.topk(min(24, background.shape[1]), dim=1).indices  # [B, 24]
         worst_batch = torch.arange(len(worst), device=worst.device).repeat_interleave(worst.shape[1])
-        # An object without a name has a box and a mask to teach, but no word.
+        # An object without a class name has a box and a mask loss, but no word loss.
         named = word_ids[batch, owner] >= 0
         batch, location, owner = batch[named], location[named], owner[named]
         batch_all, location_all = torch.cat([batch, worst_batch]), torch.cat([location, worst.flatten()])
@@ -157,7 +157,7 @@ class ConceptsStage(nn.Module):
     ) -> Tensor:
         """YOLACT's (Bolya et al. 2019): cross entropy inside the true box, normalised by its area, and Dice."""
         if self.mask_locations and len(batch) > self.mask_locations:
-            # Sorted, since what follows goes picture by picture.
+            # Sorted, since the images are processed one by one.
             some = torch.randperm(len(batch), device=batch.device)[: self.mask_locations].sort().values
             batch, location, owner = batch[some], location[some], owner[some]
         coefficients = out.coefficients[batch, location]  # [n, Q]
@@ -176,7 +176,7 @@ class ConceptsStage(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
-        """Base words to instances: boxes, prototype masks, the best word of each."""
+        """Return instances of the base words: boxes, prototype masks, the word of highest score."""
         out, frame, found = self.concepts(self.towers.maps(image)), self.towers.frame(image), []
         names = self.word_losses.texts[: self.word_losses.count]
         for b in range(len(image)):
@@ -202,7 +202,7 @@ def box_grid(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def assign(masks: Tensor, boxes: Tensor, strides: tuple[int, ...]) -> Assignment:
-    """Which object each location belongs to, and how central it lies: a Gaussian around the visible pixels' mean."""
+    """Assign each location to an object, with its centrality: a Gaussian around the mean of the visible pixels."""
     height, width = masks.shape[-2:]
     area = masks.flatten(2).sum(-1).clamp(min=1).float()  # [B, O]
     y, x = torch.arange(height, device=masks.device) + 0.5, torch.arange(width, device=masks.device) + 0.5
@@ -219,8 +219,8 @@ def assign(masks: Tensor, boxes: Tensor, strides: tuple[int, ...]) -> Assignment
         distance = ((cx - center_x[..., None, None]) ** 2 + (cy - center_y[..., None, None]) ** 2).sqrt()
         spread = (0.3 * longer).clamp(min=0.8 * stride)[..., None, None]
         value = torch.exp(-((distance / spread) ** 2)) * fits[..., None, None]  # [B, O, h, w]
-        # A location is its pixel's object's, of several the one in which it lies most central. The cell nearest an
-        # object's centre is the object's in any case, so that thin and hollow things have one.
+        # A location belongs to the object of its pixel, to the most central one if there are several. The cell nearest
+        # to the centre always belongs to the object, so that thin and hollow objects have a location.
         nearest = (distance == distance.flatten(2).amin(-1)[..., None, None]) & fits[..., None, None]
         value = value * here + nearest * 1.5
         best, owner = value.max(1)  # [B, h, w]

@@ -1,8 +1,8 @@
-"""Stage `finetune`: a whole model's ConceptHead and Clip2SamAdapter, tuned on one's own pictures and words.
+"""Stage `finetune`: ConceptHead and Clip2SamAdapter of a whole model, fine-tuned on images and words of the user.
 
-The towers stay as they are, and the heads learn from exactly what the model computes in use: words from its locations,
-names from the masks that its own SAM side predicts for boxes and clicks. `train_clip` lets a small CLIP tower of our
-own learn on, by its LiT loss and through the heads; a released one is better left alone.
+The towers are frozen, and the heads are trained on the computation of inference: text queries on locations, class names
+on the masks that the model's own SAM side predicts for boxes and clicks. `train_clip` also trains a small CLIP tower of
+this project, by its LiT loss and through the heads; released towers should stay frozen.
 """
 
 import torch
@@ -26,13 +26,13 @@ from ovsam.training.stages.word_losses import LitLosses, WordLosses
 class FinetuneStage(ConceptsStage):
     """
     Args:
-        words: the words as the model's own text tower sees them.
-        model: with a ConceptHead of our own, a Clip2SamAdapter, or both; its picture is SAM's and CLIP's alike.
-        prompts: objects of each picture that are named.
+        words: words embedded by the model's own text tower.
+        model: model with a ConceptHead, a Clip2SamAdapter, or both; SAM and CLIP must have the same input.
+        prompts: number of objects of each image that are classified.
         box_share: share of the steps with boxes; the others have clicks.
         label_smoothing, word_weight, mask_locations: as in ConceptsStage.
-        train_clip: let the CLIP side's image tower learn too.
-        keyword_weight: of its loss against keywords.
+        train_clip: whether to train the image tower of the CLIP side too.
+        keyword_weight: weight of its loss against keywords.
     """
 
     def __init__(
@@ -47,15 +47,18 @@ class FinetuneStage(ConceptsStage):
         train_clip: bool = False,
         keyword_weight: float = 0.3,
     ):
-        nn.Module.__init__(self)  # the parent's would make a new head; this one has the model's
+        nn.Module.__init__(self)  # skip the parent, which would build a new head
         self.model = model.requires_grad_(False)
         self.heads = [part for part in (model.concepts, model.clip2sam) if part is not None]
         if not self.heads:
             raise InputError(
-                "This model has neither ConceptHead nor Clip2SamAdapter, so there is nothing to fine-tune."
+                "This model has neither ConceptHead nor Clip2SamAdapter, so there is nothing to fine-tune; "
+                "compose it with one of them."
             )
         if model.concepts is not None and not isinstance(model.concepts, ConceptHead):
-            raise InputError(f"A {type(model.concepts).__name__} cannot be fine-tuned, only a ConceptHead.")
+            raise InputError(
+                f"A {type(model.concepts).__name__} cannot be fine-tuned; the model must have a ConceptHead."
+            )
         for head in self.heads:
             head.requires_grad_(True)
         self.word_losses = WordLosses(words, label_smoothing)
@@ -64,11 +67,11 @@ class FinetuneStage(ConceptsStage):
             model.clip.requires_grad_(True)
             if getattr(model.clip, "text_model", None) is None or model.sam2clip is not None:
                 raise InputError(
-                    "train_clip is for the small CLIP tower of our own beside a SAM encoder, as in ovsam-tiny."
+                    "train_clip needs the small CLIP tower of this project beside a SAM encoder, as in ovsam-tiny."
                 )
             model.clip.text_model.requires_grad_(False)  # locked
             self.lit = LitLosses(words, label_smoothing, keyword_weight)
-            nn.init.constant_(self.lit.log_scale, 4.0)  # where the clip stage ends
+            nn.init.constant_(self.lit.log_scale, 4.0)  # the value at the end of the clip stage
         self.prompts, self.box_share = prompts, box_share
         self.word_weight, self.mask_locations, self.teacher_weight = word_weight, mask_locations, 0.0
         self.pixels = Pixels(IMAGENET_MEAN, IMAGENET_STD)
@@ -79,7 +82,7 @@ class FinetuneStage(ConceptsStage):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.model.eval()  # frozen batch statistics stay as they are
+        self.model.eval()  # frozen batch statistics are not updated
         for part in (*self.heads, *([self.model.clip.vision_model] if self.lit else [])):
             part.train(mode)
         return self
@@ -93,7 +96,7 @@ class FinetuneStage(ConceptsStage):
     def forward(
         self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor, **kept: Tensor
     ) -> dict[str, Tensor]:
-        features = self.model.encode(self.pixels(image))  # of frozen towers no gradients are kept
+        features = self.model.encode(self.pixels(image))  # no gradients for frozen towers
         losses, metrics = {}, {}
         if self.model.concepts is not None:
             losses, metrics = self.concept_losses(features.concepts, masks, word_ids, known)
@@ -111,7 +114,7 @@ class FinetuneStage(ConceptsStage):
     def naming_losses(
         self, features: OVSamFeatures, masks: Tensor, visible: Tensor, word_ids: Tensor, known: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The names of the masks that the model itself gives for boxes or clicks."""
+        """Losses of the class names of masks that the model predicts for boxes or clicks."""
         masks, visible, keep = choose_objects(masks, self.prompts, visible)  # [B, P, H, W], [B, P]
         if torch.rand(()) < self.box_share:
             prompts = {"input_boxes": jitter_boxes(masks_to_boxes(masks), 0.02, float(masks.shape[-1]))}
@@ -127,7 +130,7 @@ class FinetuneStage(ConceptsStage):
 
     @torch.no_grad()
     def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
-        """What the model returns for the words that it trains; without a ConceptHead, the names of the true boxes."""
+        """Return the instances of the trained words; without a ConceptHead, the class names of the true boxes."""
         count, threshold, found = self.word_losses.count, self.model.config.score_threshold, []
         for b in range(len(image)):
             question = {"text_embeds": self.word_losses.texts[:count]}

@@ -30,8 +30,8 @@ def mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def uncertain_points(logits: Tensor, count: int, oversample: int = 3, share: float = 0.75) -> Tensor:
-    """Where to compare masks (PointRend, Kirillov et al. 2020): of `oversample` times as many random points the `share`
-    of `count` at which the mask is least sure, and random ones. logits [n, H, W] -> [n, count, 2] xy in [0, 1]"""
+    """Draw points for mask losses (PointRend, Kirillov et al. 2020): the most uncertain `share` of `count`, chosen
+    among `oversample` times as many random points, and random ones. logits [n, H, W] -> [n, count, 2] xy in [0, 1]"""
     points = torch.rand(len(logits), oversample * count, 2, device=logits.device)
     unsure = -at_points(logits, points).abs()
     best = unsure.topk(int(share * count), dim=1).indices

@@ -1,9 +1,8 @@
-"""Stage `mae`: masked-autoencoder pre-training of a plain vision transformer (He et al. 2022), from pictures alone.
+"""Stage `mae`: masked-autoencoder pre-training of a plain vision transformer (He et al. 2022), from images alone.
 
-The encoder is timm's own transformer, run on the patches that are left: with nothing masked it is the tower's forward,
-number for number. The decoder is small and is thrown away. Towers with windows or convolutions (Hiera, ConvNeXt) are
-refused: leaving patches out of those is not what they compute without masking. transformers pre-trains its own Hiera
-(`HieraForPreTraining`).
+The encoder is the transformer of timm, run on the visible patches: without masking it equals the forward of the tower.
+The decoder is small and is discarded. Towers with windows or convolutions (Hiera, ConvNeXt) raise an error, since they
+need all patches. transformers has a pre-training model for its Hiera (`HieraForPreTraining`).
 """
 
 import timm
@@ -20,12 +19,12 @@ from ovsam.training.stages.towers import IMAGENET_MEAN, IMAGENET_STD, Pixels
 class MaeStage(nn.Module):
     """
     Args:
-        architecture: a plain vision transformer of timm.
-        image_size: side of the pictures in pixels.
-        mask_ratio: share of the patches that is left out.
-        decoder_width, decoder_depth, decoder_heads: of the small decoder.
-        normalise: targets are each patch's pixels less their mean, over their deviation.
-        mean, std: the normalisation the tower will be used with (CLIP's differs from ImageNet's).
+        architecture: name of a plain vision transformer of timm.
+        image_size: side of the images in pixels.
+        mask_ratio: share of masked patches.
+        decoder_width, decoder_depth, decoder_heads: sizes of the decoder.
+        normalise: whether the target pixels of each patch are normalised by their mean and deviation.
+        mean, std: normalisation of the tower in use (CLIP's differs from ImageNet's).
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class MaeStage(nn.Module):
         self.out = nn.Linear(decoder_width, 3 * self.patch**2)
 
     def published_state(self) -> dict[str, Tensor]:
-        """The trunk of an open_clip side whose image tower is this transformer of timm (`timm_model_name`)."""
+        """Return the weights as the trunk of an open_clip side with this transformer of timm (`timm_model_name`)."""
         return {f"clip.model.visual.trunk.{name}": tensor for name, tensor in self.vit.state_dict().items()}
 
     def load_published(self, state: dict[str, Tensor]) -> None:
@@ -79,8 +78,8 @@ class MaeStage(nn.Module):
         return {"loss": masked_error(prediction.float(), patches, hidden, self.normalise)}
 
     def encode(self, pixels: Tensor, kept: Tensor) -> Tensor:
-        """pixels [B, 3, H, W], kept [B, n] indices of patches -> tokens [B, prefix + n, C], as the tower's own
-        `forward_features` gives them for those patches alone."""
+        """pixels [B, 3, H, W], kept [B, n] indices of patches -> tokens [B, prefix + n, C], like the tower's own
+        `forward_features`, but for those patches only."""
         vit = self.vit
         tokens = vit._pos_embed(vit.patch_embed(pixels))  # [B, prefix + L, C]
         prefix = vit.num_prefix_tokens
@@ -101,7 +100,7 @@ class MaeStage(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
-        """This stage finds nothing in pictures."""
+        """Return nothing: this stage has no predictions."""
         return [(masks[b, :0], word_ids[b, :0], torch.zeros(0)) for b in range(len(image))]
 
 

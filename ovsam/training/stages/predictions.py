@@ -1,4 +1,4 @@
-"""What a stage finds in a picture, for the sample pictures that a run shows: the `predict` of the stages."""
+"""Predictions of the stages for sample images of a run."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ Found = tuple[Tensor, Tensor, Tensor]  # masks bool [n, h, w], word ids [n] (-1:
 
 
 def prompted(decoded: DecodedMasks, masks: Tensor, word_ids: Tensor) -> list[Found]:
-    """The single mask of every prompt that stands for a true object; masks [B, O, H, W], word_ids [B, O]."""
+    """Return the single mask of every prompt of a true object; masks [B, O, H, W], word_ids [B, O]."""
     there = masks.flatten(2).any(-1)  # [B, O]
     scores = torch.ones_like(word_ids, dtype=torch.float32) if decoded.iou is None else decoded.iou[:, :, 0].float()
     found = decoded.masks[:, :, 0] > 0

@@ -1,17 +1,18 @@
 """Stage `sam`: image encoder, prompt encoder and mask decoder, by SAM's scheme (Kirillov et al. 2023, appendix A).
 
-A box or a click, each half the time; then clicks drawn from the error region, with the previous mask's logits fed back;
-and rounds without a new click, one at a random place and one at the end. An ambiguous prompt (the first) is answered by
-three masks, of which the best one learns; more prompts by the single mask. Focal and Dice loss 20 : 1, and the
-predicted IoU by squared error. The defaults are the paper's; the recipes of ovsam-tiny say where they differ.
+The first prompt is a box or a click, each half the time; further clicks are drawn from the error region, with the
+previous mask logits as mask prompt, and there are rounds without a new click, one at a random position and one at the
+end. For an ambiguous (first) prompt the best of three masks is trained, for further prompts the single mask. Losses:
+focal and Dice loss 20 : 1, and squared error of the predicted IoU. The defaults are those of the paper; the recipes of
+ovsam-tiny list their changes.
 
-Two things make it converge on two cores. Pictures may be windows of a larger canvas: the decoder is told where on the
-full canvas a window lies, so 256 px windows train the 512 px model. And a dense side task (which object's box does this
-pixel belong to?) teaches the encoder about objects from every pixel at once; its head is thrown away.
+Two changes make it converge on two cores. Images may be windows of a larger canvas: the decoder gets the position of
+the window on the canvas, so that 256 px windows train the 512 px model. A dense auxiliary task (the box of the object
+at each pixel) trains the encoder with every pixel; its head is discarded.
 
-In the composition "clip" the features are a Sam2ClipAdapter's, over the maps of a frozen CLIP tower. Where the towers
-have a ConceptHead, its prototype masks of the prompted objects are mask prompts, and are added to the masks of the
-first round, as OVSamModel does: the decoder learns to refine them, which takes far fewer steps than masks from nothing.
+In the composition "clip" the features are those of a Sam2ClipAdapter on the maps of a frozen CLIP tower. If the towers
+have a ConceptHead, its prototype masks of the prompted objects are mask prompts and are added to the masks of the first
+round, as in OVSamModel: the decoder is trained to refine them, which takes far fewer steps than masks from scratch.
 """
 
 from pathlib import Path
@@ -48,20 +49,20 @@ AUX_STRIDE = 8
 class SamStage(nn.Module):
     """
     Args:
-        towers: with the SAM side that learns, of SAM 2's kind.
-        prompts: objects of each picture that are prompted.
-        clicks: rounds with a corrective click.
-        repeats: rounds without a new prompt: 2, at a random place and at the end; 1, at the end; 0.
-        click_share: share of the steps that have those rounds; the others stop after the first prompt.
-        box_noise: deviation of a box's sides, in parts of its size.
+        towers: towers with the SAM side that is trained, with the decoder of SAM 2.
+        prompts: number of prompted objects of each image.
+        clicks: number of rounds with a corrective click.
+        repeats: number of rounds without a new prompt: 2, at a random position and at the end; 1, at the end; 0.
+        click_share: share of the steps with these rounds; the others stop after the first prompt.
+        box_noise: standard deviation of the sides of a box, relative to its size.
         first, later: weights of the single mask and of the best of three, in the first round and in later ones.
         focal_weight, dice_weight, iou_weight, focal_gamma, focal_alpha: as in the paper; gamma 0 and alpha 0 are
             cross entropy.
-        aux_weight: of the dense side task.
-        layers, heads: of Sam2ClipAdapter's transformer, in the composition "clip".
-        cache: in the composition "clip", keep the maps of the frozen CLIP tower on disk.
-        window: in the composition "clip", side in pixels of the random window of its maps that half of the steps train
-            on; 0 trains on whole images only.
+        aux_weight: weight of the dense auxiliary task.
+        layers, heads: sizes of the transformer of Sam2ClipAdapter, in the composition "clip".
+        cache: in the composition "clip", whether to store the maps of the frozen CLIP tower on disk.
+        window: in the composition "clip", side in pixels of the random windows of its maps in half of the steps; 0 for
+            whole images only.
     """
 
     def __init__(
@@ -87,17 +88,17 @@ class SamStage(nn.Module):
     ):
         super().__init__()
         if repeats not in (0, 1, 2):
-            raise InputError(f"repeats is {repeats}; one round at a random place, one at the end, or fewer.")
+            raise InputError(f"repeats is {repeats}; it must be 2 (a random round and the last), 1 (the last) or 0.")
         self.towers = towers
         self.sam.requires_grad_(True)
         if not hasattr(self.sam.model, "no_memory_embedding"):
             raise InputError("The stage sam trains SAM 2 and EdgeTAM, whose decoder reads maps at strides 4 and 8 too.")
-        # Whether there is an object at all is a question of video; here there always is.
+        # The object score is for video; here there is always an object.
         self.sam.model.mask_decoder.pred_obj_score_head.requires_grad_(False)
         self.sam.to(memory_format=torch.channels_last)
         self.sam2clip, self.cache, self.window = None, cache, window
         if towers.composition == "clip":
-            model = self.sam.model  # of which the adapter makes some parts superfluous
+            model = self.sam.model  # some of its parts are replaced by the adapter
             unused = [getattr(model, part) for part in self.sam.encoder_parts]
             unused += [getattr(model.mask_decoder, layer) for layer in self.sam.image_layers]
             unused += [] if towers.concepts is None else [model.prompt_encoder.no_mask_embed]
@@ -106,7 +107,7 @@ class SamStage(nn.Module):
             size = {"in_channels": towers.channels, "width": self.sam.width}
             self.sam2clip = Sam2ClipAdapter(Sam2ClipConfig(**size, num_layers=layers, num_heads=heads))
         elif cache or window:
-            raise InputError('cache and window need composition "clip": the maps of an encoder that learns change.')
+            raise InputError('cache and window need composition "clip": the maps of a trained encoder change.')
         self.prompts, self.clicks, self.repeats, self.click_share = prompts, clicks, repeats, click_share
         self.box_noise, self.first, self.later = box_noise, first, later
         self.focal_weight, self.dice_weight, self.iou_weight = focal_weight, dice_weight, iou_weight
@@ -119,11 +120,11 @@ class SamStage(nn.Module):
         return self.towers.sam
 
     def published_state(self) -> dict[str, Tensor]:
-        """What goes into a checkpoint, under the whole model's names."""
+        """Return the weights of a checkpoint, with the names of the whole model."""
         state = {f"sam.{name}": tensor for name, tensor in self.sam.state_dict().items()}
         if self.sam2clip is None:
             return state
-        encoder = tuple(f"sam.model.{part}" for part in self.sam.encoder_parts)  # for which the adapter stands in
+        encoder = tuple(f"sam.model.{part}" for part in self.sam.encoder_parts)  # replaced by the adapter
         state = {name: tensor for name, tensor in state.items() if not name.startswith(encoder)}
         return state | {f"sam2clip.{name}": tensor for name, tensor in self.sam2clip.state_dict().items()}
 
@@ -135,7 +136,7 @@ class SamStage(nn.Module):
             self.sam2clip.load_state_dict(adapter)
 
     def prepare(self, data: Dataset, folder: Path, data_key: str) -> Dataset:
-        """Return the training set, with the maps of every sample beside it if they are kept."""
+        """Return the training set, with the cached maps of every sample if there is a cache."""
         return self.towers.keep_maps(data, folder, data_key) if self.cache else data
 
     def encode(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
@@ -163,20 +164,19 @@ class SamStage(nn.Module):
             features = self.sam2clip(maps)
             embedding, high_res, stride8 = features.embedding, features.high_res, features.pyramid[1]
 
-        # 2. Choose `prompts` visible objects of each picture; if there are fewer, the rest weigh nothing.
+        # 2. Choose `prompts` visible objects of each image; if there are fewer, the rest has weight zero.
         everything = masks
         masks, valid, _ = choose_objects(masks, self.prompts)  # [B, P, H, W], [B, P]
         valid = valid.float()
         target = (F.avg_pool2d(masks.float(), 4) > 0.5).float()  # [B, P, H/4, W/4]
 
-        # 3. The window's place on the canvas: prompts are shifted, and the position code is cut out there.
+        # 3. The position of the window on the canvas: prompts are shifted, and the position encoding is cropped.
         cells = size // CELL
         x, y = (int(v) for v in torch.randint(0, (self.sam.image_size - size) // CELL + 1, (2,)))
         position = model.get_image_wide_positional_embeddings()[..., y : y + cells, x : x + cells]
         offset = torch.tensor([x, y], device=image.device) * float(CELL)
 
-        # 4. The rounds. One kind of first prompt per step, so that the decoder sees exactly the tokens it will be given
-        # in use.
+        # 4. The rounds. One kind of first prompt per step, so that the decoder gets the same tokens as in inference.
         b, p = valid.shape
         kind = "box" if torch.rand(()) < 0.5 else "click"
         if kind == "box":
@@ -193,7 +193,7 @@ class SamStage(nn.Module):
         plan = self.plan()
         loss, previous, metrics = image.new_zeros((), dtype=torch.float32), target, {}
         for step, clicked in enumerate(plan):
-            if step:  # 4a. Correct the previous mask, and feed it back.
+            if step:  # 4a. Correct the previous mask, which becomes the mask prompt.
                 if clicked:
                     click, label = corrective_clicks(previous > 0, target > 0, size)
                     points, labels = torch.cat([points, click], 2), torch.cat([labels, label], 2)
@@ -208,7 +208,7 @@ class SamStage(nn.Module):
                 iou = (mask_iou(previous, target) * valid).sum() / valid.sum().clamp(min=1)
                 metrics[f"iou_{kind}_{step + 1}"] = iou
 
-        # 5. The dense side task.
+        # 5. The dense auxiliary task.
         if self.aux_head is not None:
             aux = self.aux_loss(self.aux_head(stride8), everything)
             metrics["aux"] = aux.detach()
@@ -221,7 +221,7 @@ class SamStage(nn.Module):
         return dense.unflatten(0, masks.shape[:2])
 
     def plan(self) -> list[bool]:
-        """The rounds of a step: whether each brings a new prompt."""
+        """Return the rounds of a step: whether each has a new prompt."""
         if torch.rand(()) >= self.click_share:
             return [True]
         rounds = [True] * (1 + self.clicks)
@@ -231,9 +231,9 @@ class SamStage(nn.Module):
 
     def embed(self, points: Tensor, labels: Tensor) -> Tensor:
         """Points [B, P, N, 2] with labels 0 / 1 (clicks), 2 / 3 (box corners) or -1 (none) -> [B, P, N + 1, C]; the
-        last token is SAM's padding point, which also stands for a point that is none."""
+        last token is SAM's padding point, which also replaces missing points."""
         encoder = self.sam.model.prompt_encoder
-        with torch.autocast(points.device.type, enabled=False):  # bfloat16 blurs Fourier codes
+        with torch.autocast(points.device.type, enabled=False):  # bfloat16 is too coarse for Fourier features
             code = encoder.shared_embedding(points + 0.5, (self.sam.image_size, self.sam.image_size))
             code = code + encoder.point_embed(labels.clamp(min=0))
         none = encoder.not_a_point_embed.weight  # [1, C]
@@ -241,7 +241,8 @@ class SamStage(nn.Module):
         return torch.cat([code, none.expand(*code.shape[:2], 1, -1)], 2)
 
     def mask_losses(self, out: DecodedMasks, target: Tensor, valid: Tensor, weights: tuple[float, float]) -> Tensor:
-        """The single mask and the best of three (SAM's minimum), and the predicted IoU of the masks that learn."""
+        """Losses of the single mask and the best of three (SAM's minimum), and of the predicted IoU of trained
+        masks."""
         single, three = weights
         learning = slice(0 if single else 1, None if three else 1)
         target = target[:, :, None].expand_as(out.masks)
@@ -252,7 +253,7 @@ class SamStage(nn.Module):
         return (total * valid).sum() / valid.sum().clamp(min=1)
 
     def aux_loss(self, prediction: Tensor, masks: Tensor) -> Tensor:
-        """Per pixel at stride 8: is there an object, and where are its box's sides (GIoU)."""
+        """Loss of each pixel at stride 8: presence of an object, and the sides of its box (GIoU)."""
         boxes = masks_to_boxes(masks)  # [B, O, 4]
         owner = pixel_owners(masks, AUX_STRIDE)  # [B, h, w]
         foreground = owner >= 0
@@ -266,7 +267,7 @@ class SamStage(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
-        """The masks of the true boxes, on pictures of the model's own size or windows in the canvas's corner."""
+        """Return the masks of the true boxes, on images of the model's size or windows in the corner of the canvas."""
         window = image.shape[-1]
         if self.sam2clip is None:
             canvas = F.pad(self.towers.sam_pixels(image), (0, self.sam.image_size - window) * 2)
@@ -280,8 +281,8 @@ class SamStage(nn.Module):
 
 
 def random_window(maps: tuple[Tensor, ...], masks: Tensor, size: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Cut the same random square out of the four maps [B, Ci, hi, wi] and the masks [B, O, S, S]; `size` is its side in
-    pixels, a multiple of 32. The maps keep what they read of the surroundings."""
+    """Crop the same random square from the four maps [B, Ci, hi, wi] and the masks [B, O, S, S]; `size` is its side in
+    pixels, a multiple of 32. Features near the border still depend on pixels outside."""
     x, y = (32 * int(v) for v in torch.randint(0, (masks.shape[-1] - size) // 32 + 1, (2,)))
 
     def cut(tensor: Tensor, stride: int) -> Tensor:
@@ -295,9 +296,9 @@ def prompted_prototypes(concepts: ConceptOutput, points: Tensor, labels: Tensor)
     """Return the prototype masks of prompted objects, [B, P, H/4, W/4], as OVSamModel does.
 
     Args:
-        concepts: the ConceptHead's output.
-        points: [B, P, N, 2], clicks or the two corners of boxes.
-        labels: [B, P, N], 2 and 3 for the corners.
+        concepts: output of the ConceptHead.
+        points: points [B, P, N, 2], clicks or the two corners of boxes.
+        labels: labels [B, P, N], 2 and 3 for the corners.
     """
     if int(labels[0, 0, 0]) == 2:
         boxes = points.flatten(2)  # [B, P, 2, 2] -> [B, P, 4]
@@ -310,8 +311,8 @@ def prompted_prototypes(concepts: ConceptOutput, points: Tensor, labels: Tensor)
 
 
 def going_on(out: DecodedMasks, weights: tuple[float, float]) -> Tensor:
-    """The mask that is corrected and fed back [B, P, h, w]: the single one where it learns, else the one of the three
-    that the decoder itself thinks best."""
+    """Return the mask that is corrected and becomes the mask prompt [B, P, h, w]: the single one if it is trained, else
+    the one of the three with the highest predicted IoU."""
     if weights[0]:
         return out.masks[:, :, 0].detach()
     best = 1 + out.iou[..., 1:].argmax(-1)[..., None, None, None]  # [B, P, 1, 1, 1]

@@ -1,13 +1,13 @@
-"""Stage `sam2clip`: Sam2ClipAdapter learns to be the SAM side's image encoder from CLIP's maps (Open-Vocabulary SAM,
-Yuan et al. 2024, §3.2): the per-pixel squared error of its features, whose targets are computed once and kept on disk.
+"""Stage `sam2clip`: Sam2ClipAdapter is distilled from the SAM side's image encoder (Open-Vocabulary SAM, Yuan et al.
+2024, §3.2): the per-pixel squared error of its features, whose targets are computed once and stored on disk.
 
-As an option also EdgeSAM's prompts in the loop (Zhou et al. 2023, §3.3): masks decoded from the adapter's features
-must be those decoded from the teacher's, for a first prompt and for clicks where the two disagree. Where the data's own
-masks are exact, they may take the place of the teacher's, which are worse and cost a decoding.
+Optionally with EdgeSAM's prompts in the loop (Zhou et al. 2023, §3.3): masks decoded from the features of the adapter
+must equal those decoded from the features of the teacher, for a first prompt and for clicks where the two differ. If
+the masks of the data are exact, they can replace those of the teacher, which are worse and need a decoding.
 
-As another option the adapter does not start at random, but as the linear map from CLIP's maps to SAM's pyramid that
-fits best, its layers doing nothing yet. Over ovsam-tiny's towers (of November 2026) that start alone decoded boxes at a
-mean IoU of 0.61, where the teacher had 0.76 and a random adapter 0.10.
+Optionally the adapter does not start at random, but as the linear map from CLIP's maps to SAM's pyramid with the lowest
+squared error, with its layers as the identity. On the towers of ovsam-tiny (November 2026) this start alone decoded
+boxes at a mean IoU of 0.61, the teacher at 0.76 and a random adapter at 0.10.
 """
 
 from pathlib import Path
@@ -29,23 +29,23 @@ from ovsam.training.stages.predictions import Found, prompted
 from ovsam.training.stages.prompts import choose_objects, corrective_clicks, jitter_boxes, random_points
 from ovsam.training.stages.towers import Towers
 
-STRIDE = 4  # of the decoder's masks
-TEACHER = "teacher_"  # what a sample of the cache has beside the picture: teacher_0, the embedding, and its finer maps
+STRIDE = 4  # stride of the decoder's masks
+TEACHER = "teacher_"  # prefix of cached features in a sample: teacher_0 is the embedding, then the finer maps
 
 
 class Sam2ClipStage(nn.Module):
     """
     Args:
-        towers: a CLIP side, whose maps the adapter reads, and the SAM side that teaches it.
-        layers, heads: of the adapter's transformer.
-        cache: keep the teacher's features on disk (2 bytes a number: 8.4 MB a picture for SAM 2 at 1024 px), instead of
-            encoding every picture again in every epoch.
-        loops: prompts in the loop; 0 none, 1 what EdgeSAM found to be enough.
-        prompts: objects of each picture that are prompted.
-        mask_weight: of the masks' losses (Dice + cross entropy, as EdgeSAM) beside the features'.
-        true_masks: the loop's masks are the data's own instead of the teacher's; then the best of the decoder's three
-            masks learns too, at half the weight, and the IoU it predicts.
-        start: pictures over which the linear start is fitted; 0 starts at random.
+        towers: towers with the CLIP side whose maps the adapter reads, and the SAM side as the teacher.
+        layers, heads: sizes of the adapter's transformer.
+        cache: whether to store the teacher's features on disk (2 bytes a number: 8.4 MB for each image for SAM 2 at
+            1024 px), instead of encoding every image again in every epoch.
+        loops: number of prompts in the loop; 0 for none; EdgeSAM found 1 to be enough.
+        prompts: number of prompted objects of each image.
+        mask_weight: weight of the mask losses (Dice + cross entropy, as in EdgeSAM) relative to those of the features.
+        true_masks: whether the masks of the loop are those of the data instead of the teacher's; then the best of the
+            decoder's three masks and its predicted IoU are trained too, at half the weight.
+        start: number of images for the linear start; 0 for a random start.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Sam2ClipStage(nn.Module):
         super().__init__()
         self.towers = towers
         if towers.clip_size not in (None, towers.sam.image_size):
-            raise InputError("sam2clip reads CLIP's maps of the very picture SAM sees: leave model.clip_size out.")
+            raise InputError("sam2clip needs the same input for SAM and CLIP: leave model.clip_size out.")
         size = {"in_channels": towers.channels, "width": towers.sam.width}
         self.sam2clip = Sam2ClipAdapter(Sam2ClipConfig(**size, num_layers=layers, num_heads=heads))
         if start and towers.sam.finer_maps != self.sam2clip.finer_maps:
@@ -80,8 +80,8 @@ class Sam2ClipStage(nn.Module):
         self.sam2clip.load_state_dict({name.removeprefix("sam2clip."): tensor for name, tensor in state.items()})
 
     def prepare(self, data: Dataset, folder: Path, data_key: str) -> Dataset:
-        """The training set with the teacher's features beside each picture. `folder` is the cache's parent, `data_key`
-        whatever tells this data set and its seed from others. Fits the start as well."""
+        """Return the training set with the teacher's features of each image. `folder` is the parent of the cache,
+        `data_key` identifies the data set and its seed. Also fits the linear start."""
         if self.start:
             self.to(PartialState().device).fit_start([data[i]["image"] for i in range(min(self.start, len(data)))])
         if not self.cache:
@@ -90,7 +90,7 @@ class Sam2ClipStage(nn.Module):
 
     @torch.no_grad()
     def fit_start(self, images: list[Tensor]) -> None:
-        """Make the adapter the linear map that fits these pictures [3, S, S] best."""
+        """Initialise the adapter with the linear map of lowest squared error on these images [3, S, S]."""
         self.towers.eval()
         device = next(self.sam2clip.parameters()).device
         batches = [image[None].to(device) for image in images]
@@ -98,11 +98,11 @@ class Sam2ClipStage(nn.Module):
         start_linear(self.sam2clip, maps, features)
         decoder = self.towers.sam.model.mask_decoder
         for own, of_sam in zip(self.sam2clip.high_res, (decoder.conv_s0, decoder.conv_s1), strict=True):
-            own.load_state_dict(of_sam.state_dict())  # what makes the finer maps of the pyramid
+            own.load_state_dict(of_sam.state_dict())  # the layers of the finer maps of the pyramid
 
     @torch.no_grad()
     def teach(self, image: Tensor) -> dict[str, Tensor]:
-        """What the SAM side makes of pictures [B, 3, S, S]."""
+        """Return the features of the SAM side for images [B, 3, S, S]."""
         self.towers.sam.eval()
         pixels = self.towers.sam_pixels(image).to(next(self.towers.sam.parameters()).device)
         features = self.towers.sam.encode(pixels)
@@ -115,7 +115,7 @@ class Sam2ClipStage(nn.Module):
         embedding, *high_res = [teacher[name].float() for name in sorted(teacher)]
         want = SamFeatures(embedding=embedding, high_res=tuple(high_res))
         got = self.sam2clip(maps)
-        # SAM 1 has no finer maps, and its decoder asks for none.
+        # SAM 1 has no finer maps, and its decoder reads none.
         got = SamFeatures(embedding=got.embedding, high_res=got.high_res[: len(high_res)])
         error = F.mse_loss(got.embedding.float(), embedding)
         errors = [F.mse_loss(g.float(), w) for g, w in zip(got.high_res, high_res, strict=True)]
@@ -128,7 +128,7 @@ class Sam2ClipStage(nn.Module):
         return {"loss": loss, **metrics}
 
     def prompt_in_the_loop(self, student: SamFeatures, teacher: SamFeatures, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Both decode the same prompts: first a box or a click, then clicks drawn where their masks disagree."""
+        """Decode the same prompts with both: first a box or a click, then clicks where their masks differ."""
         sam = self.towers.sam
         masks, valid, _ = choose_objects(masks, self.prompts)  # [B, P, H, W], [B, P]
         b, p = valid.shape
@@ -156,11 +156,11 @@ class Sam2ClipStage(nn.Module):
                 clicks, found = corrective_clicks(got > 0, target > 0, size)
                 points = clicks if points is None else torch.cat([points, clicks], 2)
                 labels = found if labels is None else torch.cat([labels, found], 2)
-                previous = got if self.true_masks else None  # as in use, where a click corrects the mask there is
+                previous = got if self.true_masks else None  # as in inference, where clicks correct the previous mask
         return loss, (mask_iou(got, target) * weight).sum()
 
     def mask_losses(self, out: DecodedMasks, target: Tensor) -> Tensor:
-        """Of each prompt [B, P], for targets [B, P, h, w]."""
+        """Mask losses of each prompt [B, P], for targets [B, P, h, w]."""
         masks = out.masks.float() if self.true_masks else out.masks[:, :, :1].float()  # [B, P, M, h, w]
         target = target[:, :, None].expand_as(masks)
         pixel = F.binary_cross_entropy_with_logits(masks, target, reduction="none").mean((-1, -2))
@@ -172,22 +172,22 @@ class Sam2ClipStage(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
-        """What the decoder makes of the adapter's features and the true boxes."""
+        """Return the masks that are decoded from the adapter's features for the true boxes."""
         features = self.sam2clip(self.towers.maps(image))
         return prompted(self.towers.sam.decode(features, input_boxes=masks_to_boxes(masks)), masks, word_ids)
 
 
 @torch.no_grad()
 def start_linear(adapter: Sam2ClipAdapter, maps: list[tuple[Tensor, ...]], features: list[SamFeatures]) -> None:
-    """The adapter becomes the linear map from CLIP's maps to SAM's pyramid that fits best, level by level from the
-    coarsest: each corrects what is above it. Its layers and its local convolution start as the identity, and learn.
+    """Set the adapter to the linear map from CLIP's maps to SAM's pyramid of lowest squared error, level by level from
+    the coarsest; each corrects the levels above it. Its layers and its local convolution start as the identity.
 
     Args:
-        maps: of each picture, four [1, Ci, h, w] at strides 4, 8, 16, 32.
-        features: of the same pictures, with pyramids at strides 4, 8, 16.
+        maps: four maps [1, Ci, h, w] at strides 4, 8, 16, 32 for each image.
+        features: features of the same images, with pyramids at strides 4, 8, 16.
     """
     for layer in adapter.layers.layers:
-        for last in (layer.self_attn.out_proj, layer.linear2):  # of a residual branch
+        for last in (layer.self_attn.out_proj, layer.linear2):  # last layer of a residual branch
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
     nn.init.zeros_(adapter.local.weight)
@@ -217,8 +217,8 @@ def _set(layer: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
 
 
 def least_squares(inputs: list[Tensor], outputs: list[Tensor], ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Weight [Co, Ci, 1, 1] and bias [Co] of the 1x1 convolution that takes [1, Ci, h, w] closest to [1, Co, h, w], all
-    pictures together; `ridge` in parts of the inputs' mean square."""
+    """Return weight [Co, Ci, 1, 1] and bias [Co] of the 1x1 convolution from [1, Ci, h, w] to [1, Co, h, w] with the
+    lowest squared error over all images; `ridge` is relative to the mean square of the inputs."""
     size = inputs[0].shape[1] + 1  # the bias is the weight of a channel of ones
     gram = inputs[0].new_zeros(size, size, dtype=torch.float64)
     moment = inputs[0].new_zeros(size, outputs[0].shape[1], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Words as the locked text tower sees them."""
+"""Words embedded by the locked text tower."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ def word_table(
     encode: Callable[[list[str]], Tensor] = embed_texts,
     max_words_per_keyword: int = 40,
 ) -> WordTable:
-    """Names and keywords of a data set's words (default: EmojiScenes'), embedded by `encode`: texts -> [K, D].
+    """Embed names and keywords of a data set's words (default: EmojiScenes) by `encode`: texts -> [K, D].
 
-    A keyword that says little (it fits too many words) is left out, and so is one that only novel words have: nothing
-    of those may reach training.
+    Keywords of too many words are left out, and so are those that only novel words have, which must not be part of
+    training.
     """
     words = all_words() if words is None else words
     names = {word.name for word in words}

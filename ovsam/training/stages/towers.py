@@ -1,13 +1,13 @@
-"""The towers a stage stands on, from the `[model]` table of a recipe: tiny ones of our own, or released ones.
+"""The towers of a stage, from the `[model]` table of a recipe: tiny ones of this project, or released ones.
 
 A tower is written as one of
 
-- `"facebook/sam2.1-hiera-small"`: an id on the Hub (also `ID@REVISION`) or a folder, as `ovsam.compose` takes it;
+- `"facebook/sam2.1-hiera-small"`: an id on the Hub (also `ID@REVISION`) or a folder, as in `ovsam.compose`;
 - `{open_clip = "convnext_large_d_320", pretrained = "laion2b_s29b_b131k_ft_soup"}`: open_clip's names;
-- `{architecture = "mobilenetv4_conv_small", ...}`: our own kind over a timm trunk, new;
-- `{model_type = "sam2", ...}`: any configuration of transformers or of ours, new;
+- `{architecture = "mobilenetv4_conv_small", ...}`: a new tower of this project over a timm trunk;
+- `{model_type = "sam2", ...}`: any configuration of transformers or of this project, new;
 
-the last two with `weights = "runs/NAME/model.safetensors"` where a recipe goes on from another one's result.
+the last two with `weights = "runs/NAME/model.safetensors"` to start from the result of another recipe.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ MAP = "map_"  # how the names of kept maps begin: map_0 has stride 4
 
 
 class Pixels(nn.Module):
-    """uint8 pictures [B, 3, S, S] -> a tower's normalised input [B, 3, size, size]; `size` None keeps S."""
+    """uint8 images [B, 3, S, S] -> the normalised input of a tower [B, 3, size, size]; `size` None keeps S."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], size: int | None = None):
         super().__init__()
@@ -57,13 +57,13 @@ class Pixels(nn.Module):
 
 
 class Towers(nn.Module):
-    """A SAM side and a CLIP side, either of which may be missing, as a stage's adapters see them.
+    """A SAM side and a CLIP side, either of which may be missing, with the inputs of the adapters.
 
-    `composition` is the whole model's: adapters read CLIP's maps, or in `sam` the SAM side's pyramid. They work in the
-    frame of those maps: `frame` is the side of that image in pixels, CLIP's own `clip_size` where that is given (towers
-    that take one size only), and the recipe's otherwise. `concepts` is a trained ConceptHead over the same maps. Frozen
-    unless a stage unfreezes a tower; a frozen tower keeps its batch statistics. In `sam`, a CLIP side with an image
-    tower is a teacher.
+    `composition` is that of the whole model: adapters read CLIP's maps, or in `sam` the pyramid of the SAM side. They
+    work in the frame of these maps: `frame` is the side of that input in pixels, which is `clip_size` if it is given
+    (for towers that take one size only), and the recipe's size otherwise. `concepts` is a trained ConceptHead over the
+    same maps. Towers are frozen unless a stage trains them; a frozen tower keeps its batch statistics. In `sam`, a CLIP
+    side with an image tower is a teacher.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Towers(nn.Module):
 
     @property
     def channels(self) -> list[int]:
-        """Of the four maps that adapters read."""
+        """Channels of the four maps that adapters read."""
         if self.composition == "sam":
             return list(sam_channels(self.sam.pyramid_channels))
         return list(self.clip.channels)
@@ -94,12 +94,12 @@ class Towers(nn.Module):
         return self.clip.embed_dim
 
     def frame(self, image: Tensor) -> int:
-        """Side of the picture that adapters read, in pixels."""
+        """Side of the input that adapters refer to, in pixels."""
         return image.shape[-1] if self.composition == "sam" else self.clip_size or image.shape[-1]
 
     def train(self, mode: bool = True):
         super().train(mode)
-        for module in self.modules():  # what is frozen stays in evaluation mode, whatever around it learns
+        for module in self.modules():  # frozen modules stay in evaluation mode
             parameters = list(module.parameters())
             if parameters and not all(parameter.requires_grad for parameter in parameters):
                 module.training = False
@@ -109,13 +109,13 @@ class Towers(nn.Module):
         return self.sam.encode(self.sam_pixels(image))
 
     def encode_clip(self, image: Tensor) -> ClipFeatures:
-        """With its maps at strides 4, 8, 16 and 32."""
+        """Return CLIP's features, with maps at strides 4, 8, 16 and 32."""
         pixels = self.clip_pixels(image)
         features = self.clip.encode_image(pixels)
         return ClipFeatures(maps=maps_at_strides(features.maps, tuple(pixels.shape[-2:])), pool_map=features.pool_map)
 
     def keep_maps(self, data: Dataset, folder: Path, data_key: str) -> FeatureCache:
-        """Return the data set with the maps of every sample beside it, computed once and kept on disk."""
+        """Return the data set with the maps of every sample, computed once and stored on disk."""
 
         @torch.no_grad()
         def compute(image: Tensor) -> dict[str, Tensor]:
@@ -130,9 +130,9 @@ class Towers(nn.Module):
         """Return the four maps that adapters read, in their frame.
 
         Args:
-            image: uint8 [B, 3, S, S].
-            sam: the SAM side's features of the images, where they have been computed.
-            kept: the maps of the images, where `keep_maps` has added them to the samples.
+            image: images, uint8 [B, 3, S, S].
+            sam: features of the SAM side, if they have been computed already.
+            kept: maps of the images, if `keep_maps` has added them to the samples.
         """
         if kept:
             return tuple(kept[name].float() for name in sorted(kept))
@@ -141,8 +141,8 @@ class Towers(nn.Module):
         return self.encode_clip(image).maps
 
     def teach(self, image: Tensor, boxes: Tensor) -> Tensor:
-        """CLIP's own embedding of each box [B, O, 4] (in pixels of `image`): [B, O, D], L2-normalised. A detector's
-        (OWLv2) is that of its location whose box fits best."""
+        """Return CLIP's own embedding of each box [B, O, 4] (in pixels of `image`): [B, O, D], L2-normalised. For a
+        detector (OWLv2) it is that of the location whose box has the highest IoU."""
         pixels = self.clip_pixels(image)
         boxes = boxes * (pixels.shape[-1] / image.shape[-1])
         features = self.clip.encode_image(pixels)
@@ -154,7 +154,7 @@ class Towers(nn.Module):
 
 
 def start_region(adapter: AdapterModel, towers: Towers) -> AdapterModel:
-    """A new adapter starts from the class embedding that a tower of our own gives to each place."""
+    """Initialise an adapter with the class embedding of each location by a tower of this project."""
     if towers.composition != "sam" and isinstance(towers.clip, DualEncoderSide):
         adapter.region.detail.load_state_dict(towers.clip.detail_projection.state_dict())
         adapter.region.context.load_state_dict(towers.clip.context_projection.state_dict())
@@ -162,13 +162,13 @@ def start_region(adapter: AdapterModel, towers: Towers) -> AdapterModel:
 
 
 def build_towers(model: dict) -> Towers:
-    """Towers from a recipe's `[model]`: `sam` and `clip` as described above, and Towers' other arguments; `templates`
-    are `text_embedder`'s."""
+    """Build towers from a recipe's `[model]`: `sam` and `clip` as described above, and the other arguments of Towers;
+    `templates` are those of `text_embedder`."""
     numbers = {name: value for name, value in model.items() if name not in ("sam", "clip", "templates")}
     weights = numbers.pop("concepts", None)
     if unknown := numbers.keys() - {"composition", "clip_size"}:
         known = "sam, clip, concepts, composition, clip_size, templates"
-        raise InputError(f"[model] has {', '.join(sorted(unknown))}; it knows {known}.")
+        raise InputError(f"[model] has {', '.join(sorted(unknown))}; it takes {known}.")
     sam = sam_side(model["sam"]) if "sam" in model else None
     clip = clip_side(model["clip"]) if "clip" in model else None
     towers = Towers(sam, clip, **numbers)
@@ -178,7 +178,7 @@ def build_towers(model: dict) -> Towers:
 
 
 def concept_head(path: str, towers: Towers) -> ConceptHead:
-    """Return the ConceptHead that a recipe published at `path`."""
+    """Return the ConceptHead in the weights of a recipe at `path`."""
     width = load_file(path)["concepts.objectness.weight"].shape[1]  # [1, width, 1, 1]
     size = {"in_channels": towers.channels, "embed_dim": towers.embed_dim, "width": width}
     head = ConceptHead(ConceptHeadConfig(**size))
@@ -187,7 +187,7 @@ def concept_head(path: str, towers: Towers) -> ConceptHead:
 
 
 def sam_side(spec: Spec) -> SamSide:
-    """A whole SAM side, its weights loaded if it has any."""
+    """Build a whole SAM side, with its weights if it has any."""
     if isinstance(spec, str):
         part = load_sam(spec)
         made = SAM_SIDES[part.config.model_type](part.config)
@@ -200,7 +200,7 @@ def sam_side(spec: Spec) -> SamSide:
         init_from_scratch(made)
     else:
         made = _side(SAM_SIDES, spec["model_type"])(AutoConfig.for_model(**spec))
-    if trunk_weights is not None:  # a trunk that knows pictures already: the clip stage's, of the same architecture
+    if trunk_weights is not None:  # a trained trunk of the same architecture, such as that of the clip stage
         _load(made.model.vision_encoder.backbone.timm_model, trunk_weights, "clip.vision_model.")
     if weights is not None:
         _load(made, weights, "sam.")
@@ -208,7 +208,7 @@ def sam_side(spec: Spec) -> SamSide:
 
 
 def clip_side(spec: Spec) -> nn.Module:
-    """Return the image half of a CLIP side, with its weights where it has any; `text_embedder` is the other half."""
+    """Return the image half of a CLIP side, with its weights if it has any; `text_embedder` is the other half."""
     part = _clip_part(spec)
     side = _side(CLIP_SIDES, part.config.model_type)(part.config, part="vision")
     if part.state:
@@ -222,7 +222,7 @@ def text_embedder(spec: Spec, templates: Sequence[str] = ("{}",)) -> Callable[[l
     """Return a function from n words to [n, D], L2-normalised, the mean over the templates, by the text tower of a CLIP
     side.
 
-    A new side has no text tower yet: its image tower learns towards the text tower of ovsam-tiny.
+    A new side has no text tower yet: its image tower is trained towards the text tower of ovsam-tiny.
     """
     part = _clip_part(spec)
     if not part.state:
@@ -254,7 +254,8 @@ def text_embedder(spec: Spec, templates: Sequence[str] = ("{}",)) -> Callable[[l
 
 
 def edgetam_config(architecture: str, channels: list[int], width: int, mlp_dim: int, image_size: int) -> EdgeTamConfig:
-    """An EdgeTAM of any width over any timm trunk with maps at strides 4, 8, 16, 32 (`channels`, in that order)."""
+    """Return the configuration of an EdgeTAM of any width over any timm trunk with maps at strides 4, 8, 16, 32
+    (`channels`, in that order)."""
     grid = image_size // 16
     backbone = {
         "model_type": "timm_wrapper",
@@ -278,7 +279,8 @@ def edgetam_config(architecture: str, channels: list[int], width: int, mlp_dim: 
 
 @torch.no_grad()
 def init_from_scratch(side: SamSide) -> None:
-    """Every layer's own initialisation instead of transformers' normal(0.02), which learns prompts far more slowly."""
+    """Initialise each layer as in PyTorch instead of transformers' normal(0.02), with which prompts train far more
+    slowly."""
     model = side.model
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.LayerNorm | nn.Embedding):
@@ -286,8 +288,8 @@ def init_from_scratch(side: SamSide) -> None:
     wrapper = model.vision_encoder.backbone.config
     trunk = timm.create_model(wrapper.architecture, pretrained=False, **wrapper.model_args)
     model.vision_encoder.backbone.timm_model.load_state_dict(trunk.state_dict())
-    # Between prompts and image, keys start as queries' twins: then similarity of position codes alone makes a prompt
-    # and the pixels near it attend to each other from the first step, instead of that being discovered.
+    # Between prompts and image, key projections start equal to those of queries: similar position encodings then make a
+    # prompt and the pixels near it attend to each other from the first step.
     transformer = model.mask_decoder.transformer
     crossings = [transformer.final_attn_token_to_image]
     for layer in transformer.layers:
@@ -297,14 +299,14 @@ def init_from_scratch(side: SamSide) -> None:
         attention.k_proj.weight.copy_(attention.q_proj.weight)
         nn.init.zeros_(attention.q_proj.bias)
         nn.init.zeros_(attention.k_proj.bias)
-    # Position codes: SAM's frequencies (sigma 1) blur over four cells of a 32 x 32 grid. Drawing sigma between 1 and 4
-    # keeps the long range and makes neighbouring cells distinct.
+    # Position encoding: SAM's frequencies (sigma 1) are smooth over four cells of a 32 x 32 grid. Sigma between 1 and 4
+    # keeps the long range and distinguishes neighbouring cells.
     code = model.prompt_encoder.shared_embedding.positional_embedding
     code.mul_(4 ** torch.rand(code.shape[1]))
 
 
 def _clip_part(spec: Spec) -> Part:
-    """The configuration of a CLIP side and, where it has been trained, the weights of both of its halves."""
+    """Return the configuration of a CLIP side and, if it is trained, the weights of both halves."""
     if isinstance(spec, str):
         return load_clip(spec)
     if "open_clip" in spec:
@@ -313,7 +315,7 @@ def _clip_part(spec: Spec) -> Part:
             loaded = open_clip.create_model(spec["open_clip"], spec["pretrained"], force_custom_text=True)
         except (OSError, RuntimeError) as error:
             what = f"{spec['open_clip']} with the weights {spec['pretrained']!r}"
-            raise InputError(f"open_clip cannot fetch {what}; fetch it once where there is a network.") from error
+            raise InputError(f"open_clip cannot download {what}; run this once with a network.") from error
         return Part(spec["open_clip"], config, {f"model.{name}": t for name, t in loaded.state_dict().items()})
     numbers = {name: value for name, value in spec.items() if name != "weights"}
     if "model_type" in spec:
@@ -323,19 +325,21 @@ def _clip_part(spec: Spec) -> Part:
 
 def _side(sides: dict[str, Any], model_type: str) -> Any:
     if model_type not in sides:
-        raise InputError(f"There is no side for a model of type {model_type!r}; there are {', '.join(sides)}.")
+        raise InputError(f"There is no side for a model of type {model_type!r}; choose one of {', '.join(sides)}.")
     return sides[model_type]
 
 
 def _load(module: nn.Module, path: str, prefix: str, partly: bool = False) -> None:
-    """Weights of `module` out of what a recipe published; `partly`: an image trunk alone will do, as `mae` gives."""
+    """Load weights of `module` from the result of a recipe; `partly`: an image trunk alone is enough, as from `mae`."""
     if not Path(path).is_file():
-        raise InputError(f"The recipe starts from {path}, which is not there; train that recipe first.")
+        raise InputError(f"The recipe starts from {path}, which does not exist; train that recipe first.")
     state = {name.removeprefix(prefix): t for name, t in load_file(path).items() if name.startswith(prefix)}
     own = module.state_dict()
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
     wrong += [name for name in own if name not in state and not partly]
     if wrong or not state:
         differs = f"{wrong[0]} and {len(wrong) - 1} more differ" if wrong else f"there is no {prefix}*"
-        raise InputError(f"{path} holds the weights of another model: {differs}.")
+        raise InputError(
+            f"{path} has the weights of another model: {differs}. Use the result of a recipe with the same model."
+        )
     module.load_state_dict(state, strict=False)

@@ -1,8 +1,8 @@
-"""What the stages that learn words share: how an embedding is held against the words of a data set.
+"""Classification losses that the stages share: embeddings against the words of a data set.
 
-Words are trained twice: by cross entropy among all names, which separates them (an annotator chose one of all words for
-an object), and by a focal sigmoid loss per text, which makes one word's score mean something on its own. The second one
-says no to a word only where the picture was searched for it (`known`).
+Words are trained by two losses: cross entropy among all names, which separates them (an annotator chose one of all
+words for an object), and a focal sigmoid loss for each text, which makes the score of one word meaningful on its own.
+In the second one a word is a negative only if the image was annotated for it (`known`).
 """
 
 import torch
@@ -15,11 +15,11 @@ from ovsam.training.stages.text_embeddings import WordTable
 
 
 def check_width(words: WordTable, width: int) -> None:
-    """Raise InputError unless the words are embedded as widely as the image tower embeds."""
+    """Raise InputError unless the text embeddings are as wide as those of the image tower."""
     if words.names.shape[1] != width:
         raise InputError(
-            f"The image tower embeds into {width} numbers and the text tower into {words.names.shape[1]}; take both "
-            "from one model, or give a new tower embed_dim = 384, that of the text tower inside ovsam-tiny."
+            f"The embeddings of the image tower have {width} numbers, those of the text tower {words.names.shape[1]}; "
+            "take both from one model, or give a new tower embed_dim = 384, that of the text tower inside ovsam-tiny."
         )
 
 
@@ -27,16 +27,16 @@ class WordLosses(nn.Module):
     """V base names, Kw keywords, W words of a data set.
 
     Args:
-        words: the data set's words, embedded.
-        label_smoothing: of the cross entropy.
-        background_weight: of the class "none of these" in the cross entropy, whose embedding is the zero vector
-            (Open-Vocabulary SAM: 0.1); 0 leaves that class out.
+        words: embedded words of the data set.
+        label_smoothing: label smoothing of the cross entropy.
+        background_weight: weight of a background class in the cross entropy, whose embedding is the zero vector
+            (Open-Vocabulary SAM: 0.1); 0 for no background class.
     """
 
     def __init__(self, words: WordTable, label_smoothing: float = 0.0, background_weight: float = 0.0):
         super().__init__()
         self.label_smoothing, self.background_weight = label_smoothing, background_weight
-        self.scale = nn.Parameter(torch.tensor(4.0))  # where the clip stage ends
+        self.scale = nn.Parameter(torch.tensor(4.0))  # the value at the end of the clip stage
         self.count = int(words.is_base.sum())  # V
         texts = torch.cat([words.names[words.is_base], words.keywords])
         self.register_buffer("texts", texts, persistent=False)  # [V + Kw, D]
@@ -44,13 +44,13 @@ class WordLosses(nn.Module):
         self.register_buffer("is_base", words.is_base, persistent=False)  # [W]
         self.register_buffer("base_ids", words.is_base.nonzero()[:, 0], persistent=False)  # [V]
         self.register_buffer("has_keyword", words.has_keyword.float(), persistent=False)  # [W, Kw]
-        # Classes are the base words; a base word's class is its rank among them, novel words have none.
+        # Classes are the base words; the class of a base word is its rank among them, novel words have none.
         rank = words.is_base.long().cumsum(0) - 1
         self.register_buffer("class_of", torch.where(words.is_base, rank, -1), persistent=False)  # [W]
 
     def known_texts(self, known: Tensor) -> Tensor:
-        """known [B, W] -> [B, V + Kw] bool: the texts that a picture can say no to. A keyword is one if all the words
-        that have it are."""
+        """known [B, W] -> [B, V + Kw] bool: the texts that can be negatives in an image. A keyword can if all of its
+        words can."""
         keyword_open = (~known).float() @ self.has_keyword > 0  # [B, Kw]
         return torch.cat([known[:, self.is_base], ~keyword_open], 1)
 
@@ -66,7 +66,7 @@ class WordLosses(nn.Module):
             logits, classes = logits[named], classes[named]
             weight = None
         else:
-            logits = F.pad(logits, (0, 1))  # the zero vector's
+            logits = F.pad(logits, (0, 1))  # logit of the zero vector
             weight = logits.new_ones(self.count + 1)
             weight[-1] = self.background_weight
         if not len(classes):
@@ -74,12 +74,12 @@ class WordLosses(nn.Module):
         return F.cross_entropy(logits, classes, weight=weight, label_smoothing=self.label_smoothing), top1
 
     def word_loss(self, logits: Tensor, ids: Tensor, asked: Tensor) -> Tensor:
-        """Focal sigmoid loss per text. The first len(ids) rows are objects, the rest background; `asked` says which
-        negatives count. logits, asked [n, V + Kw], ids [<= n]"""
+        """Focal sigmoid loss per text. The first len(ids) rows are objects, the rest background; `asked` selects the
+        negatives. logits, asked [n, V + Kw], ids [<= n]"""
         target = logits.new_zeros(logits.shape)
         target[: len(ids)] = self.targets[ids].to(logits.dtype)
         loss = focal_loss(logits, target.clamp(min=0)) * ((target > 0) | (target == 0) & asked)
-        # Names weigh more than keywords: there is one per object, and several keywords.
+        # Names have a higher weight than keywords: an object has one name and several keywords.
         names, keywords = loss[:, : self.count].sum(), loss[:, self.count :].sum()
         return (names + 0.25 * keywords) / max(len(ids), 1)
 
@@ -91,7 +91,7 @@ class LitLosses(nn.Module):
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(3.0))
         self.label_smoothing, self.keyword_weight = label_smoothing, keyword_weight
-        # Classes are the base words; a base word's class is its rank among them.
+        # Classes are the base words; the class of a base word is its rank among them.
         self.register_buffer("names", words.names[words.is_base], persistent=False)  # [V, D]
         self.register_buffer("keywords", words.keywords, persistent=False)  # [Kw, D]
         share = words.has_keyword.float() / words.has_keyword.sum(1, keepdim=True).clamp(min=1)
@@ -119,7 +119,7 @@ class LitLosses(nn.Module):
 
 
 def text_targets(words: WordTable) -> Tensor:
-    """[W, V + Kw]: 1 a word's own name and keywords, 0 others', -1 a name that is also fair for it (left out)."""
+    """Targets [W, V + Kw]: 1 for a word's own name and keywords, 0 for others, -1 (ignored) for names that also fit."""
     own = torch.eye(len(words.names))[:, words.is_base]  # [W, V]
     shared = words.has_keyword.float() @ words.has_keyword.float().T  # [W, W] keywords in common
     count = words.has_keyword.sum(1).float()
