@@ -1,9 +1,9 @@
 """The command line `ovsam`: one module a command, imported when it is called.
 
-A command module has `add_arguments(parser)` and `run(args)`, which returns the exit code. Optional are further keywords
-of its parser, `PARSER`, and `check(args)`, which refuses what cannot work and may replace values of `args`. torch, and
-what needs torch, is imported in `run` alone, so that help and mistakes are answered in a moment; a command whose run
-needs no torch either has `LIGHT = True`.
+A command module has `add_arguments(parser)` and `run(args)`, which returns the exit code. Optional are keywords of its
+parser, `PARSER`, and `check(args)`, which raises InputError for invalid input and may replace values of `args`. torch,
+and modules that need it, are imported in `run` only, so that help and errors appear at once; a command whose run needs
+no torch either has `LIGHT = True`.
 """
 
 import argparse
@@ -20,27 +20,27 @@ from importlib import metadata
 from typing import NoReturn
 
 COMMANDS = {
-    "segment": "find things in pictures by words, clicks, boxes or all at once",
-    "video": "follow things through a video",
-    "label": "label a folder: many pictures, into the files of labelling and training tools",
-    "eval": "measure a model on a data set",
-    "models": "list the presets: parts, licences, size, and whether they are here",
-    "convert-labels": "make label files of one tool those of another",
-    "compose": "make a whole model of a SAM, a CLIP and adapters",
-    "convert": "make a checkpoint in its authors' layout a folder that transformers loads",
-    "compare": "see whether a tuned model beats its base on a data set",
+    "segment": "segment objects in images: by text queries, points or boxes, or all of them",
+    "video": "track objects through a video",
+    "label": "label many images, for labelling and training tools",
+    "eval": "evaluate a model on a data set",
+    "models": "list the presets: parts, licences, sizes, and whether they are downloaded",
+    "convert-labels": "convert label files between formats",
+    "compose": "compose a model from a SAM, a CLIP and adapters",
+    "convert": "convert an official checkpoint to a folder that transformers loads",
+    "compare": "compare a fine-tuned model with its base on a data set",
     "push": "publish a model or an adapter on the Hugging Face Hub",
     "demo": "open the demo in a browser",
-    "train": "train what a recipe describes",
+    "train": "train a model or an adapter by a recipe",
 }
 
 
 OUT_OF_MEMORY = (
-    "There is not enough memory for this; take smaller pictures, --tile, a smaller model, a smaller --batch, or "
+    "There is not enough memory; use smaller images, --tile, a smaller model, a smaller --batch, or "
     "--device cpu in place of a GPU."
 )
 
-_bare: set[str] = set()  # packages whose __init__ has not run yet
+_bare: set[str] = set()  # packages imported without running their __init__
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0; 1 where a part of a batch failed; 2 if something that was passed cannot work; 130 on Ctrl-C.
+    0; 1 if a part of a batch failed; 2 for invalid input; 130 on Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # or the interpreter would try to flush it once more
+        with contextlib.suppress(OSError, ValueError):  # else the interpreter would flush it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _fail("The output cannot be written: its reader has closed the pipe.")
+        return _fail("The output cannot be written: its reader has closed the pipe; keep the reader running.")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF) or error.filename:
             raise
@@ -106,7 +106,8 @@ def _run(argv: list[str]) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch has an error of its own for a GPU and a plain RuntimeError for the CPU; a library may fail to be mapped."""
+    """Whether memory ran out: torch has an error of its own for a GPU, a RuntimeError for the CPU; libraries may fail
+    to load."""
     text = str(error)
     signs = ("not enough memory", "failed to map segment", "Cannot allocate memory", "bad_alloc", "out of memory")
     return type(error).__name__ == "OutOfMemoryError" or any(sign in text for sign in signs)
@@ -119,7 +120,7 @@ def _fail(message: str) -> int:
 
 
 def _choose_command(argv: list[str]) -> tuple[str, list[str]]:
-    """The command and its arguments; ends the program for help, the version, and a word that is no command."""
+    """Return the command and its arguments; exits for help, the version, and unknown commands."""
     width = max(map(len, COMMANDS))
     parser = Parser(
         prog="ovsam",
@@ -143,10 +144,10 @@ def _choose_command(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _import_bare(name: str) -> None:
-    """Let modules of a package be imported before its `__init__` has run, see `_finish_import`.
+    """Allow imports of modules of a package without running its `__init__`, see `_finish_import`.
 
-    `ovsam/__init__.py` registers its classes with transformers, which takes seconds, while the modules that check what
-    was passed need neither transformers nor torch.
+    `ovsam/__init__.py` registers its classes with transformers, which takes seconds, while the modules that check user
+    input need neither transformers nor torch.
     """
     if name not in sys.modules:
         spec = importlib.util.find_spec(name)
@@ -172,7 +173,7 @@ def _read_version() -> str:
 
 
 def _join_coordinates(argv: Sequence[str]) -> list[str]:
-    """Write `--point -5,3` as `--point=-5,3`, which argparse would otherwise take for an option -5."""
+    """Replace `--point -5,3` by `--point=-5,3`, since argparse takes -5,3 for an option."""
     joined: list[str] = []
     for argument in argv:
         if joined and joined[-1] in ("--point", "--box"):

@@ -1,4 +1,4 @@
-"""Values of the command line that several commands read; a wrong one ends in a sentence that states the right form."""
+"""Argument types that several commands share; errors state the right form."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`ovsam compare`: see whether a tuned model beats its base on a data set."""
+"""`ovsam compare`: compare a fine-tuned model with its base on a data set."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -7,16 +7,16 @@ from ovsam_cli import arguments
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="a preset, a folder or a Hub id")
-    parser.add_argument("tuned", metavar="TUNED", help="likewise; what `ovsam train` wrote, for one")
+    parser.add_argument("tuned", metavar="TUNED", help="likewise, such as the output of `ovsam train`")
     parser.add_argument("--data", metavar="COCO.json", required=True, help="the annotations")
-    parser.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the json)")
-    parser.add_argument("--json", metavar="OUT.json", help="write the figures of both there as well")
-    parser.add_argument("--limit", metavar="N", type=arguments.count, help="only the first N pictures")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the JSON file)")
+    parser.add_argument("--json", metavar="OUT.json", help="also write the results of both models to this file")
+    parser.add_argument("--limit", metavar="N", type=arguments.count, help="use only the first N images")
     arguments.add_device(parser)
 
 
 def run(args: Namespace) -> int:
-    """Print the figures of two models side by side. Returns 1 if the second is not the better one, else 0."""
+    """Print the results of two models side by side. Returns 0 if the second is better, else 1."""
     from ovsam.evaluation.compare import run_compare
 
     better = run_compare(

@@ -1,29 +1,31 @@
-"""`ovsam compose`: make a whole model of a SAM, a CLIP and adapters."""
+"""`ovsam compose`: compose a model from a SAM, a CLIP and adapters."""
 
 from argparse import ArgumentParser, Namespace
 
 PARSER = {
     "description": "Each part is a folder, or a Hub id ORG/NAME or ORG/NAME@REVISION, "
-    "also of a whole OVSam model (see docs/compose.md)."
+    "or a whole OVSam model that has the part (see docs/compose.md)."
 }
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--sam", metavar="PART", required=True, help="such as facebook/sam2.1-hiera-small")
-    parser.add_argument("--clip", metavar="PART", required=True, help="such as google/owlv2-base-patch16-ensemble")
-    parser.add_argument("--clip2sam", metavar="PART", help="an adapter that names prompted masks")
-    parser.add_argument("--sam2clip", metavar="PART", help="an adapter that stands in for SAM's image encoder")
-    parser.add_argument("--concepts", metavar="PART", help="an adapter that finds words and everything")
+    parser.add_argument("--sam", metavar="PART", required=True, help="SAM, such as facebook/sam2.1-hiera-small")
+    parser.add_argument(
+        "--clip", metavar="PART", required=True, help="CLIP, such as google/owlv2-base-patch16-ensemble"
+    )
+    parser.add_argument("--clip2sam", metavar="PART", help="adapter that classifies prompted masks")
+    parser.add_argument("--sam2clip", metavar="PART", help="adapter that replaces SAM's image encoder")
+    parser.add_argument("--concepts", metavar="PART", help="adapter that finds text queries and everything")
     parser.add_argument(
         "--composition",
         choices=["dual", "clip", "sam"],
-        help="where image features come from (default: clip with --sam2clip, else dual, which is both encoders)",
+        help="source of image features (default: clip with --sam2clip, else dual, which has both encoders)",
     )
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="a folder that is new or empty")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
 
 
 def run(args: Namespace) -> int:
-    """Write a whole model made of parts, and say what it can do and under which licences its parts are."""
+    """Write a model composed of parts, and print its abilities and the licences of its parts."""
     from transformers.utils import logging
 
     from ovsam.checkpoints import compose as parts

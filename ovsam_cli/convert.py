@@ -1,4 +1,4 @@
-"""`ovsam convert`: make a checkpoint in its authors' layout a folder that transformers loads."""
+"""`ovsam convert`: convert an official checkpoint to a folder that transformers loads."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -10,24 +10,24 @@ PARSER = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a .pt or .pth file, or the same tensors as .safetensors")
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="a folder that is new or empty")
-    parser.add_argument("--kind", metavar="KIND", help="what SOURCE is (default: found from its tensors)")
+    parser.add_argument("source", metavar="SOURCE", help=".pt or .pth file, or the same tensors as .safetensors")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
+    parser.add_argument("--kind", metavar="KIND", help="kind of SOURCE (default: recognised from its tensors)")
     parser.add_argument(
         "--image-size",
         metavar="N",
         type=arguments.count,
-        help="side of the images it was trained on, where that is not 1024 and its tensors do not tell",
+        help="side of the training images in pixels, if it is not 1024 and its tensors do not determine it",
     )
 
 
 def run(args: Namespace) -> int:
-    """Convert a foreign checkpoint and say what became of its tensors."""
+    """Convert an official checkpoint and print the use of its tensors."""
     from transformers.utils import logging
 
     from ovsam.checkpoints.convert import convert_checkpoint
 
-    logging.set_verbosity_error()  # it would warn that a tracker's folder is opened as an image model, as is meant
+    logging.set_verbosity_error()  # it would warn that a tracker is opened as an image model, as intended
     logging.disable_progress_bar()
     report = convert_checkpoint(args.source, args.output, args.kind, args.image_size)
     print(f"{args.source}: {report.size}, {report.used} tensors used, {len(report.unused)} not")

@@ -15,24 +15,24 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--host", metavar="ADDRESS", default="127.0.0.1", help="default: %(default)s, this machine only"
     )
     parser.add_argument("--port", metavar="N", type=arguments.count, default=7860, help="default: %(default)s")
-    parser.add_argument("--share", action="store_true", help="also at a public address that Gradio lends")
+    parser.add_argument("--share", action="store_true", help="also serve at a temporary public address of Gradio")
 
 
 def check(args: Namespace) -> None:
-    """Refuse to start without the demo's files and Gradio, or at a port that cannot be."""
+    """Raise InputError without the demo's files or Gradio, or for an invalid port."""
     if args.port > 65535:
-        raise InputError(f"The port {args.port} does not exist; ports are numbers from 1 to 65535.")
+        raise InputError(f"The port {args.port} does not exist; it must be a number from 1 to 65535.")
     if _folder() is None:
         raise InputError(
-            "The demo is not in this installation; `pip install --force-reinstall --no-deps ovsam` has it."
+            "The demo is not in this installation; `pip install --force-reinstall --no-deps ovsam` adds it."
         )
     if importlib.util.find_spec("gradio") is None:
-        raise InputError('The demo needs Gradio, which `pip install "ovsam[demo]"` brings.')
+        raise InputError('The demo needs Gradio; install it with `pip install "ovsam[demo]"`.')
 
 
 def run(args: Namespace) -> int:
     """Serve the demo until it is interrupted."""
-    sys.path.insert(0, str(_folder()))  # its modules lie flat, as on a Space
+    sys.path.insert(0, str(_folder()))  # its modules are in one folder, as in a Space
     from app import main
 
     try:
@@ -43,6 +43,6 @@ def run(args: Namespace) -> int:
 
 
 def _folder() -> Path | None:
-    """The folder of the demo: a wheel carries it, and a checkout has it beside the package."""
+    """Return the folder of the demo: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).parents[1] / "ovsam"
     return next((one for one in (package / "_demo", package.parent / "demo") if (one / "app.py").is_file()), None)

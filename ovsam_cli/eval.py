@@ -1,4 +1,4 @@
-"""`ovsam eval`: measure a model on a data set."""
+"""`ovsam eval`: evaluate a model on a data set."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
@@ -10,7 +10,7 @@ PHOTOS = "tests/data/photos-val"
 TASKS = ("prompts", "words", "everything", "time")
 VIDEO = "video"
 PARSER = {
-    "description": "Print masks, names, words and everything in figures; docs/evaluation.md defines each of them.",
+    "description": "Measure masks, class names, text queries and everything; docs/evaluation.md defines the metrics.",
     "epilog": "examples:\n"
     "  ovsam eval                                                    the 60 photographs of a checkout, ovsam-tiny\n"
     "  ovsam eval instances_val2017.json --images val2017 --absent all --output runs/coco\n"
@@ -24,9 +24,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="DATASET",
         nargs="?",
         default=PHOTOS,
-        help="a COCO or LVIS json, or a folder with annotations.json (default: %(default)s, in a checkout)",
+        help="COCO or LVIS JSON file, or folder with annotations.json (default: %(default)s, in a checkout)",
     )
-    parser.add_argument("--images", metavar="DIR", help="the folder of the pictures (default: that of the json)")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the JSON file)")
     parser.add_argument("--model", metavar="PRESET|PATH|ID", default="ovsam-tiny", help="default: %(default)s")
     parser.add_argument(
         "--task",
@@ -48,25 +48,25 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N|all",
         type=_absent,
         default=10,
-        help="absent words asked of each picture besides those it shows; all asks for every word, as published AP does "
-        "(default: %(default)s; of an LVIS json, all that a picture was searched for)",
+        help="number of absent class names queried per image besides the present ones; all as in published AP "
+        "(default: %(default)s; for LVIS, all classes that are annotated in the image)",
     )
     parser.add_argument(
-        "--no-baselines", action="store_false", dest="baselines", help="leave out what needs no training"
+        "--no-baselines", action="store_false", dest="baselines", help="leave out the training-free baselines"
     )
-    parser.add_argument("--limit", metavar="N", type=arguments.count, help="only the first N pictures")
+    parser.add_argument("--limit", metavar="N", type=arguments.count, help="use only the first N images")
     parser.add_argument(
-        "--output", metavar="DIR", help="write records, results and a page there; go on where it was stopped"
+        "--output", metavar="DIR", help="folder for records, results and a page; an interrupted evaluation continues"
     )
-    parser.add_argument("--json", metavar="OUT.json", help="write the results there as well")
+    parser.add_argument("--json", metavar="OUT.json", help="also write the results to this file")
     arguments.add_device(parser)
 
 
 def check(args: Namespace) -> None:
-    """Refuse a data set that is not there, before torch is imported."""
+    """Raise InputError if the data set does not exist, before torch is imported."""
     if not Path(args.dataset).exists():
         raise InputError(
-            f"There is no data set {args.dataset}; name a COCO or LVIS json, or a folder with annotations.json."
+            f"There is no data set {args.dataset}; name a COCO or LVIS JSON file, or a folder with annotations.json."
         )
     if VIDEO in args.tasks and len(args.tasks) > 1:
         raise InputError("Videos are measured alone; give --task video without other tasks.")
@@ -112,4 +112,4 @@ def _absent(text: str) -> int | None:
         return None
     if text.isdecimal():
         return int(text)
-    raise ArgumentTypeError(f"{text!r} is neither a whole number nor all")
+    raise ArgumentTypeError(f"{text!r} must be a whole number or all")

@@ -23,14 +23,14 @@ PARSER = {
     "usage": "ovsam label INPUT... (--text WORD... | --vocabulary NAME|FILE) -o OUT [options]\n"
     "       ovsam label --merge OUT... -o OUT [--format ...]",
     "description": "Label many images and write the files of labelling and training tools (see docs/labels.md).\n"
-    "Stopped at any moment, the same command goes on where it was.",
+    "An interrupted command continues when it is run again.",
     "epilog": """\
   ovsam label photos/ --text dog "red ball" -o labels/ --format coco,yolo
   ovsam label list.txt archive.zip 's3://bucket/*.jpg' --vocabulary lvis -o labels/ --threshold 0.4
   ovsam label photos/ --vocabulary coco -o labels/ --shard 1/2       on one machine, and 2/2 on another; then
   ovsam label --merge labels/ -o labels/ --format coco,labelme
 
-Exit code: 0, 1 if images could not be labelled (OUT/errors.jsonl lists them), 2 if the command cannot work.
+Exit code: 0, 1 if images could not be labelled (OUT/errors.jsonl lists them), 2 if the command is invalid.
 """,
 }
 
@@ -43,33 +43,49 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="an image, a folder, a pattern, a .txt, .csv or COCO .json list, a .zip or .tar, or an address",
     )
     question = parser.add_argument_group("the question")
-    question.add_argument("--text", metavar="WORD", nargs="+", action="extend", default=[], help="find these words")
     question.add_argument(
-        "--vocabulary", metavar="NAME|FILE", help="find these: coco, lvis, imagenet21k or a file with one word a line"
+        "--text", metavar="WORD", nargs="+", action="extend", default=[], help="text queries to search for"
     )
     question.add_argument(
-        "--everything", action="store_true", help="label whatever is found, named from the words (or the model's own)"
+        "--vocabulary",
+        metavar="NAME|FILE",
+        help="search for these class names: coco, lvis, imagenet21k or a file with one a line",
     )
     question.add_argument(
-        "--not", metavar="WORD", nargs="+", action="extend", default=[], dest="negative", help="leave these out"
+        "--everything", action="store_true", help="label all objects with these class names (or the model's own)"
     )
     question.add_argument(
-        "--threshold", metavar="SCORE", type=arguments.share, help="minimum score (default: the model's own)"
+        "--not",
+        metavar="WORD",
+        nargs="+",
+        action="extend",
+        default=[],
+        dest="negative",
+        help="drop instances of these negative queries",
     )
     question.add_argument(
-        "--objectness", metavar="SHARE", type=arguments.share, help="with --everything: minimum objectness"
+        "--threshold", metavar="SCORE", type=arguments.share, help="lowest score (default: the model's own)"
     )
-    question.add_argument("--proposer", metavar="NAME", help="where to look; see `ovsam segment --help`")
-    question.add_argument("--tile", metavar="PIXELS", type=arguments.count, help="look through tiles of this side too")
-    question.add_argument("--exclusive", action="store_true", help="give each pixel to one thing only")
-    question.add_argument("--no-refine", action="store_false", dest="refine", help="keep the quick masks")
+    question.add_argument(
+        "--objectness", metavar="SHARE", type=arguments.share, help="with --everything: lowest objectness"
+    )
+    question.add_argument("--proposer", metavar="NAME", help="proposer; see `ovsam segment --help`")
+    question.add_argument("--tile", metavar="PIXELS", type=arguments.count, help="also search tiles of this side")
+    question.add_argument("--exclusive", action="store_true", help="assign each pixel to one instance only")
+    question.add_argument(
+        "--no-refine", action="store_false", dest="refine", help="keep the prototype masks, which is faster"
+    )
     model = parser.add_argument_group("the model")
     model.add_argument("--model", metavar="PRESET|PATH|ID", default="auto", help="default: auto")
     arguments.add_device(model)
     output = parser.add_argument_group("the output")
-    output.add_argument("-o", "--output", metavar="OUT", required=True, help="a folder; made where it is missing")
+    output.add_argument("-o", "--output", metavar="OUT", required=True, help="folder, created if it does not exist")
     output.add_argument(
-        "--format", metavar="NAME,...", type=_formats, default=["coco"], help=f"of {', '.join(FORMATS)} (default: coco)"
+        "--format",
+        metavar="NAME,...",
+        type=_formats,
+        default=["coco"],
+        help=f"any of {', '.join(FORMATS)} (default: coco)",
     )
     output.add_argument("--report", metavar="OUT.html", help="a page of thumbnails with masks to review")
     output.add_argument(
@@ -80,16 +96,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     work.add_argument(
         "--workers", metavar="N", type=arguments.count, default=2, help="threads that decode images (default: 2)"
     )
-    work.add_argument("--shard", metavar="I/N", type=_shard, default=(1, 1), help="only the Ith of N parts, from 1 on")
+    work.add_argument("--shard", metavar="I/N", type=_shard, default=(1, 1), help="only part I of N, from 1")
     work.add_argument(
         "--merge", action="store_true", help="INPUT are output folders of shards: write their common label files"
     )
 
 
 def check(args: Namespace) -> None:
-    """Refuse what cannot work, before a model is loaded.
+    """Raise InputError for invalid input, before a model is loaded.
 
-    Sets `args.listing`, the images, `args.words`, the Vocabulary or None, and `args.job`, what identifies the job.
+    Sets `args.listing`, the images, `args.words`, the Vocabulary or None, and `args.job`, which identifies the job.
     """
     output = Path(args.output)
     if args.report:
@@ -98,24 +114,24 @@ def check(args: Namespace) -> None:
         raise InputError(f"-o {output} is a file; it must be a folder.")
     if args.merge:
         if args.text or args.vocabulary or args.everything or args.shard != (1, 1):
-            raise InputError("--merge takes output folders and formats only; the journals hold what was asked.")
+            raise InputError("--merge takes output folders and formats only; the journals have the other options.")
         return
     if args.text and args.vocabulary:
-        raise InputError("--text and --vocabulary both give the words; use one of them.")
+        raise InputError("--text and --vocabulary exclude each other; use one of them.")
     if not (args.text or args.vocabulary or args.everything):
-        raise InputError("Nothing was asked; give --text WORD..., --vocabulary NAME|FILE or --everything.")
+        raise InputError("There is nothing to search for; give --text WORD..., --vocabulary NAME|FILE or --everything.")
     if args.negative and args.everything:
-        raise InputError("--not goes with words to find, not with --everything.")
+        raise InputError("--not needs --text or --vocabulary; remove --everything.")
     if args.objectness is not None and not args.everything:
-        raise InputError("--objectness goes with --everything; for words, use --threshold.")
+        raise InputError("--objectness needs --everything; with text queries, use --threshold.")
     args.words = Vocabulary(args.text or args.vocabulary) if args.text or args.vocabulary else None
     below = os.path.join(os.path.abspath(output), "")
-    listing = list_items(args.inputs)  # an output inside the input is no input
+    listing = list_items(args.inputs)  # an output folder inside the input is left out
     listing.items[:] = [item for item in listing.items if not item.location.startswith(below)]
     if not listing.items:
-        raise InputError(f"There is no image in {', '.join(args.inputs)}.")
+        raise InputError(f"There is no image in {', '.join(args.inputs)}; check the path.")
     args.listing = listing
-    if args.model == "auto":  # a job goes on with the model that it began with
+    if args.model == "auto":  # a resumed job keeps its model
         from ovsam.checkpoints.presets import choose_auto
 
         header = read_header(_journal(args)) if _journal(args).is_file() else None
@@ -156,7 +172,7 @@ def run(args: Namespace) -> int:
             except OSError as error:
                 raise InputError(
                     f"{journal.path} cannot be written ({error.strerror or error}); the {len(journal.done)} images "
-                    "before are kept: make room, and run the same command again."
+                    "before are kept: free some space, and run the same command again."
                 ) from error
         journal.finish(len(summary.failed))
     job.write_errors(_errors(args), summary.failed)
@@ -196,7 +212,7 @@ class _Load:
 
 
 def _export(args: Namespace, images: Journals, items: dict[str, Item]) -> int:
-    """Write what was asked for from the journals. `items` are the images; others are looked for in their folder."""
+    """Write label files from the journals. `items` are the images; others are searched in their folder."""
     from ovsam.inference.labelling import job
     from ovsam.inference.labelling.pick import write_pick
     from ovsam.results.report import write_report
@@ -232,7 +248,7 @@ def _merge(args: Namespace) -> int:
     images = Journals(journals)
     output.mkdir(parents=True, exist_ok=True)
     for path in images.unfinished:
-        print(f"{path} is not finished: run its command again to go on.", file=sys.stderr)
+        print(f"{path} is not finished: run its command again to continue.", file=sys.stderr)
     beside = [one.with_name(one.name.replace("journal", "errors")) for one in journals]
     failed = job.read_errors(path for path in beside if path.is_file())
     job.write_errors(output / "errors.jsonl", failed)

@@ -1,4 +1,4 @@
-"""`ovsam models`: list the presets: parts, licences, size, and whether they are here."""
+"""`ovsam models`: list the presets: parts, licences, sizes, and whether they are downloaded."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -8,7 +8,7 @@ LIGHT = True
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Nothing is asked."""
+    """This command has no arguments."""
 
 
 def run(args: Namespace) -> int:

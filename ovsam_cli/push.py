@@ -3,18 +3,18 @@
 from argparse import ArgumentParser, Namespace
 
 PARSER = {
-    "description": "Load the folder back in a clean process, compare its outputs, and only "
+    "description": "Load the folder back in a clean process, compare its outputs, "
     "then upload it (see docs/publishing.md)."
 }
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="what save_pretrained or `ovsam train` wrote")
-    parser.add_argument("repo", metavar="ORG/NAME", help="the repository; made if there is none")
-    parser.add_argument("--private", action="store_true", help="only for those who have access to the repository")
-    parser.add_argument("--revision", metavar="REV", help="a branch; made if there is none")
-    parser.add_argument("--create-pr", action="store_true", help="as a pull request")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+    parser.add_argument("folder", metavar="DIR", help="folder written by save_pretrained or `ovsam train`")
+    parser.add_argument("repo", metavar="ORG/NAME", help="repository, created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--revision", metavar="REV", help="branch, created if it does not exist")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+    parser.add_argument("--dry-run", action="store_true", help="print the upload without sending it")
 
 
 def run(args: Namespace) -> int:

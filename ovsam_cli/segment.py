@@ -1,4 +1,4 @@
-"""`ovsam segment`: find things in pictures by words, clicks, boxes or all at once."""
+"""`ovsam segment`: segment objects in images, by text queries, points or boxes, or all of them."""
 
 import math
 import os
@@ -22,26 +22,28 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = """\
-ask one question at a time:
-  ovsam segment photo.jpg --text dog "red ball" -o found.png      where are these?
-  ovsam segment photo.jpg --point 210,140 --vocabulary lvis       what is at this place?
+one question at a time:
+  ovsam segment photo.jpg --text dog "red ball" -o found.png      where are these objects?
+  ovsam segment photo.jpg --point 210,140 --vocabulary lvis       what is this object?
   ovsam segment photo.jpg --box 40,60,300,280 --vocabulary my_words.txt
   ovsam segment *.jpg --everything --vocabulary coco -o overlays/ --json all.json
 
-Coordinates are pixels from the top left corner. Pictures stand before the options.
+Coordinates are pixels from the top left corner. Images come before the options.
 """
 PARSER = {
     "usage": "ovsam segment IMAGE... (--text WORD... | --point X,Y | --box X1,Y1,X2,Y2 | --everything) [options]",
-    "description": "Print what is found in each picture: label, score, mask score, box (x1,y1,x2,y2) and area.",
+    "description": "Print the instances of each image: label, score, mask score, box (x1,y1,x2,y2) and area.",
     "epilog": EXAMPLES,
 }
-MAX_PHRASE = 64  # words; no text tower reads more, and each says itself if it reads less
+MAX_PHRASE = 64  # words; the limit of all text towers; each checks its own
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a picture file")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file")
     question = parser.add_argument_group("the question")
-    question.add_argument("--text", metavar="WORD", nargs="+", action="extend", default=[], help="find these words")
+    question.add_argument(
+        "--text", metavar="WORD", nargs="+", action="extend", default=[], help="text queries to search for"
+    )
     question.add_argument(
         "--not",
         metavar="WORD",
@@ -49,7 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="extend",
         default=[],
         dest="negative",
-        help="with --text: leave out what these words describe better",
+        help="with --text: drop instances that match these negative queries better",
     )
     question.add_argument(
         "--point",
@@ -58,7 +60,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         dest="points",
-        help="segment and name what was clicked; repeat it for more clicks on the same object, 1 on it, 0 beside it",
+        help="segment and classify this object; repeat for more points of the same object, 1 on it, 0 beside it",
     )
     question.add_argument(
         "--box",
@@ -67,43 +69,42 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         dest="boxes",
-        help="segment and name what is in the box; repeat it for more objects; clicks correct a single one",
+        help="segment and classify the object in this box; repeat for more objects; points correct a single one",
     )
-    question.add_argument("--everything", action="store_true", help="segment and name all there is")
+    question.add_argument("--everything", action="store_true", help="segment and classify all objects")
     question.add_argument(
         "--vocabulary",
         metavar="NAME|FILE",
-        help="the names to choose from: coco, lvis, imagenet21k or a file with one word a line "
-        "(default: the model's own)",
+        help="class names: coco, lvis, imagenet21k or a file with one a line (default: the model's own)",
     )
     question.add_argument(
         "--threshold",
         metavar="SCORE",
         type=arguments.share,
-        help="with --text or --everything: minimum score, 0 to 1 (default: the model's own with --text, none with "
+        help="with --text or --everything: lowest score, 0 to 1 (default: the model's own with --text, none with "
         "--everything)",
     )
     question.add_argument(
         "--objectness",
         metavar="SHARE",
         type=arguments.share,
-        help="with --everything: minimum objectness, 0 to 1 (default: the model's own)",
+        help="with --everything: lowest objectness, 0 to 1 (default: the model's own)",
     )
-    search = parser.add_argument_group("how to look, with --text or --everything")
+    search = parser.add_argument_group("search, with --text or --everything")
     search.add_argument(
         "--proposer",
         metavar="NAME",
-        help="where to look: concepts, clip-dense, grid, detector:ID or sam3:ID (default: the model's own way)",
+        help="proposer: concepts, clip-dense, grid, detector:ID or sam3:ID (default: the model's own)",
     )
     search.add_argument(
         "--tile",
         metavar="PIXELS",
         type=arguments.count,
-        help="look through overlapping tiles of this side as well, for small things in large pictures",
+        help="also search overlapping tiles of this side, for small objects in large images",
     )
-    search.add_argument("--exclusive", action="store_true", help="give each pixel to one thing only")
+    search.add_argument("--exclusive", action="store_true", help="assign each pixel to one instance only")
     search.add_argument(
-        "--no-refine", action="store_false", dest="refine", help="keep the quick masks, unrefined by the SAM decoder"
+        "--no-refine", action="store_false", dest="refine", help="keep the prototype masks, without the SAM decoder"
     )
     model = parser.add_argument_group("the model")
     model.add_argument("--model", metavar="PRESET|PATH|ID", default="auto", help="default: auto")
@@ -113,30 +114,30 @@ def add_arguments(parser: ArgumentParser) -> None:
         "-o",
         "--output",
         metavar="OUT.png",
-        help="draw masks and names over the picture; a folder takes NAME-ovsam.png of each of several pictures",
+        help="draw masks and class names over the image; for several images a folder, with NAME-ovsam.png of each",
     )
-    output.add_argument("--json", metavar="OUT.json", help="write all pictures as one COCO data set")
+    output.add_argument("--json", metavar="OUT.json", help="write all images as one COCO data set")
 
 
 def check(args: Namespace) -> None:
-    """Refuse an unclear question and impossible targets, and report the pictures that cannot be read.
+    """Raise InputError for invalid questions and targets, and report the images that cannot be read.
 
-    Sets `args.words`, the vocabulary or None, `args.overlays`, the file of each picture's overlay, and `args.readable`.
+    Sets `args.words`, the vocabulary or None, `args.overlays`, the file of each overlay, and `args.readable`.
     """
     args.words = _check_question(args)
     args.overlays = _plan_overlays(args.output, args.images) if args.output else {}
     if args.json:
         _check_json(Path(args.json))
-    # Opened here to be checked and again below to be segmented: many pictures would not fit into memory.
+    # Opened here for the check and again below: many images would not fit into memory.
     args.readable = [path for path in args.images if _try_to_open(path, args)]
     if not args.readable:
         raise SystemExit(2)
 
 
 def run(args: Namespace) -> int:
-    """Segment and name, print a table a picture, write overlays and the COCO file.
+    """Segment and classify, print a table for each image, write overlays and the COCO file.
 
-    A picture that cannot be read is reported on stderr, and the others go on. Returns 2 if there was one, else 0.
+    Images that cannot be read are reported on stderr and skipped. Returns 2 if there are any, else 0.
     """
     import ovsam
     from ovsam.results.formats import write_coco
@@ -154,7 +155,7 @@ def run(args: Namespace) -> int:
         if results:
             print(results.table())
         if path in args.overlays:
-            zoom = max(1, round(256 / math.sqrt(image.width * image.height)))  # room for names on small pictures
+            zoom = max(1, round(256 / math.sqrt(image.width * image.height)))  # room for class names on small images
             overlay = results.overlay(image, zoom)
             write_whole(args.overlays[path], overlay.save)
             print(f"overlay: {args.overlays[path]}")
@@ -181,34 +182,36 @@ def _ask(segmenter: "Segmenter", image: Image.Image, args: Namespace) -> "Result
 
 
 def _check_question(args: Namespace) -> Vocabulary | None:
-    """Return the words to find or to name with, None for the model's own; raises InputError for an unclear question."""
+    """Return the text queries or the vocabulary, None for the model's own; raises InputError for invalid questions."""
     text, prompts = bool(args.text), bool(args.points or args.boxes)
     if text + prompts + args.everything == 0:
-        raise InputError("Nothing was asked; give --text WORD..., --point X,Y, --box X1,Y1,X2,Y2 or --everything.")
+        raise InputError(
+            "There is nothing to segment; give --text WORD..., --point X,Y, --box X1,Y1,X2,Y2 or --everything."
+        )
     if text + prompts + args.everything > 1:
         raise InputError(
-            "--text, --point or --box, and --everything are three questions, ask one at a time; "
-            "the names for clicks, boxes and everything are chosen with --vocabulary."
+            "--text, --point or --box, and --everything are three questions; give one of them; "
+            "the class names for points, boxes and everything are set by --vocabulary."
         )
     for option in ("proposer", "tile", "exclusive"):
         if prompts and getattr(args, option):
-            raise InputError(f"--{option} goes with --text or --everything, which look for things.")
+            raise InputError(f"--{option} needs --text or --everything.")
     if text and args.vocabulary:
-        raise InputError("--text already gives the words; use --vocabulary with --point, --box or --everything.")
+        raise InputError("--text already gives the text queries; use --vocabulary with --point, --box or --everything.")
     if args.negative and not text:
-        raise InputError("--not goes with --text, which says what to find.")
+        raise InputError("--not needs --text; add the text queries to search for.")
     if args.threshold is not None and prompts:
-        raise InputError("--threshold goes with --text or --everything; a click or a box always gives its mask.")
+        raise InputError("--threshold needs --text or --everything; points and boxes always give a mask.")
     if args.objectness is not None and not args.everything:
-        raise InputError("--objectness goes with --everything; with --text, use --threshold.")
+        raise InputError("--objectness needs --everything; with --text, use --threshold.")
     if args.points and len(args.boxes) > 1:
-        raise InputError("Clicks are on one object, so --point goes with at most one --box.")
+        raise InputError("All points belong to one object; give at most one --box with --point.")
     if args.points and not args.boxes and not any(label for _, _, label in args.points):
-        raise InputError("All clicks are beside the object (X,Y,0); at least one must be on it (X,Y,1).")
+        raise InputError("All points are beside the object (X,Y,0); at least one must be on it (X,Y,1).")
     for x1, y1, x2, y2 in args.boxes:
         if not (x1 < x2 and y1 < y2):
             raise InputError(
-                f"The box {x1:g},{y1:g},{x2:g},{y2:g} is reversed or empty; it is left,top,right,bottom, "
+                f"The box {x1:g},{y1:g},{x2:g},{y2:g} is reversed or empty; it must be left,top,right,bottom, "
                 "with left < right and top < bottom."
             )
     if not text:
@@ -218,29 +221,29 @@ def _check_question(args: Namespace) -> Vocabulary | None:
     excluded = Vocabulary(args.negative).prompts if args.negative else []
     for word in words.prompts + excluded:
         if (length := len(word.split())) > MAX_PHRASE:
-            raise InputError(f"The phrase {word[:30]!r}... has {length} words; use a few, {MAX_PHRASE} at most.")
+            raise InputError(f"The phrase {word[:30]!r}... has {length} words; use at most {MAX_PHRASE}.")
     if both := set(words.prompts) & set(excluded):
-        raise InputError(f"{min(both)!r} is after --text and after --not; leave it in one of them.")
+        raise InputError(f"{min(both)!r} is in --text and in --not; remove it from one of them.")
     return words
 
 
 def _plan_overlays(output: str, images: list[str]) -> dict[str, Path]:
-    """Where the overlay of each picture goes; raises InputError if it cannot go there."""
+    """Return the path of each overlay; raises InputError if it cannot be written."""
     target = Path(output)
     if os.path.isdir(target):
         plan, times = {}, Counter[str]()
         for image in dict.fromkeys(images):
             stem = Path(image).stem
-            times[stem] += 1  # pictures of one name may come from several folders
+            times[stem] += 1  # images of the same name may come from several folders
             plan[image] = target / (f"{stem}-ovsam-{times[stem]}.png" if times[stem] > 1 else f"{stem}-ovsam.png")
         return plan
     if len(images) > 1:
-        raise InputError(f"-o {output} is not a folder that exists; for several pictures it must be one.")
+        raise InputError(f"-o {output} is not an existing folder; it must be one for several images.")
     if Image.registered_extensions().get(target.suffix.lower()) not in Image.SAVE:
-        raise InputError(f"-o {output} is neither a picture file such as out.png nor a folder that exists.")
+        raise InputError(f"-o {output} is not valid; it must be an image file such as out.png or an existing folder.")
     check_target(target, "-o")
     if target.exists() and Path(images[0]).exists() and target.samefile(images[0]):
-        raise InputError(f"-o {output} is the picture itself; write the overlay to another file.")
+        raise InputError(f"-o {output} is the image itself; write the overlay to another file.")
     return {images[0]: target}
 
 
@@ -249,7 +252,8 @@ def _check_json(path: Path) -> None:
 
 
 def _try_to_open(path: str, args: Namespace) -> Image.Image | None:
-    """Open a picture and see that clicks and boxes are inside it; if not, say so on stderr and return None."""
+    """Open an image and check that points and boxes are inside it; if not, print the error on stderr and return
+    None."""
     try:
         image = open_image(path)
         width, height = image.size

@@ -1,4 +1,4 @@
-"""`ovsam train`: train what a recipe describes."""
+"""`ovsam train`: train a model or an adapter by a recipe."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -6,34 +6,34 @@ from ovsam_cli import arguments
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, such as adapters/NAME/recipe.toml")
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe file, such as adapters/NAME/recipe.toml")
     parser.add_argument(
         "--data",
         metavar="COCO.json",
         nargs="+",
-        help="one or several, instead of the recipe's data; goes with --images",
+        help="one or several files, instead of the recipe's data; needs --images",
     )
-    parser.add_argument(
-        "--images", metavar="DIR", nargs="+", help="the folder of the pictures of --data, or one for each"
-    )
+    parser.add_argument("--images", metavar="DIR", nargs="+", help="folder of the images of --data, or one for each")
     parser.add_argument(
         "--set",
         dest="settings",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="instead of the recipe's, such as model.sam=facebook/sam2.1-hiera-large; may be repeated",
+        help="value instead of the recipe's, such as model.sam=facebook/sam2.1-hiera-large; may be repeated",
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="where the result goes (default: runs/ and the recipe's folder)"
+        "--output",
+        metavar="DIR",
+        help="folder of the result (default: runs/NAME, with the name of the recipe's folder)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on where an earlier run stopped")
-    parser.add_argument("--steps", metavar="N", type=arguments.count, help="instead of the recipe's number of steps")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--steps", metavar="N", type=arguments.count, help="number of steps, instead of the recipe's")
     arguments.add_device(parser)
 
 
 def run(args: Namespace) -> int:
-    """Train what a recipe describes."""
+    """Train a recipe."""
     from ovsam.training.engine import train_recipe
 
     train_recipe(

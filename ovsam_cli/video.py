@@ -1,4 +1,4 @@
-"""`ovsam video`: follow objects through a video, found by words or selected by hand."""
+"""`ovsam video`: track objects through a video, found by text queries or selected by prompts."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ovsam.inference.video import Prompt, VideoStream
 
 EXAMPLES = """\
-what to follow; frames count from 0, and coordinates are pixels from the top left corner:
+frames count from 0, and coordinates are pixels from the top left corner:
   ovsam video clip.mp4 --text dog "red ball" -o found.mp4 --json found.json
   ovsam video clip.mp4 --point 0:210,140 --box 30:40,60,300,280 -o found.mp4
   ovsam video frames/ --mask 0:first.png --masks out/
@@ -27,27 +27,29 @@ what to follow; frames count from 0, and coordinates are pixels from the top lef
 PARSER = {
     "usage": "ovsam video IN [--text WORD...] [--point FRAME:X,Y] [--box FRAME:X1,Y1,X2,Y2] [--mask FRAME:FILE] "
     "[options]",
-    "description": "Follow objects through a video; each keeps its number, its colour and its name.",
+    "description": "Track objects through a video; each keeps its number, its colour and its class name.",
     "epilog": EXAMPLES,
 }
 
 
 def on_frame(read: Callable[[str], Any]) -> Callable[[str], tuple[int, Any]]:
-    """`FRAME:VALUE` -> the number of the frame, and what `read` makes of the value."""
+    """Return a parser of `FRAME:VALUE` into the number of the frame and `read(VALUE)`."""
 
     def parse(text: str) -> tuple[int, Any]:
         frame, colon, value = text.partition(":")
         if not colon or not frame.isdecimal():
-            raise ArgumentTypeError(f"{text!r} does not begin with the number of a frame and a colon, such as 0:")
+            raise ArgumentTypeError(f"{text!r} must begin with the number of a frame and a colon, such as 0:")
         return int(frame), read(value)
 
     return parse
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("video", metavar="IN", help="a video file, a folder of images, a camera's number or an address")
-    what = parser.add_argument_group("what to follow")
-    what.add_argument("--text", metavar="WORD", nargs="+", action="extend", default=[], help="find these words")
+    parser.add_argument("video", metavar="IN", help="video file, folder of images, number of a camera or address")
+    what = parser.add_argument_group("objects to track")
+    what.add_argument(
+        "--text", metavar="WORD", nargs="+", action="extend", default=[], help="text queries to search for"
+    )
     what.add_argument(
         "--not",
         metavar="WORD",
@@ -55,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="extend",
         default=[],
         dest="negative",
-        help="with --text: leave out what these words describe better",
+        help="with --text: drop instances that match these negative queries better",
     )
     what.add_argument(
         "--point",
@@ -64,7 +66,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         dest="points",
-        help="an object at this place; repeat it for more objects",
+        help="object at this point; repeat for more objects",
     )
     what.add_argument(
         "--box",
@@ -73,7 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         dest="boxes",
-        help="an object in this box; repeat it for more objects",
+        help="object in this box; repeat for more objects",
     )
     what.add_argument(
         "--mask",
@@ -82,16 +84,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         dest="given",
-        help="the objects of a mask: a binary image is one object, an id map one for each value but 0, with that id",
+        help="objects of a mask file: one for a binary image, one for each value except 0 for an id map, with that id",
     )
     what.add_argument(
         "--vocabulary",
         metavar="NAME|FILE",
-        help="the names of what was selected by hand: coco, lvis, imagenet21k or a file with one word a line "
+        help="class names of selected objects: coco, lvis, imagenet21k or a file with one a line "
         "(default: the model's own)",
     )
-    what.add_argument("--threshold", metavar="SCORE", type=arguments.share, help="with --text: minimum score, 0 to 1")
-    how = parser.add_argument_group("how to follow")
+    what.add_argument("--threshold", metavar="SCORE", type=arguments.share, help="with --text: lowest score, 0 to 1")
+    how = parser.add_argument_group("tracking")
     how.add_argument(
         "--redetect-every",
         metavar="N",
@@ -104,45 +106,47 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         type=arguments.count,
         default=30,
-        help="an object leaves after N frames without it (default: 30)",
+        help="remove an object after N frames without it (default: 30)",
     )
     how.add_argument("--every", metavar="N", type=arguments.count, default=1, help="read every Nth frame (default: 1)")
     how.add_argument(
-        "--tracker", choices=("auto", "memory", "propagation"), default="auto", help="what follows (default: auto)"
+        "--tracker", choices=("auto", "memory", "propagation"), default="auto", help="kind of tracker (default: auto)"
     )
     model = parser.add_argument_group("the model")
     model.add_argument("--model", metavar="PRESET|PATH|ID", default="auto", help="default: auto")
     arguments.add_device(model)
     output = parser.add_argument_group("the output")
-    output.add_argument("-o", "--output", metavar="OUT.mp4", help="the video with masks, names and numbers over it")
-    output.add_argument("--json", metavar="OUT.json", help="all tracks, as a data set of YouTube-VIS")
     output.add_argument(
-        "--masks", metavar="DIR", help="an 8-bit id map for each frame, 00000.png and on; 0 is the background"
+        "-o", "--output", metavar="OUT.mp4", help="video with masks, class names and numbers drawn over it"
+    )
+    output.add_argument("--json", metavar="OUT.json", help="all tracks, in the format of YouTube-VIS")
+    output.add_argument(
+        "--masks", metavar="DIR", help="folder for an 8-bit id map of each frame, 00000.png and on; 0 is background"
     )
 
 
 def check(args: Namespace) -> None:
-    """Refuse an unclear question, a video that is not there and impossible targets.
+    """Raise InputError for invalid questions, missing videos and invalid targets.
 
     Sets `args.words`, the vocabulary of --text or None, and `args.source`.
     """
     if not (args.text or args.points or args.boxes or args.given):
-        raise InputError("There is nothing to follow; give --text WORD..., --point, --box or --mask.")
+        raise InputError("There is nothing to track; give --text WORD..., --point, --box or --mask.")
     if args.negative and not args.text:
-        raise InputError("--not goes with --text, which says what to find.")
+        raise InputError("--not needs --text; add the text queries to search for.")
     if args.threshold is not None and not args.text:
-        raise InputError("--threshold goes with --text; what is selected by hand is always followed.")
+        raise InputError("--threshold needs --text; selected objects are always tracked.")
     if args.vocabulary and not (args.points or args.boxes or args.given):
-        raise InputError("--text already gives the words; use --vocabulary with --point, --box or --mask.")
+        raise InputError("--text already gives the text queries; use --vocabulary with --point, --box or --mask.")
     if not (args.output or args.json or args.masks):
-        raise InputError("Nothing would be written; give -o OUT.mp4, --json OUT.json or --masks DIR.")
+        raise InputError("There is no output; give -o OUT.mp4, --json OUT.json or --masks DIR.")
     args.words = Vocabulary(args.text) if args.text else None
     args.source = int(args.video) if args.video.isdecimal() else args.video
     if isinstance(args.source, str) and "://" not in args.source and not Path(args.source).exists():
         raise InputError(f"There is no video {args.video}; pass a file, a folder of images, a camera or an address.")
     for _, path in args.given:
         if not path.is_file():
-            raise InputError(f"There is no mask {path}.")
+            raise InputError(f"There is no mask {path}; check the path.")
     for option, target in (("-o", args.output), ("--json", args.json)):
         if target:
             check_target(target, option)
@@ -153,7 +157,7 @@ def check(args: Namespace) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Follow, and write what was asked for as frames come; what is written stays valid when it is interrupted."""
+    """Track, and write outputs frame by frame; they stay valid if the command is interrupted."""
     import ovsam
     from ovsam.inference.frames import VideoWriter
 
@@ -183,7 +187,7 @@ def run(args: Namespace) -> int:
             if args.masks:
                 frame.save_id_map(Path(args.masks))
             progress.show(len(frame.results))
-    except InputError as error:  # a video that breaks off: what could be read is kept
+    except InputError as error:  # a damaged video: the frames before are kept
         failed = True
         print(f"\novsam: error: {error}", file=sys.stderr)
     finally:
@@ -204,7 +208,7 @@ def run(args: Namespace) -> int:
 
 
 def read_prompts(args: Namespace) -> list["Prompt"]:
-    """The prompts of --point, --box and --mask, in that order."""
+    """Return the prompts of --point, --box and --mask, in this order."""
     from ovsam.inference.video import Prompt
 
     prompts = [Prompt(points=[(x, y)], labels=[label], frame=frame) for frame, (x, y, label) in args.points]
@@ -223,7 +227,8 @@ def _numbered(prompt: "Prompt", number: int) -> "Prompt":
 
 
 def read_masks(path: Path) -> list[tuple[int | None, np.ndarray]]:
-    """The objects of a mask file: of a binary image one without an id, of an id map one for each value but 0."""
+    """Return the objects of a mask file: one without an id for a binary image, one for each value except 0 for an id
+    map."""
     try:
         with Image.open(path) as image:
             values = np.asarray(image if image.mode in ("L", "P", "I", "I;16", "1") else image.convert("L"))

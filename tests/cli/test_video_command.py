@@ -89,11 +89,11 @@ def test_an_interruption_closes_both_files(model, clip, monkeypatch):
     ("arguments", "message"),
     [
         (["nowhere.mp4", "--text", "dog", "-o", "out.mp4"], "There is no video nowhere.mp4"),
-        (["{clip}", "-o", "out.mp4"], "nothing to follow"),
-        (["{clip}", "--text", "dog"], "Nothing would be written"),
+        (["{clip}", "-o", "out.mp4"], "nothing to track"),
+        (["{clip}", "--text", "dog"], "There is no output"),
         (["{clip}", "--mask", "0:nowhere.png", "--json", "out.json"], "There is no mask nowhere.png"),
         (["{clip}", "--text", "dog", "-o", "{clip}"], "is the video itself"),
-        (["{clip}", "--text", "dog", "--vocabulary", "coco", "-o", "out.mp4"], "already gives the words"),
+        (["{clip}", "--text", "dog", "--vocabulary", "coco", "-o", "out.mp4"], "already gives the text queries"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(clip, capsys, arguments, message):

@@ -240,9 +240,9 @@ def test_refusals_come_before_the_model(photos, monkeypatch, capsys):
     for command, message in (
         (["no"], "There is no no;"),
         (["empty"], "There is no image in empty"),
-        ([photos, "--vocabulary", "coco"], "both give the words"),
-        ([photos, "--everything", "--not", "cow"], "--not goes with words"),
-        ([photos, "--objectness", "0.5"], "--objectness goes with --everything"),
+        ([photos, "--vocabulary", "coco"], "exclude each other"),
+        ([photos, "--everything", "--not", "cow"], "--not needs --text"),
+        ([photos, "--objectness", "0.5"], "--objectness needs --everything"),
         ([photos, "--format", "coco,voc"], "There is no label format 'voc'"),
         ([photos, "--format", "yolo"], "0/000.jpg and 0/000.png would both have the label file '0/000'"),
         ([photos, "--shard", "3/2"], "'3/2' is not I/N"),
@@ -250,7 +250,7 @@ def test_refusals_come_before_the_model(photos, monkeypatch, capsys):
     ):
         assert label(*command) == 2, command
         assert message in capsys.readouterr().err
-    assert label(photos, text="") == 2 and "Nothing was asked" in capsys.readouterr().err
+    assert label(photos, text="") == 2 and "There is nothing to search for" in capsys.readouterr().err
     assert label("--merge", "empty", text="") == 2 and "There is no journal in empty" in capsys.readouterr().err
     assert label(photos, out="file") == 2 and "-o file is a file" in capsys.readouterr().err
     assert label(photos, out="file/out") == 2 and "file/out cannot be written to" in capsys.readouterr().err
