@@ -34,7 +34,7 @@ from ovsam.results.tracks import FrameResults, Tracks
 __version__ = "0.1.0"
 
 AutoConfig.register(OVSamConfig.model_type, OVSamConfig)
-# `architectures` of a config.json says which one; without it, the first.
+# Selected by `architectures` of config.json; the first one by default.
 AutoModel.register(OVSamConfig, (OVSamModel, OVSamVideoModel))
 AutoModelForMaskGeneration.register(OVSamConfig, OVSamModel)
 AutoProcessor.register(OVSamConfig, OVSamProcessor)

@@ -1,5 +1,5 @@
-"""The one error a user's input can cause."""
+"""The error raised for invalid user input."""
 
 
 class InputError(ValueError):
-    """Something the user passed cannot work; the message says what was wrong and what would be right."""
+    """Invalid user input; the message states what was wrong and what would be right."""

@@ -1,4 +1,4 @@
-"""`ovsam compare`: the figures of two models on a COCO json, side by side."""
+"""`ovsam compare`: the results of two models on a COCO JSON file, side by side."""
 
 from pathlib import Path
 
@@ -16,17 +16,17 @@ COMPARED = (
     "absent words that return anything",
 )
 DECISIVE = ("name (box): top-1", "words -> masks: AP50")
-MARGIN = 0.01  # less is no difference
+MARGIN = 0.01  # smaller differences are ignored
 
 
 def run_compare(base, tuned, data, images=None, json_path=None, limit=None, device=None) -> bool:
-    """Measure two models on a COCO json and print their figures side by side.
+    """Evaluate two models on a COCO JSON file and print their results side by side.
 
     Returns:
-        whether the second beats the first: it names masks better or finds words better, and does neither worse.
+        whether the second beats the first: it is better in classifying masks or in text queries, and worse in neither.
 
     Raises:
-        InputError: no such model, json or folder.
+        InputError: the model, the JSON file or the folder does not exist.
     """
     coco = open_coco(Path(data))
     folder = Path(images) if images is not None else Path(data).parent
@@ -35,7 +35,7 @@ def run_compare(base, tuned, data, images=None, json_path=None, limit=None, devi
         segmenter = load(name, device=device)
         figures.append(measure(segmenter, coco, folder, limit, baselines=False))
     before, after = figures
-    print(f"\n{min(limit or 10**9, len(coco.imgs))} pictures of {data}\nbase: {base}\ntuned: {tuned}\n")
+    print(f"\n{min(limit or 10**9, len(coco.imgs))} images of {data}\nbase: {base}\ntuned: {tuned}\n")
     print(f"{'':<40}{'base':>9}{'tuned':>9}{'change':>9}")
     for name in COMPARED:
         print(f"{name:<40}{before[name]:>9.3f}{after[name]:>9.3f}{after[name] - before[name]:>+9.3f}")

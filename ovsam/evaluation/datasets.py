@@ -1,4 +1,4 @@
-"""Data sets to measure on: a COCO or LVIS json with the folder of its pictures, as questions are drawn from it."""
+"""Data sets for evaluation: a COCO or LVIS JSON file with the folder of its images, and queries drawn from it."""
 
 import contextlib
 import io
@@ -12,9 +12,9 @@ from ovsam.errors import InputError
 from ovsam.evaluation.metrics_ap import Truth
 from ovsam.ops import rle
 
-ABSENT_WORDS = 10  # asked of each image besides those that it shows
+ABSENT_WORDS = 10  # absent class names queried per image besides the present ones
 
-# The 48 base and 17 novel classes of open-vocabulary work on COCO (Bansal et al. 2018); the other 15 are in neither.
+# The 48 base and 17 novel classes of open-vocabulary COCO (Bansal et al. 2018); the other 15 are in neither.
 COCO_NOVEL = frozenset(
     "airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skateboard, cup, knife, cake, couch, keyboard, "
     "sink, scissors".split(", ")
@@ -24,8 +24,8 @@ COCO_NEITHER = frozenset(
     "wine glass, hot dog, potted plant, dining table, cell phone, teddy bear, hair drier".split(", ")
 )
 
-# The classes of COCO under the names that LVIS has for them; the others are called the same. LVIS has no hot dog and no
-# potted plant: the nearest stand for them.
+# Classes of COCO -> their names in LVIS; the others have the same name. LVIS has no hot dog and no potted plant: the
+# closest names are used.
 COCO_IN_LVIS = {
     "bus": "bus (vehicle)",
     "car": "car (automobile)",
@@ -52,16 +52,16 @@ COCO_IN_LVIS = {
 
 
 class EvalSet:
-    """The images, objects and words of a data set.
+    """The images, objects and class names of a data set.
 
     Args:
-        coco: the json, as `open_coco` reads it.
-        folder: where its pictures are: FILE, images/FILE, or, for LVIS, SPLIT/FILE.
+        coco: the annotations, from `open_coco`.
+        folder: folder of the images: FILE, images/FILE, or, for LVIS, SPLIT/FILE.
 
     Attributes:
-        words: the name of each class id; the underscores of LVIS are read as spaces.
-        split: `base` or `novel` of each class id, or empty: from the json, from LVIS' frequency (rare ones are novel),
-            or the usual split of COCO's 80 classes. It does not depend on what a model was trained on.
+        words: class name of each class id; underscores of LVIS are read as spaces.
+        split: `base` or `novel` of each class id, or empty: from the JSON file, from the frequency in LVIS (rare is
+            novel), or the usual split of COCO's 80 classes. It does not depend on the training data of a model.
         lvis: whether images are annotated for some classes only, as in LVIS.
     """
 
@@ -84,20 +84,18 @@ class EvalSet:
         return self.coco.cats[class_id].get("split", "base")
 
     def picture(self, image_id: int) -> Path:
-        """Raises InputError if the file is not there."""
+        """Return the path of an image; raises InputError if it does not exist."""
         image = self.coco.imgs[image_id]
         address = str(image.get("file_name") or image.get("coco_url") or "")
         name = Path(address).name
         tries = (address, f"images/{address}", name, "/".join(Path(address).parts[-2:]))
         found = next((self.folder / one for one in tries if one and (self.folder / one).is_file()), None)
         if found is None:
-            raise InputError(
-                f"There is no picture {name!r} in {self.folder}; --images names the folder of the pictures."
-            )
+            raise InputError(f"There is no image {name!r} in {self.folder}; set --images to the folder of the images.")
         return found
 
     def objects(self, image_id: int) -> tuple[list[dict], np.ndarray]:
-        """Annotations of single objects with pixels, and their masks [n, H, W] bool."""
+        """Return the annotations of single non-empty objects, and their masks [n, H, W] bool."""
         objects, masks = [], []
         for annotation in self.coco.loadAnns(self.coco.getAnnIds(image_id, iscrowd=False)):
             mask = self.coco.annToMask(annotation).astype(bool) if annotation.get("segmentation") else np.zeros((1, 1))
@@ -107,8 +105,8 @@ class EvalSet:
         return objects, np.stack(masks) if masks else np.zeros((0, 1, 1), bool)
 
     def absent(self, image_id: int, count: int | None = ABSENT_WORDS) -> list[int]:
-        """Class ids that the image was searched for and does not show, always the same ones; None for all of them. The
-        frozen sets of drawn scenes bring their own."""
+        """Return class ids that were annotated in the image and are absent, always the same ones; all of them if
+        `count` is None. The frozen sets of drawn scenes have their own."""
         image = self.coco.imgs[image_id]
         if "absent_words" in image and count == ABSENT_WORDS:
             ids = {word: i for i, word in self.words.items()}
@@ -119,7 +117,7 @@ class EvalSet:
         return [absent[i] for i in order[: len(absent) if count is None or self.lvis else count]]
 
     def truth(self, image_ids: list[int], classes: set[int] | None = None) -> Truth:
-        """What average precision is measured against, of these classes or of all."""
+        """Return the ground truth of average precision, for some classes or all."""
         objects = []
         for annotation in self.coco.loadAnns(self.coco.getAnnIds(image_ids)):
             if annotation.get("segmentation") and (classes is None or annotation["category_id"] in classes):
@@ -136,34 +134,34 @@ class EvalSet:
 
 
 def open_set(path: str | Path, images: str | Path | None = None) -> EvalSet:
-    """A json, or a folder that holds `annotations.json`; the pictures are in `images`, else beside the json.
+    """Open a JSON file, or a folder with `annotations.json`; the images are in `images`, else beside the JSON file.
 
     Raises:
-        InputError: no such file or folder, or another format.
+        InputError: the file or folder does not exist, or has another format.
     """
     path = Path(path)
     if path.is_dir():
         if not (path / "annotations.json").is_file():
-            raise InputError(f"{path} is no test set: it has no annotations.json (tests/data/photos-val has).")
+            raise InputError(f"{path} is not a test set: it must have annotations.json, like tests/data/photos-val.")
         path = path / "annotations.json"
     folder = path.parent if images is None else Path(images)
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}; --images names the folder of the pictures.")
+        raise InputError(f"There is no folder {folder}; set --images to the folder of the images.")
     return EvalSet(open_coco(path), folder)
 
 
 def open_coco(annotations: Path) -> COCO:
-    """Raises InputError for what is missing or no COCO json."""
+    """Open a COCO JSON file; raises InputError if it is missing or invalid."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(str(annotations))
     except FileNotFoundError as error:
-        raise InputError(f"There is no file {annotations}; name a COCO json.") from error
+        raise InputError(f"There is no file {annotations}; name a COCO JSON file.") from error
     except (ValueError, AssertionError, KeyError, TypeError) as error:
-        raise InputError(f"{annotations} is no COCO json of instances: {error}.") from error
+        raise InputError(f"{annotations} is not a COCO JSON file of instances: {error}.") from error
     if not coco.anns or not coco.cats:
-        raise InputError(f"{annotations} has no annotation or no category, so there is nothing to measure.")
-    for annotation in coco.anns.values():  # hand-made files often lack what pycocotools needs
+        raise InputError(f"{annotations} has no annotations or no categories; it must have both.")
+    for annotation in coco.anns.values():  # hand-made files often lack keys that pycocotools needs
         annotation.setdefault("iscrowd", 0)
         if annotation.get("segmentation") and not {"area", "bbox"} <= annotation.keys():
             code = coco.annToRLE(annotation)

@@ -1,6 +1,6 @@
-"""`ovsam eval`: the figures of a model on a data set, as a table, a json and a page.
+"""`ovsam eval`: the results of a model on a data set, as a table, a JSON file and a page.
 
-The definitions of the figures stand in `summary.py`, those of the metrics in `metrics.py` and `metrics_ap.py`.
+The figures are defined in `summary.py`, the metrics in `metrics.py` and `metrics_ap.py`.
 """
 
 import json
@@ -42,20 +42,20 @@ def run_eval(
     baselines: bool = True,
     device: str | None = None,
 ) -> Figures:
-    """Measure a model, print the table, and write what was asked for.
+    """Evaluate a model, print the table, and write the outputs.
 
     Args:
-        dataset: a COCO or LVIS json, or a folder with `annotations.json`.
-        tasks: some of TASKS; "time" is not about the images but about the number of words.
-        images: the folder of the pictures; default: that of the json.
-        output: a folder for the records, the results and the page; an evaluation that was stopped goes on there.
-        json_path: also write the results there.
-        limit: only the first images.
-        absent: how many absent words are asked of each image; None for all of them.
-        baselines: also measure what needs no training: CLIP's names of masks and crops, and clip-dense.
+        dataset: COCO or LVIS JSON file, or folder with `annotations.json`.
+        tasks: some of TASKS; "time" measures the dependence on the number of text queries.
+        images: folder of the images; by default that of the JSON file.
+        output: folder for the records, the results and the page; an interrupted evaluation continues there.
+        json_path: file that the results are also written to.
+        limit: number of images.
+        absent: number of absent class names queried per image; None for all of them.
+        baselines: whether to measure the training-free baselines: CLIP on masks and crops, and clip-dense.
 
     Raises:
-        InputError: no such data set, picture or model, or a folder that holds another evaluation.
+        InputError: the data set, an image or the model does not exist, or the folder has another evaluation.
     """
     data = open_set(dataset, images)
     segmenter = load(model, device=device)
@@ -83,7 +83,7 @@ def run_eval(
         "mode": mode(segmenter),
         "figures": {name: round(value, 4) for name, value in figures.items() if not math.isnan(value)},
     }
-    print(f"\n{segmenter.name} on {dataset}, {len(records)} pictures; {results['mode']}\n")
+    print(f"\n{segmenter.name} on {dataset}, {len(records)} images; {results['mode']}\n")
     print(table(figures))
     if output is not None:
         write_json(Path(output) / RESULTS, results)
@@ -102,14 +102,14 @@ def measure(
     tasks: Sequence[str] = ("prompts", "words"),
     baselines: bool = True,
 ) -> Figures:
-    """The figures of a model that is loaded, on a json that is read."""
+    """Return the figures of a loaded model on a loaded data set."""
     examiner = Examiner(segmenter, EvalSet(coco, folder), baselines=baselines)
     records = list(_answers(examiner, sorted(coco.imgs)[:limit], tuple(tasks)))
     return summarise(records, examiner.data, segmenter.model.config.score_threshold)
 
 
 def table(figures: Figures) -> str:
-    """One row a figure: over all, over classes, by split and by size; what there is nothing to measure on is blank."""
+    """Return a table with one row for each figure: over all, over classes, by split and by size; blank without data."""
     rows = columns({name: value for name, value in figures.items() if not math.isnan(value)})
     width = max(map(len, rows), default=0)
     shown = [one for one in ("", *COLUMNS) if any(one in row for row in rows.values())]
@@ -122,7 +122,7 @@ def table(figures: Figures) -> str:
 
 
 def mode(segmenter: Segmenter) -> str:
-    """How the seconds and the memory came about."""
+    """Describe the conditions of the measured time and memory."""
     if segmenter.device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of its memory at most"
         where = f"{torch.cuda.get_device_name(segmenter.device)}, {memory}"
@@ -130,18 +130,18 @@ def mode(segmenter: Segmenter) -> str:
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB resident at most"
         where = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads, {memory}"
-    return f"{str(segmenter.dtype).removeprefix('torch.')}, one picture at a time, {where}"
+    return f"{str(segmenter.dtype).removeprefix('torch.')}, one image at a time, {where}"
 
 
 def fingerprint(segmenter: Segmenter) -> float:
-    """A number that changes with the weights."""
+    """Return a number that changes with the weights."""
     return float(sum(one.detach().double().abs().mean() for one in segmenter.model.parameters()))
 
 
 def _answers(
     examiner: Examiner, image_ids: Sequence[int], tasks: tuple[str, ...], file: Path | None = None, asked=None
 ) -> Iterator[dict]:
-    """A record of each image, in order: read from the file if it is there, else asked and written to it."""
+    """Return the record of each image, in order: from the file if it is there, else computed and written to it."""
     done = {} if file is None else _read_records(file, asked)
     for image_id in tqdm(image_ids, desc="evaluating"):
         if image_id not in done:
@@ -156,7 +156,7 @@ def _answers(
 
 
 def _read_records(file: Path, asked: dict) -> dict[int, dict]:
-    """The records of an evaluation that was stopped; begins the file if there is none."""
+    """Return the records of an interrupted evaluation; starts the file if there is none."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(asked) + "\n")
@@ -164,13 +164,13 @@ def _read_records(file: Path, asked: dict) -> dict[int, dict]:
     first, *lines = file.read_text(encoding="utf-8").splitlines() or [""]
     if first != json.dumps(asked):
         raise InputError(
-            f"{file.parent} holds another evaluation (of another model, data set or options); pass another --output."
+            f"{file.parent} has another evaluation (of another model, data set or options); pass another --output."
         )
     records = {}
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:  # the line that was being written when it was stopped
+        except ValueError:  # an incomplete last line
             continue
         records[record["image_id"]] = record
     whole = "".join(f"{json.dumps(one)}\n" for one in [asked, *records.values()])

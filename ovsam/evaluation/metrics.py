@@ -1,10 +1,10 @@
-"""Metrics, by their published definitions: numbers and masks in, figures out; no model, no files.
+"""Metrics, by their published definitions: from numbers and masks, without models or files.
 
 - IoU: per instance, averaged over instances (IoU_b and IoU_n of Open-Vocabulary SAM, Yuan et al. 2024, §4).
 - Boundary IoU (Cheng et al. 2021, §4): the IoU of two boundaries; the boundary of a mask is the part of it within 2 %
   of the diagonal of the image from its outside, and the border of the image counts as outside.
-- Iterated clicks (SAM, RITM): the first click is the deepest pixel of the object, each next one the deepest pixel of
-  the larger error region, positive where the mask misses the object and negative where it covers too much.
+- Iterated clicks (SAM, RITM): the first click is the pixel of the object farthest from its boundary, each next one that
+  of the larger error region, positive where the mask misses the object and negative where it covers too much.
 - cgF1, pmF1 and IL_MCC (SAM 3, Carion et al. 2025, §4): of the instances above the score threshold, one query of one
   image at a time; see `concept_f1`.
 - Calibration error: the expected one, in 15 bins of equal width (Guo et al. 2017, eq. 3).
@@ -20,30 +20,30 @@ from torch import Tensor
 from ovsam.ops import rle
 from ovsam.ops.masks import deepest_point
 
-NO_CLICK = (0, 0, -10)  # x, y and the label of padding, where nothing is left to correct
+NO_CLICK = (0, 0, -10)  # x, y and the label of padding, if there are no errors left
 BINS = 15
-BOUNDARY = 0.02  # of the diagonal
+BOUNDARY = 0.02  # width of the boundary, as a fraction of the diagonal
 
 
 def rank(logits: Tensor, target: Tensor) -> Tensor:
-    """logits [n, K], target [n] -> how many words score higher than the right one, [n]."""
+    """logits [n, K], target [n] -> number of class names with a higher score than the right one, [n]."""
     return (logits > logits.gather(1, target[:, None])).sum(1)
 
 
 def next_click(mask: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
-    """x, y and label (1 on it, 0 beside it) of the click that corrects a mask [H, W] bool: the pixel deepest inside
-    what it misses or has too much, whichever is larger."""
+    """Return x, y and label (1 on it, 0 beside it) of the click that corrects a mask [H, W] bool: the pixel farthest
+    from the boundary of its false negatives or false positives, whichever distance is larger."""
     missed, beside = truth & ~mask, mask & ~truth
     region = missed if missed.sum() >= beside.sum() else beside
     return (*deepest_point(region), int(region is missed)) if region.any() else NO_CLICK
 
 
 def boundary_iou(mask: np.ndarray, other: np.ndarray, share: float = BOUNDARY) -> float:
-    """Boundary IoU of two masks [H, W] bool, one of which at least has pixels."""
+    """Boundary IoU of two masks [H, W] bool, of which at least one is not empty."""
     width = _boundary_width(mask.shape, share)
     either = mask | other
     rows, columns = np.flatnonzero(either.any(1)), np.flatnonzero(either.any(0))
-    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # all around it is outside
+    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # the border counts as outside
     one, two = (part & ~erode(part, width) for part in (mask[window], other[window]))
     return float((one & two).sum() / (one | two).sum())
 
@@ -58,8 +58,8 @@ def _boundary_width(size: tuple[int, ...], share: float) -> int:
 
 
 def erode(mask: np.ndarray, distance: int) -> np.ndarray:
-    """The pixels of a mask [H, W] bool whose neighbours up to `distance` away, diagonally too, are all in the mask;
-    beyond the border nothing is."""
+    """Return the pixels of a mask [H, W] bool whose neighbours up to `distance` away, also diagonally, are all in the
+    mask; pixels beyond the border are not."""
     for axis in (0, 1):
         padding = [(0, 0), (0, 0)]
         padding[axis] = (distance + 1, distance)
@@ -69,8 +69,8 @@ def erode(mask: np.ndarray, distance: int) -> np.ndarray:
 
 
 def calibration_error(scores: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
-    """Expected calibration error of scores in [0, 1] (Guo et al. 2017, eq. 3): |mean score - share that is right| of
-    each bin, averaged by how many it holds."""
+    """Expected calibration error of scores in [0, 1] (Guo et al. 2017, eq. 3): |mean score - accuracy| of each bin,
+    averaged with the number of its scores as weight."""
     score, share, count = reliability(scores, right, bins)
     return float((np.abs(score - share) * count).sum() / count.sum())
 
@@ -78,7 +78,7 @@ def calibration_error(scores: Sequence[float], right: Sequence[bool], bins: int 
 def reliability(
     scores: Sequence[float], right: Sequence[bool], bins: int = BINS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean score, share that is right and count of each bin of equal width that holds a score."""
+    """Mean score, accuracy and count of each non-empty bin of equal width."""
     score, hit = np.asarray(scores, float), np.asarray(right, float)
     place = np.clip(np.ceil(score * bins).astype(int) - 1, 0, bins - 1)
     count = np.bincount(place, minlength=bins)
@@ -91,13 +91,13 @@ def reliability(
 
 
 def concept_f1(queries: Iterable[np.ndarray]) -> dict[str, float]:
-    """cgF1, pmF1 and IL_MCC of overlaps [instances, objects], one array a query (an image and a phrase); only instances
-    that score at least the threshold are in it.
+    """cgF1, pmF1 and IL_MCC of overlaps [instances, objects], one array for each query (an image and a phrase), with
+    the instances whose score is at least the threshold.
 
-    Instances are matched to objects so that the sum of their IoUs is largest. pmF1: precision and recall summed over
-    the queries that have objects, without the false positives of those where nothing was to be found; averaged over IoU
-    thresholds 0.50 to 0.95. IL_MCC: Matthews' correlation of `there is an object` and `there is an instance`. cgF1 is
-    their product; it is a share here, not per cent.
+    Instances are matched to objects with the highest sum of IoUs. pmF1: precision and recall summed over the queries
+    that have objects, without the false positives of queries without objects; averaged over IoU thresholds 0.50 to
+    0.95. IL_MCC: Matthews' correlation of `there is an object` and `there is an instance`. cgF1 is their product; it is
+    a share here, not per cent.
     """
     hits, false, missed = np.zeros(10), np.zeros(10), np.zeros(10)
     counts = np.zeros((2, 2))  # [is there an object, is there an instance]
@@ -118,8 +118,9 @@ def concept_f1(queries: Iterable[np.ndarray]) -> dict[str, float]:
 
 
 def are_right(codes: list, labels: list[str], truth: list, named: list[str]) -> list[bool]:
-    """Which of the instances, best first, are right: each takes the object of its word that it overlaps most, if by an
-    IoU above one half and if none before it has. Masks are COCO's run lengths; `named` are the objects' words."""
+    """Return which instances, highest score first, are right: each is matched to the object of its class name with the
+    highest IoU, if it is above one half and the object is not matched yet. Masks are COCO run lengths; `named` are the
+    class names of the objects."""
     if not codes or not truth:
         return [False] * len(codes)
     overlap = rle.iou(codes, truth)  # [instances, objects]

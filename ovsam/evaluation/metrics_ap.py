@@ -5,15 +5,15 @@
 
 Definitions:
 
-- AP (Lin et al. 2014, as pycocotools computes it): detections of a class, best first, each take the free object of
-  their image that they overlap most, if the IoU reaches the threshold; precision is made monotone and read at 101
-  recalls; AP is the mean over ten thresholds, 0.50 to 0.95, and over classes that have an object.
+- AP (Lin et al. 2014, as in pycocotools): detections of a class, highest score first, are each matched to the free
+  object of their image with the highest overlap, if the IoU reaches the threshold; precision is made monotone and read
+  at 101 recalls; AP is the mean over ten thresholds, 0.50 to 0.95, and over classes that have an object.
 - Boundary AP (Cheng et al. 2021, §5): the same with min(mask IoU, boundary IoU), and mask IoU for crowds.
-- LVIS AP (Gupta et al. 2019, §3): detections of classes that an image was not searched for are left out, unmatched ones
-  of a class that is not exhaustively annotated there count neither way; 300 detections an image.
+- LVIS AP (Gupta et al. 2019, §3): detections of classes that are not annotated in an image are left out, unmatched ones
+  of a class that is not annotated exhaustively there are ignored; 300 detections an image.
 - AP-fixed (Dave et al. 2021): 10,000 detections a class over the whole set, as many an image as there are.
 - AP-pool (Dave et al. 2021): detections of all classes, matched within their class, in one precision-recall curve: it
-  rewards scores that mean the same for every class.
+  rewards scores that are comparable between classes.
 """
 
 from collections import defaultdict
@@ -40,9 +40,9 @@ FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}
 class Truth:
     """The objects of a data set, and the rules of its annotation.
 
-    objects: COCO annotations whose segmentation is in run lengths, with image_id, category_id, area and iscrowd.
-    searched: the classes that each image was searched for; None if every image was searched for all of them.
-    lenient: the classes of which not every object of an image is annotated.
+    objects: COCO annotations with masks as run lengths, with image_id, category_id, area and iscrowd. searched:
+    annotated classes of each image; None if every image is annotated for all classes. lenient: classes that are not
+    annotated exhaustively in an image.
     """
 
     objects: list[dict]
@@ -52,7 +52,7 @@ class Truth:
 
 @dataclass
 class Cell:
-    """D detections, best first, and G objects of one class in one image; overlap [D, G]."""
+    """D detections, highest score first, and G objects of one class in one image; overlap [D, G]."""
 
     image: int
     class_id: int
@@ -66,8 +66,8 @@ class Cell:
 
 @dataclass
 class Matched:
-    """Detections of a class over all images, best first: scores [D]; right and ignored [T, D] at each IoU threshold;
-    and how many objects they could find."""
+    """Detections of a class over all images, highest score first: scores [D]; right and ignored [T, D] at each IoU
+    threshold; and the number of objects."""
 
     scores: np.ndarray
     right: np.ndarray
@@ -88,7 +88,7 @@ def by_image_and_class(detection: Detection) -> Any:
 
 
 def strongest(detections: Iterable[Detection], count: int, group: Callable[[Detection], Any]) -> list[Detection]:
-    """The `count` detections of the highest score in each group, best first."""
+    """Return the `count` detections of highest score in each group, highest score first."""
     groups = defaultdict(list)
     for detection in detections:
         groups[group(detection)].append(detection)
@@ -96,13 +96,13 @@ def strongest(detections: Iterable[Detection], count: int, group: Callable[[Dete
 
 
 def mask_iou(found: list[rle.RLE], objects: list[rle.RLE], crowd: np.ndarray) -> np.ndarray:
-    """[D, G]; of a crowd, the share of the detection that lies in it."""
+    """Mask IoU [D, G]; for a crowd, the fraction of the detection inside it."""
     overlap = rle.iou(found, objects)
     return np.where(crowd[None], rle.covered(found, objects), overlap) if crowd.any() else overlap
 
 
 def boundary_mask_iou(found: list[rle.RLE], objects: list[rle.RLE], crowd: np.ndarray) -> np.ndarray:
-    """[D, G]: the smaller of mask IoU and boundary IoU."""
+    """Minimum of mask IoU and boundary IoU, [D, G]."""
     overlap = mask_iou(found, objects, crowd)
     if not overlap.size:
         return overlap
@@ -111,7 +111,7 @@ def boundary_mask_iou(found: list[rle.RLE], objects: list[rle.RLE], crowd: np.nd
 
 
 def compare(truth: Truth, detections: Iterable[Detection], overlap: Overlap = mask_iou) -> list[Cell]:
-    """The detections of each class in each image beside its objects, in the order of the image ids."""
+    """Return the detections and objects of each class in each image, in the order of the image ids."""
     objects, found = defaultdict(list), defaultdict(list)
     for one in truth.objects:
         objects[by_image_and_class(one)].append(one)
@@ -140,7 +140,8 @@ def compare(truth: Truth, detections: Iterable[Detection], overlap: Overlap = ma
 
 
 def match(cells: Iterable[Cell], area: str = "all") -> dict[int, Matched]:
-    """What each class found of the objects of one size, a key of AREAS; classes without an object are left out."""
+    """Match the detections of each class with objects of one size, a key of AREAS; classes without objects are left
+    out."""
     per_class = defaultdict(list)
     for cell in cells:
         per_class[cell.class_id].append((cell.scores, *_match_cell(cell, *AREAS[area])))
@@ -155,9 +156,9 @@ def match(cells: Iterable[Cell], area: str = "all") -> dict[int, Matched]:
 
 
 def _match_cell(cell: Cell, least: float, most: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """right, ignored [T, D] and how many objects count."""
+    """Return right and ignored [T, D], and the number of objects that count."""
     outside = (cell.object_areas < least) | (cell.object_areas > most)
-    passed = cell.crowd | outside  # objects that need not be found, and whose detections count neither way
+    passed = cell.crowd | outside  # ignored objects, whose detections are ignored too
     count = len(cell.object_areas)
     free = np.ones((len(THRESHOLDS), count), bool)
     right, ignored = (np.zeros((len(THRESHOLDS), len(cell.scores)), bool) for _ in range(2))
@@ -166,8 +167,8 @@ def _match_cell(cell: Cell, least: float, most: float) -> tuple[np.ndarray, np.n
     for place, overlap in enumerate(cell.overlap if count else ()):
         fits = free & (overlap >= needed)  # [T, G]
         counting = fits & ~passed
-        fits = np.where(counting.any(1, keepdims=True), counting, fits)  # an object that counts comes first
-        # Of equal overlaps the last, as in pycocotools.
+        fits = np.where(counting.any(1, keepdims=True), counting, fits)  # objects that count take precedence
+        # The last of equal overlaps, as in pycocotools.
         best = count - 1 - np.where(fits, overlap, -1.0)[:, ::-1].argmax(1)  # [T]
         taken = fits.any(1)
         right[:, place] = taken & ~passed[best]
@@ -179,7 +180,7 @@ def _match_cell(cell: Cell, least: float, most: float) -> tuple[np.ndarray, np.n
 
 
 def pool(matched: Iterable[Matched]) -> Matched:
-    """Detections of several classes as if they were one (AP-pool)."""
+    """Join the detections of several classes as one (AP-pool)."""
     parts = list(matched)
     scores = np.concatenate([one.scores for one in parts])
     order = np.argsort(-scores, kind="stable")
@@ -190,7 +191,7 @@ def pool(matched: Iterable[Matched]) -> Matched:
 
 
 def precision_curve(matched: Matched) -> np.ndarray:
-    """[T, R]: the precision that is reached at each recall of RECALLS, or better."""
+    """Return the highest precision at or above each recall of RECALLS, [T, R]."""
     hits = np.cumsum(matched.right, 1, dtype=float)
     false = np.cumsum(~matched.right & ~matched.ignored, 1, dtype=float)
     recall = hits / matched.objects
@@ -201,7 +202,7 @@ def precision_curve(matched: Matched) -> np.ndarray:
 
 
 def recall(matched: Matched) -> np.ndarray:
-    """[T]: the share of the objects that are found."""
+    """Return the share of the objects that are found, [T]."""
     return matched.right.sum(1) / matched.objects
 
 
@@ -215,7 +216,7 @@ def mean_precision(matched: Iterable[Matched]) -> tuple[float, float, float]:
 
 
 def average_precision(truth: Truth, detections: Iterable[Detection], overlap: Overlap = mask_iou) -> dict[str, float]:
-    """AP, AP50, AP75 and AP of small, medium and large objects of what `strongest` left."""
+    """AP, AP50, AP75 and AP of small, medium and large objects of the detections that `strongest` selects."""
     cells = compare(truth, detections, overlap)
     ap, ap50, ap75 = mean_precision(match(cells).values())
     sizes = {f"AP, {size}": mean_precision(match(cells, size).values())[0] for size in list(AREAS)[1:]}

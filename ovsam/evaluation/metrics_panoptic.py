@@ -1,4 +1,4 @@
-"""Metrics of maps that give every pixel one segment or one class: panoptic quality and mean IoU."""
+"""Metrics of maps with one segment or one class at every pixel: panoptic quality and mean IoU."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -11,8 +11,8 @@ VOID = 0  # the segment id of pixels that are not annotated, or not predicted
 
 @dataclass
 class Panoptic:
-    """ids [H, W]: each pixel's segment, VOID for none; class_of: the class of each segment; crowd: segments that stand
-    for several objects."""
+    """ids [H, W]: segment of each pixel, VOID for none; class_of: class of each segment; crowd: segments that stand for
+    several objects."""
 
     ids: np.ndarray
     class_of: Mapping[int, int]
@@ -30,8 +30,8 @@ class _Count:
 def panoptic_quality(pairs: Iterable[tuple[Panoptic, Panoptic]]) -> dict[str, float]:
     """PQ, SQ and RQ over (prediction, truth) of each image, averaged over classes (Kirillov et al. 2019, §4).
 
-    A predicted segment matches a true one of its class above an IoU of one half, void pixels of the truth left out of
-    the union; an unmatched one that lies mostly in void or in a crowd of its class counts neither way.
+    A predicted segment matches a true one of its class above an IoU of one half, where the union excludes void pixels
+    of the ground truth; an unmatched one that lies mostly in void or in a crowd of its class is ignored.
 
     Raises:
         ValueError: a segment of a map is missing in its `class_of`.
@@ -59,7 +59,7 @@ def _count_image(predicted: Panoptic, truth: Panoptic, counts: dict[int, _Count]
     )
     for one, areas in ((truth, true_area), (predicted, area)):
         if missing := areas.keys() - one.class_of.keys():
-            raise ValueError(f"segment {min(missing)} of a map is not in its class_of.")
+            raise ValueError(f"Segment {min(missing)} of a map is missing in its class_of.")
     matched, found = set(), set()
     for (t, p), common in overlap.items():
         if VOID in (t, p) or t in truth.crowd or truth.class_of[t] != predicted.class_of[p]:
@@ -80,8 +80,8 @@ def _count_image(predicted: Panoptic, truth: Panoptic, counts: dict[int, _Count]
 
 
 def mean_iou(pairs: Iterable[tuple[np.ndarray, np.ndarray]], classes: int, ignored: int = 255) -> float:
-    """Mean over classes of the IoU over all pixels, of (prediction, truth) [H, W] in 0..classes-1; true pixels that are
-    `ignored` do not count; classes without a pixel in either are left out."""
+    """Mean over classes of the IoU over all pixels, of (prediction, truth) [H, W] in 0..classes-1; true pixels with
+    `ignored` are left out, and so are classes without pixels in either."""
     table = np.zeros((classes, classes + 1), np.int64)  # true class, predicted class or none
     for predicted, truth in pairs:
         valid = truth != ignored

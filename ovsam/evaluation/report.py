@@ -1,4 +1,4 @@
-"""The page of an evaluation: one html file that needs nothing beside it."""
+"""The page of an evaluation: one HTML file without further files."""
 
 import base64
 import io
@@ -18,9 +18,9 @@ from ovsam.ops.files import write_whole
 from ovsam.processing.images import open_image
 
 COLUMNS = ("class average", "base", "novel", "small", "medium", "large")
-SHOWN = 6  # pictures a row
-SIDE = 190  # of a picture in pixels
-CONTEXT = 0.7  # of an object's longer side that is shown on each side of its centre
+SHOWN = 6  # images in a row
+SIDE = 190  # side of an image in pixels
+CONTEXT = 0.7  # shown margin on each side of the centre, relative to the longer side of the object
 PREDICTED, TRUE = np.array([255, 0, 120]), np.array([0, 220, 90])
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -32,7 +32,7 @@ svg { margin-right: 1.5em } .note { color: #666 }
 
 
 def columns(figures: Figures) -> dict[str, dict[str, float]]:
-    """Figures by their name without what stands after the comma, which is the column; the average over all is ''."""
+    """Group figures by their name up to the comma; the rest is the column, '' for the average over all."""
     rows: dict[str, dict[str, float]] = {}
     for name, value in figures.items():
         title, _, column = name.rpartition(", ")
@@ -45,7 +45,7 @@ def write_report(path: Path, results: dict, records: Sequence[dict], data: EvalS
     """results: as `run_eval` writes them; records: of all images."""
     parts = [
         f"<h1>{escape(results['model'])} on {escape(results['dataset'])}</h1>",
-        f"<p><code>{escape(results['command'])}</code><br>{results['pictures']} pictures; {escape(results['mode'])}; "
+        f"<p><code>{escape(results['command'])}</code><br>{results['pictures']} images; {escape(results['mode'])}; "
         "definitions: docs/evaluation.md</p>",
         _table(results["figures"]),
     ]
@@ -53,21 +53,21 @@ def write_report(path: Path, results: dict, records: Sequence[dict], data: EvalS
     charts = []
     if rows:
         scores, right = [row["score"] for _, row in rows], [row["rank"]["box"] < 1 for _, row in rows]
-        charts.append(_reliability(scores, right, "Names of boxed masks"))
+        charts.append(_reliability(scores, right, "Class names of box prompts"))
     if words := [record for record in records if "words" in record]:
         scores, right, _, _ = judge_words(words, data, results["score_threshold"])
-        charts.append(_reliability(scores, right, "Words: what is returned"))
+        charts.append(_reliability(scores, right, "Text queries: returned instances"))
         charts.append(_precision(words, data))
     if charts:
         parts += ["<h2>Calibration, precision and recall</h2>", *charts]
     if rows:
         by_iou = sorted(rows, key=lambda one: one[1]["iou"]["box"])
         wrong = sorted((one for one in rows if one[1]["rank"]["box"]), key=lambda one: -one[1]["score"])
-        parts.append('<p class="note">Predicted mask: pink. Outline of the true one: green.</p>')
+        parts.append('<p class="note">Predicted mask: pink. Outline of the ground truth: green.</p>')
         for title, chosen in (
-            ("Worst masks of boxes", by_iou),
-            ("Best masks of boxes", by_iou[::-1]),
-            ("Wrong names of the highest scores", wrong),
+            ("Lowest IoU of box prompts", by_iou),
+            ("Highest IoU of box prompts", by_iou[::-1]),
+            ("Wrong class names with the highest scores", wrong),
         ):
             parts += [f"<h2>{title}</h2>", *(_picture(data, *one) for one in _one_an_image(chosen))]
     title = escape(f"{results['model']} on {results['dataset']}")
@@ -85,7 +85,7 @@ def _table(figures: Figures) -> str:
 
 
 def _one_an_image(rows: Sequence[tuple[int, dict]]) -> list[tuple[int, dict]]:
-    """The first ones, one of an image at most."""
+    """Return the first rows, at most one for each image."""
     first: dict[int, dict] = {}
     for image_id, row in rows:
         first.setdefault(image_id, row)
@@ -113,21 +113,21 @@ def _picture(data: EvalSet, image_id: int, row: dict) -> str:
 
 
 def _reliability(scores: Sequence[float], right: Sequence[bool], title: str) -> str:
-    """Share that is right against the mean score of each bin; the area of a dot grows with how many it holds."""
+    """Accuracy against the mean score of each bin; the area of a dot grows with its count."""
     mean, share, count = reliability(scores, right)
     dots = [
         (x, y, 2 + 10 * float(np.sqrt(n / max(len(scores), 1)))) for x, y, n in zip(mean, share, count, strict=True)
     ]
-    return _chart(f"{title} ({len(scores)})", "score", "share that is right", [("#bbb", [(0, 0), (1, 1)])], dots)
+    return _chart(f"{title} ({len(scores)})", "score", "accuracy", [("#bbb", [(0, 0), (1, 1)])], dots)
 
 
 def _precision(records: Sequence[dict], data: EvalSet) -> str:
-    """Precision at each recall at IoU 0.5 and 0.75, averaged over the classes that some image shows."""
+    """Precision at each recall at IoU 0.5 and 0.75, averaged over the classes that are present in some image."""
     found = [one for record in records for one in record["words"]["found"]]
     matched = ap.match(ap.compare(data.truth([record["image_id"] for record in records]), found))
     curves = np.mean([ap.precision_curve(one) for one in matched.values()] or [np.zeros((10, 101))], 0)
     lines = [(colour, list(zip(ap.RECALLS, curves[t], strict=True))) for colour, t in (("#07c", 0), ("#e70", 5))]
-    return _chart("Words: IoU 0.5 blue, 0.75 orange", "recall", "precision", lines)
+    return _chart("Text queries: IoU 0.5 blue, 0.75 orange", "recall", "precision", lines)
 
 
 def _chart(title: str, x: str, y: str, lines, dots=()) -> str:

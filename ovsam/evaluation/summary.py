@@ -1,21 +1,23 @@
-"""Records of an evaluation -> its figures, `{name: value}`; NaN where a set has nothing to measure it on.
+"""Records of an evaluation -> its figures, `{name: value}`; NaN without data.
 
-All that is about masks is at the image's resolution.
+Masks are compared at the resolution of the image.
 
 - `box`, `click`, `three clicks`: IoU and boundary IoU, averaged over instances (IoU_b and IoU_n of Open-Vocabulary SAM
-  for `base` and `novel`) and over classes. The first click is the deepest pixel of the object; all three clicks are
-  given at once, with the mask of the click before.
-- `name`: the right word is the best (top-1) or among the best five of all words of the set, or of the 1,203 words of
+  for `base` and `novel`) and over classes. The first click is the pixel of the object farthest from its boundary; all
+  three clicks are given at once, with the mask of the click before.
+- `name`: share of right class names at rank 1 (top-1) or up to 5, among all of the set or the 1,203 class names of
   LVIS; averaged over instances, and over classes.
-- `words -> masks`: mask AP over the words that some image shows; each image is asked for the words it shows and for
-  absent words, so that an absent word's instance is a false positive.
+- `words -> masks`: mask AP over the class names that are present in some image; each image is queried for its present
+  and for absent class names, so that instances of absent ones are false positives.
 - `absent words that return anything`: at the model's own score threshold.
-- `everything`: the share of objects that one of the hundred most object-like masks overlaps by an IoU above one half;
-  AP of those masks by their names, out of all words of the set.
-- Calibration error of `name`: the score of a boxed mask's best word against whether it is the right one; of `words ->
-  masks`: the score of what is returned at the model's threshold, absent words included, against whether it overlaps an
-  object of its word, not taken by a higher score, by an IoU above one half.
-- A synonym finds its object if the best instance returned at the threshold overlaps one by an IoU above one half.
+- `everything`: share of objects with an IoU above one half to one of the hundred masks of highest objectness; AP of
+  those masks by their class names, among all of the set.
+- Calibration error of `name`: the score of the best class name of a box prompt against whether it is right; of `words
+  ->
+  masks`: the score of the instances returned at the model's threshold, absent class names included, against whether
+      they
+  overlap an object of their class name, not matched by a higher score, by an IoU above one half.
+- A synonym finds its object if the instance of highest score at the threshold overlaps one by an IoU above one half.
 """
 
 import math
@@ -37,7 +39,7 @@ Figures = dict[str, float]
 
 
 def summarise(records: Sequence[dict], data: EvalSet, threshold: float) -> Figures:
-    """The figures of the tasks that the records hold; threshold: the model's score threshold."""
+    """Return the figures of the tasks in the records; threshold: the model's score threshold."""
     figures: Figures = {}
     rows = [row for record in records for row in record.get("prompts", {}).get("objects", ())]
     if rows:
@@ -91,8 +93,8 @@ def of_words(records: Sequence[dict], data: EvalSet, threshold: float) -> Figure
 def judge_words(
     records: Sequence[dict], data: EvalSet, threshold: float
 ) -> tuple[list[float], list[bool], list[bool], list[np.ndarray]]:
-    """Of what words return at the threshold: scores, and whether they are right; whether each absent word returned
-    anything; and the overlaps [instances, objects] of each query, an image and a word."""
+    """Judge the instances of text queries at the threshold: scores, and whether they are right; whether each absent
+    class name returned instances; and the overlaps [instances, objects] of each query, an image and a class name."""
     scores: list[float] = []
     right: list[bool] = []
     fired: list[bool] = []
@@ -129,7 +131,7 @@ def of_everything(records: Sequence[dict], data: EvalSet) -> Figures:
 def _precision(
     records: Sequence[dict], data: EvalSet, found: list[dict], title: str, boundaries: bool = False
 ) -> Figures:
-    """Mask AP over the words that some image shows, and over the base and the novel ones."""
+    """Mask AP over the class names that are present in some image, and over the base and the novel ones."""
     image_ids = [record["image_id"] for record in records]
     shown = {one["category_id"] for one in data.coco.loadAnns(data.coco.getAnnIds(image_ids))}
     truth = data.truth(image_ids)
@@ -160,7 +162,7 @@ def _precision(
 
 
 def _averages(title: str, rows: Sequence[dict], values: Sequence[float]) -> Figures:
-    """Averaged over instances, over classes, over the instances of each split and of each size."""
+    """Averages over instances, over classes, over the instances of each split and of each size."""
     groups: dict[tuple, list[float]] = defaultdict(list)
     for row, value in zip(rows, values, strict=True):
         for key in ("class", "split", "size"):

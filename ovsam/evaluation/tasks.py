@@ -1,10 +1,10 @@
-"""The questions that a model is measured on: of one image, one json record an answer.
+"""The tasks of an evaluation, with one JSON record for each image.
 
-- `prompts`: each object by its box, by one click and by three clicks: masks and names.
-- `words`: the words that the image shows and absent ones: instances with scores.
-- `everything`: no question: the hundred most object-like masks, named from all words of the set.
+- `prompts`: each object by its box, by one click and by three clicks: masks and class names.
+- `words`: present and absent class names as text queries: instances with scores.
+- `everything`: the hundred masks of highest objectness, classified with all class names of the set.
 
-A record holds what figures are computed from later (`summary.py`), so that an evaluation can stop and go on.
+Figures are computed from the records (`summary.py`), so that an evaluation can be interrupted and resumed.
 """
 
 import math
@@ -29,17 +29,17 @@ from ovsam.processing.vocabulary import Vocabulary
 from ovsam.results.results import Results
 
 CLICKS = 3
-MOST = 100  # masks of everything
-LARGE = "lvis"  # the vocabulary whose names are told apart besides the set's own
-AP_FLOOR = 0.02  # detections below this score, before calibration, cannot move AP
+MOST = 100  # maximum number of masks of everything
+LARGE = "lvis"  # vocabulary for classification besides that of the set
+AP_FLOOR = 0.02  # detections below this score, before calibration, have no effect on AP
 PROMPTS = ("input_points", "input_labels", "input_boxes", "input_masks")
-SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # COCO's, in pixels of area
-CROP_MARGIN = 0.1  # of the box on each side
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # as in COCO, area in pixels
+CROP_MARGIN = 0.1  # margin on each side, as a fraction of the box
 
 
 @dataclass
 class Names:
-    """A vocabulary and the column of each class of the set in it."""
+    """A vocabulary, and the column of each class of the set in it."""
 
     words: list[str]
     embeds: Tensor
@@ -48,11 +48,11 @@ class Names:
 
 @dataclass
 class Examiner:
-    """Asks a model about the images of a data set.
+    """Runs the tasks on the images of a data set.
 
     Args:
-        absent: how many absent words are asked of each image; None for all of them.
-        baselines: whether the training-free baselines are asked as well.
+        absent: number of absent class names queried per image; None for all of them.
+        baselines: whether the training-free baselines are evaluated as well.
     """
 
     segmenter: Segmenter
@@ -84,7 +84,7 @@ class Examiner:
 
     @torch.no_grad()
     def ask(self, image_id: int, tasks: tuple[str, ...]) -> dict:
-        """The record of one image; without objects only its id."""
+        """Return the record of one image; without objects only its id."""
         record: dict = {"image_id": image_id}
         objects, truth = self.data.objects(image_id)
         if not objects:
@@ -92,17 +92,17 @@ class Examiner:
         info, path = self.data.coco.imgs[image_id], self.data.picture(image_id)
         picture, seconds = timed(lambda: self.segmenter.encode(path), self.segmenter)
         if picture.image.size != (info["width"], info["height"]):
-            raise InputError(f"{path} has not the size that its annotations are for.")
+            raise InputError(f"{path} has another size than its annotations; it must be the annotated image.")
         record["encode"] = {"seconds": seconds}
         questions: dict[str, Callable] = {"prompts": self.prompts, "words": self.words, "everything": self.everything}
         for task in tasks:
             record[task] = questions[task](picture, image_id, objects, truth)
         return record
 
-    # ---- the three questions ------------------------------------------------------------------------------------
+    # ---- the three tasks ----------------------------------------------------------------------------------------
 
     def prompts(self, picture: EncodedImage, image_id: int, objects: list[dict], truth: np.ndarray) -> dict:
-        """One row an object: IoUs of its masks, the rank of its name, and the baselines'."""
+        """Return one row for each object: IoUs of its masks, rank of its class name, and those of the baselines."""
         names, data = self.names, self.data
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in objects)]
         points = [[list(one.get("point") or deepest_point(mask))] for one, mask in zip(objects, truth, strict=True)]
@@ -150,7 +150,7 @@ class Examiner:
         }
 
     def words(self, picture: EncodedImage, image_id: int, objects: list[dict], truth: np.ndarray) -> dict:
-        """Instances of present and absent words, from the lowest score that can move AP."""
+        """Return instances of present and absent class names, down to the lowest score with an effect on AP."""
         data, names = self.data, self.names
         present = list(dict.fromkeys(one["category_id"] for one in objects))
         absent = data.absent(image_id, self.absent)
@@ -188,7 +188,7 @@ class Examiner:
         return record
 
     def everything(self, picture: EncodedImage, image_id: int, objects: list[dict], truth: np.ndarray) -> dict:
-        """The IoU of each object with the best of the hundred most object-like masks, and those masks' names."""
+        """Return the highest IoU of each object with the masks of highest objectness, and their class names."""
         words = Vocabulary(self.names.words)
         found, seconds = timed(
             lambda: self.segmenter.everything(picture, words, objectness=0.0, top_k=0), self.segmenter
@@ -209,8 +209,8 @@ class Examiner:
         return torch.tensor([names.column[one["category_id"]] for one in objects], device=names.embeds.device)
 
     def _crops(self, picture: EncodedImage, boxed, boxes: list[list[float]], target: Tensor) -> dict[str, Tensor]:
-        """Ranks of the training-free baselines of Open-Vocabulary SAM (Table 1): names by the frozen CLIP alone, from
-        its features under the same masks (feature-crop), and from the image in the box (image-crop)."""
+        """Ranks of the training-free baselines of Open-Vocabulary SAM (Table 1): class names by the frozen CLIP alone,
+        from its features under the same masks (feature-crop), and from the image in the box (image-crop)."""
         segmenter, features, words = self.segmenter, picture.features, self.names.embeds
         model = segmenter.model
         under = boxed.pred_masks[:, :, 0].sigmoid()
@@ -229,7 +229,7 @@ class Examiner:
         return ranks | {"image-crop": rank(torch.cat(embeds) @ words.T, target)}
 
     def _prompt(self, picture: EncodedImage, names: Names | None, **prompts):
-        """The model's output for prompts in the image's pixels."""
+        """Return the model's output for prompts in pixels of the image."""
         size = (picture.image.height, picture.image.width)
         inputs = self.segmenter.processor(original_sizes=[size], **prompts)
         given = {name: inputs[name].to(self.segmenter.device) for name in PROMPTS if name in inputs}
@@ -237,14 +237,14 @@ class Examiner:
         return self.segmenter.model(features=picture.features, **words, **given)
 
     def _masks(self, picture: EncodedImage, outputs) -> np.ndarray:
-        """[n, H, W] bool"""
+        """Return the masks [n, H, W] bool."""
         size = [(picture.image.height, picture.image.width)]
         found = self.segmenter.processor.post_process_instance_segmentation(outputs, target_sizes=size, top_k=0)
         return found[0]["masks"].cpu().numpy()
 
 
 def ask(segmenter: Segmenter, picture: EncodedImage, embeds: Tensor, words: list[str], threshold: float) -> dict:
-    """The instances of some words, as the processor gives them."""
+    """Return the instances of some text queries, in the form of the processor."""
     image, features = picture.image, picture.features
     proposals = min(threshold, segmenter.model.config.proposal_threshold)
     outputs = segmenter.model(features=features, text_embeds=embeds, text_labels=words, proposal_threshold=proposals)
@@ -254,12 +254,12 @@ def ask(segmenter: Segmenter, picture: EncodedImage, embeds: Tensor, words: list
 
 
 def ap_floor(segmenter: Segmenter) -> float:
-    """The score below which nothing moves AP, as the model's calibration puts it."""
+    """Return the lowest score with an effect on AP, after the model's calibration."""
     return float(calibrated(torch.tensor(AP_FLOOR), segmenter.model.config.score_calibration))
 
 
 def timed(run: Callable, segmenter: Segmenter) -> tuple:
-    """What a call returns, and its seconds."""
+    """Return the result of a call, and its seconds."""
     wait = torch.cuda.synchronize if segmenter.device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Seconds of the whole model, and what more words cost."""
+"""Time of the whole model, and its dependence on the number of text queries."""
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ PIXELS = ("pixel_values", "clip_pixel_values", "clip_window")
 
 @torch.no_grad()
 def measure_time(segmenter: Segmenter, data: EvalSet, repeats: int = 7) -> dict[str, float]:
-    """Median seconds of the whole model on the set's first image with ten words (image encoder, words, proposals and
-    refinement), and what 20,000 words cost beside one."""
+    """Median seconds of the whole model on the first image of the set with ten text queries (image encoder, text
+    encoder, proposals and refinement), and the time of 20,000 queries relative to one."""
     model, processor = segmenter.model, segmenter.processor
     first = next(image_id for image_id in sorted(data.coco.imgs) if data.objects(image_id)[0])
     present = dict.fromkeys(one["category_id"] for one in data.objects(first)[0])
@@ -24,20 +24,20 @@ def measure_time(segmenter: Segmenter, data: EvalSet, repeats: int = 7) -> dict[
         name: inputs[name].to(model.device) for name in (*PIXELS, "input_ids", "attention_mask") if name in inputs
     }
     pixels = {name: inputs.pop(name) for name in PIXELS if name in inputs}
-    # 20,000 cached embeddings: the first word's, and directions that no picture has.
+    # 20,000 cached embeddings: that of the first word, and random directions.
     one = model.get_text_features(**inputs)[:1]
     noise = torch.randn(19_999, one.shape[1], generator=torch.Generator().manual_seed(0)).to(one)
     many = torch.cat([one, torch.nn.functional.normalize(noise, dim=-1)])
 
     def seconds(**question) -> float:
         times = []
-        for _ in range(repeats + 1):  # the first warms up
+        for _ in range(repeats + 1):  # the first one is a warm-up
             times.append(timed(lambda: model(**pixels, **question), segmenter)[1])
         return float(np.median(times[1:]))
 
     return {
         "seconds per picture with 10 words": seconds(**inputs),
-        # More words find more things, and each is refined; naming everything does the same work after the words.
+        # More queries find more instances to refine; in everything mode the number of instances is the same.
         "20,000 words / 1 word, model time": seconds(text_embeds=many) / seconds(text_embeds=one),
         "20,000 words / 1 word, naming everything": seconds(text_embeds=many, everything=True)
         / seconds(text_embeds=one, everything=True),

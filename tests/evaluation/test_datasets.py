@@ -36,16 +36,20 @@ def test_a_plain_coco_json_is_completed(tmp_path):
 
 
 def test_what_is_no_data_set_is_refused(tmp_path):
-    with pytest.raises(InputError, match="nothing to measure"):
+    with pytest.raises(InputError, match="must have both"):
         open_coco(write(tmp_path, annotations=[]))
     (tmp_path / "list.json").write_text("[1, 2]")
-    for name, sentence in (("list.json", "no COCO json"), ("nothing.json", "There is no file"), ("", "no test set")):
+    for name, sentence in (
+        ("list.json", "not a COCO JSON file"),
+        ("nothing.json", "There is no file"),
+        ("", "not a test set"),
+    ):
         with pytest.raises(InputError, match=sentence):
             open_set(tmp_path / name)
     path = write(tmp_path)
     with pytest.raises(InputError, match="There is no folder"):
         open_set(path, tmp_path / "nowhere")
-    with pytest.raises(InputError, match="There is no picture 'a.png'"):
+    with pytest.raises(InputError, match="There is no image 'a.png'"):
         open_set(path).picture(1)
     (tmp_path / "images").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "images" / "a.png")

@@ -103,7 +103,7 @@ def test_a_stopped_evaluation_goes_on(segmenter, dataset, tmp_path, monkeypatch,
     assert asked == [2, 3]
     same = {name for name in whole if "seconds" not in name and "20,000" not in name}
     assert {n: again[n] for n in same} == pytest.approx({n: whole[n] for n in same}, nan_ok=True)
-    with pytest.raises(InputError, match="holds another evaluation"):
+    with pytest.raises(InputError, match="has another evaluation"):
         evaluate.run_eval(dataset, "m", output=tmp_path / "b", absent=1)
 
 
@@ -115,7 +115,7 @@ def test_tasks_and_the_limit(segmenter, dataset, monkeypatch, capsys):
         "absent words that return anything",
         "seconds",
     }
-    assert "2 pictures" in capsys.readouterr().out
+    assert "2 images" in capsys.readouterr().out
 
 
 def test_lvis_is_asked_for_what_its_images_were_searched_for(segmenter, dataset, tmp_path, monkeypatch, capsys):
@@ -138,5 +138,5 @@ def test_lvis_is_asked_for_what_its_images_were_searched_for(segmenter, dataset,
 
 def test_a_picture_of_another_size_is_refused(segmenter, dataset, tmp_path):
     picture(1, 64, 64).save(tmp_path / "1.png")
-    with pytest.raises(InputError, match="has not the size"):
+    with pytest.raises(InputError, match="has another size"):
         Examiner(segmenter, open_set(dataset / "annotations.json", tmp_path)).ask(1, ("words",))
