@@ -14,9 +14,9 @@ from ovsam.errors import InputError
 from ovsam.inference.segmenter import EncodedImage
 from ovsam.processing.images import open_image
 
-DEFAULT_RATE = Fraction(25)  # frames a second of what has no rate of its own
-TICKS = 90_000  # a second, of the files that are written
-MISSING = 2  # frames that a header may count too many
+DEFAULT_RATE = Fraction(25)  # frames a second of sources without a rate
+TICKS = 90_000  # time units a second of written files
+MISSING = 2  # number of frames that a header may count too many
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -31,7 +31,7 @@ class Frame:
 
 
 class FrameSource:
-    """Frames that are read when they are asked for.
+    """Frames of a video, which are read when they are requested.
 
     Args:
         source: a video file, the number of a camera, an RTSP or HTTP address, a folder of images (in the order of
@@ -39,10 +39,10 @@ class FrameSource:
 
     Attributes:
         rate: frames a second.
-        length: number of frames, as far as it is known; else None.
+        length: number of frames, None if it is unknown.
 
     Raises:
-        InputError: there is nothing there that can be read. While frames are read: the video breaks off.
+        InputError: the source does not exist or cannot be read; or, while frames are read, the video is incomplete.
     """
 
     def __init__(self, source: Any):
@@ -51,14 +51,14 @@ class FrameSource:
         if isinstance(source, str | os.PathLike) and Path(source).is_dir():
             self._files = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in PICTURES)
             if not self._files:
-                raise InputError(f"There are no images in {source}; a folder holds one image for each frame.")
+                raise InputError(f"There are no images in {source}; it must have one image for each frame.")
             self.length = len(self._files)
         elif isinstance(source, int | str | os.PathLike):
             self._open()
         elif not isinstance(source, Iterable):
             raise InputError(
-                "A video is a file, the number of a camera, an address, a folder of images or an iterable of images; "
-                f"got {type(source).__name__}."
+                "A video must be a file, the number of a camera, an address, a folder of images or an iterable of "
+                f"images; got {type(source).__name__}."
             )
         elif isinstance(source, Sized):
             self.length = len(source)
@@ -76,7 +76,7 @@ class FrameSource:
                 yield Frame(index, time, open_image(image))
 
     def close(self) -> None:
-        """Close the file or the camera; it may be called twice."""
+        """Close the file or the camera; further calls do nothing."""
         if self._container is not None:
             self._container.close()
 
@@ -103,23 +103,25 @@ class FrameSource:
                 time = float(index / self.rate) if frame.time is None else frame.time
                 start = time if start is None else start
                 pixels = frame.to_ndarray(format="rgb24")
-                if frame.rotation:  # counterclockwise degrees, as phones note how they were held
+                if frame.rotation:  # degrees counterclockwise, as stored by phones
                     pixels = np.rot90(pixels, round(frame.rotation / 90))
                 yield Frame(index, time - start, Image.fromarray(np.ascontiguousarray(pixels)))
                 index += 1
         except av.FFmpegError as error:
-            raise InputError(f"The video {self.source} breaks off after {index:,} frames: {error}.") from error
+            raise InputError(f"The video {self.source} is damaged after {index:,} frames: {error}.") from error
         if self.length and index < self.length - MISSING:
-            raise InputError(f"The video {self.source} breaks off after {index:,} of {self.length:,} frames.")
+            raise InputError(
+                f"The video {self.source} is incomplete: it ends after {index:,} of {self.length:,} frames."
+            )
 
 
 class VideoWriter:
-    """A video file of frames of one size, H.264 in mp4 where PyAV has it.
+    """Writer of a video file with frames of one size, H.264 in mp4 if PyAV supports it.
 
     Args:
-        path: of the file; its ending chooses the container.
+        path: path of the file; its ending selects the container.
         rate: frames a second.
-        size: width and height in pixels; odd ones are kept.
+        size: width and height in pixels; odd numbers are supported.
     """
 
     def __init__(self, path: str | os.PathLike, rate: Fraction, size: tuple[int, int]):
@@ -129,21 +131,21 @@ class VideoWriter:
         self._container = av.open(str(path), "w")
         self._stream = self._container.add_stream(codec, rate=rate)
         self._stream.width, self._stream.height = size
-        # Colours of half the resolution, which every player takes, need even sides.
+        # Chroma subsampling, which every player supports, needs even sides.
         even = codec != "libx264" or not (size[0] % 2 or size[1] % 2)
         self._stream.pix_fmt = "yuv420p" if even else "yuv444p"
         self._stream.codec_context.time_base = Fraction(1, TICKS)
         self._last = -1
 
     def write(self, image: Image.Image, time: float) -> None:
-        """Add a frame that is shown from `time` on, in seconds; times ascend."""
+        """Add a frame that is shown from `time` on, in seconds, in ascending order."""
         frame = self._av.VideoFrame.from_image(image)
         self._last = max(self._last + 1, round(time * TICKS))
         frame.pts, frame.time_base = self._last, Fraction(1, TICKS)
         self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        """Write what is left; without it the file cannot be played."""
+        """Finish the file, which cannot be played otherwise."""
         if self._container is not None:
             self._container.mux(self._stream.encode(None))
             self._container.close()
@@ -151,7 +153,7 @@ class VideoWriter:
 
 
 def import_av() -> Any:
-    """PyAV; raises InputError where it is not installed."""
+    """Import PyAV; raises InputError if it is not installed."""
     try:
         import av
     except ImportError as error:

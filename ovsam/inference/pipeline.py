@@ -10,7 +10,7 @@ TASK = "open-vocabulary-segmentation"
 
 
 class OpenVocabularySegmentationPipeline(Pipeline):
-    """One picture and words (or boxes, points, or nothing) -> list of dicts `score, label, mask, box, mask_score`.
+    """Image and text queries (or boxes, points, or nothing) -> list of dicts `score, label, mask, box, mask_score`.
 
     Default thresholds are the model's own.
     """
@@ -44,10 +44,10 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         return self.processor(images=open_image(image), return_tensors="pt", **prompts)
 
     def _forward(self, model_inputs, threshold=None):
-        # A threshold below the model's own for proposals lowers that too, as in Segmenter.where.
+        # A threshold below that of proposals lowers the latter too, as in Segmenter.where.
         proposal_threshold = None if threshold is None else min(threshold, self.model.config.proposal_threshold)
         outputs = self.model(**model_inputs, proposal_threshold=proposal_threshold)
-        # As a dictionary: the base class moves outputs to the CPU, and would make a nameless ModelOutput of ours.
+        # As a dictionary: the base class moves outputs to the CPU, and would lose the subclass of ModelOutput.
         fields = {name: outputs[name] for name in outputs if name != "features"}
         return {"outputs": fields, "original_sizes": model_inputs["original_sizes"]}
 

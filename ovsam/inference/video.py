@@ -1,4 +1,5 @@
-"""`ovsam.load_video(...)` -> VideoSegmenter: words, clicks, boxes and masks in a video -> tracks, frame by frame."""
+"""`ovsam.load_video(...)` -> VideoSegmenter: text queries, points, boxes and masks in a video -> tracks, frame by
+frame."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,29 +22,29 @@ from ovsam.results.instance import Instance
 from ovsam.results.results import Results
 from ovsam.results.tracks import FrameResults
 
-SAME = 0.5  # mask IoU from which on a detection and a track are one object
-COVERED = 0.7  # share of a detection inside one track from which on it is no new object
-ALIKE = 0.8  # cosine of appearances from which on an object has come back
-LARGER = 3.0  # ratio of areas up to which an object may have come back
-OBJECT = "object"  # the label where there are no class names
+SAME = 0.5  # lowest mask IoU at which a detection and a track are one object
+COVERED = 0.7  # lowest fraction of a detection inside a track at which it is no new object
+ALIKE = 0.8  # lowest cosine of appearances at which an object is found again
+LARGER = 3.0  # highest ratio of areas at which an object is found again
+OBJECT = "object"  # the label without class names
 
 
 def load_video(model: Any = "auto", device: Any = None, dtype: Any = None, tracker: str = "auto") -> "VideoSegmenter":
-    """A VideoSegmenter for a preset, a folder or a Hub id; model, device and dtype are those of `ovsam.load`."""
+    """Load a VideoSegmenter for a preset, a folder or a Hub id; model, device and dtype are those of `ovsam.load`."""
     return VideoSegmenter(load(model, device, dtype), tracker)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What selects one object on one frame of a video, in pixels of the frame.
+    """A prompt that selects one object on one frame of a video, in pixels of the frame.
 
     Attributes:
-        points: [[x, y], ...], with labels: 1 on the object, 0 beside it; all 1 if not given.
-        box: [x1, y1, x2, y2].
-        mask: [H, W], true on the object.
+        points: points [[x, y], ...], with labels: 1 on the object, 0 beside it; all 1 by default.
+        box: box [x1, y1, x2, y2].
+        mask: mask [H, W], true on the object.
         frame: number of the frame.
-        id: the object's; by default a new one.
-        name: its class name; by default the likeliest one of the vocabulary.
+        id: id of the object; by default a new one.
+        name: its class name; by default that of the highest score in the vocabulary.
     """
 
     points: Sequence[Sequence[float]] | None = None
@@ -55,11 +56,11 @@ class Prompt:
     name: str | None = None
 
     def check(self) -> None:
-        """Raises InputError: it selects nothing, or in two ways that exclude each other."""
+        """Raise InputError for a prompt without content, or with content that cannot be combined."""
         if self.points is None and self.box is None and self.mask is None:
             raise InputError("A prompt needs points, a box or a mask.")
         if self.mask is not None and (self.points is not None or self.box is not None):
-            raise InputError("A mask is the whole of a prompt; leave out its points and its box.")
+            raise InputError("A mask prompt cannot be combined; leave out its points and its box.")
         if self.labels is not None and len(self.labels) != len(self.points or ()):
             raise InputError(f"There are {len(self.labels)} labels for {len(self.points or ())} points.")
         if self.frame < 0:
@@ -68,7 +69,7 @@ class Prompt:
 
 @dataclass
 class _Object:
-    """What is known of an object beside its memory. `appearance`: mean features of its mask, L2-normalised."""
+    """State of an object besides its memory. `appearance`: mean features of its mask, L2-normalised."""
 
     id: int
     label: str
@@ -83,16 +84,16 @@ class _Object:
 
 
 class VideoSegmenter:
-    """A Segmenter whose objects keep their identity through a video.
+    """A Segmenter for videos, in which objects keep their identity.
 
     Args:
-        segmenter: what answers about single frames.
-        tracker: "memory", the SAM side's own; "propagation", which needs no training; "auto": the former where there is
-            one.
+        segmenter: the Segmenter of single frames.
+        tracker: "memory", that of the SAM side; "propagation", which needs no training; "auto": the former if the SAM
+            side has one.
     """
 
     def __init__(self, segmenter: Segmenter, tracker: str = "auto"):
-        OVSamVideoSession(tracker=tracker)  # an unknown one is refused here
+        OVSamVideoSession(tracker=tracker)  # raises an error for unknown trackers
         self.segmenter, self.tracker = segmenter, tracker
 
     def track(
@@ -110,24 +111,24 @@ class VideoSegmenter:
         every: int = 1,
         top_k: int = 5,
     ) -> "VideoStream":
-        """Follow objects through a video.
+        """Track objects through a video.
 
         Args:
-            source: what `FrameSource` takes: a file, a camera, an address, a folder of images, or images.
+            source: source as in `FrameSource`: a file, a camera, an address, a folder of images, or images.
             words: text queries; their instances are detected on the first frame and every `redetect_every` frames.
-            prompts: objects that are selected by hand; more can be added while it runs.
+            prompts: prompts of selected objects; more can be added while it runs.
             negative, threshold: as in `Segmenter.where`.
-            vocabulary: class names for what was selected by hand; by default the checkpoint's own.
-            patience: frames after which an object that is not in the picture leaves; it comes back under its old id.
-            exclusive: give each pixel to one object.
-            every: read each such frame only.
-            top_k: class names listed for each object.
+            vocabulary: class names for selected objects; by default the checkpoint's own.
+            patience: number of frames after which an absent object is removed; found again, it gets its old id.
+            exclusive: whether each pixel belongs to one object only.
+            every: read only every `every`-th frame.
+            top_k: number of class names listed for each object.
 
         Returns:
-            an iterator over `FrameResults`; nothing is read before the first one is asked for.
+            an iterator over `FrameResults`; frames are read when they are requested.
 
         Raises:
-            InputError: there is nothing to follow, or the video cannot be read.
+            InputError: there is nothing to track, or the video cannot be read.
         """
         for name, value in (("redetect_every", redetect_every), ("patience", patience), ("every", every)):
             if value < 1:
@@ -141,7 +142,7 @@ class VideoSegmenter:
 
 
 class VideoStream:
-    """The frames of a video and the objects in them, as they are computed; from `VideoSegmenter.track`.
+    """The frames of a video with their objects, computed one by one; from `VideoSegmenter.track`.
 
     Attributes:
         source: the FrameSource, with its rate and length.
@@ -197,16 +198,16 @@ class VideoStream:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept of earlier frames."""
+        """Size of the stored features of earlier frames in bytes."""
         return self._session.nbytes()
 
     # ---- while it runs ----------------------------------------------------------------------------------------------
 
     def add(self, prompt: Prompt) -> None:
-        """Select an object on a frame that is still to come, or correct one by its id.
+        """Select an object on a later frame, or correct one by its id.
 
         Raises:
-            InputError: the prompt selects nothing, or its frame has passed.
+            InputError: the prompt is invalid, or its frame has passed.
         """
         prompt.check()
         if self.frame is not None and prompt.frame <= self.frame.index:
@@ -214,28 +215,28 @@ class VideoStream:
         self._pending.append(prompt)
 
     def correct(self, prompt: Prompt) -> FrameResults:
-        """Select or correct an object on the frame that was yielded last, and return that frame anew.
+        """Select or correct an object on the last yielded frame, and return that frame again.
 
         Raises:
-            InputError: there is no frame yet, or the prompt selects nothing.
+            InputError: there is no frame yet, or the prompt is invalid.
         """
         prompt.check()
         if self._now is None or self.frame is None:
-            raise InputError("There is no frame yet; pass the prompt to `track`, or ask for the first frame.")
+            raise InputError("There is no frame yet; pass the prompt to `track`, or request the first frame.")
         frame, encoded = self._now
         self._add(frame, encoded, prompt)
         self.frame = self._results(frame, encoded, self._run(frame, encoded))
         return self.frame
 
     def remove(self, number: int) -> None:
-        """Follow an object no longer. Raises InputError: there is none of this id."""
+        """Stop tracking an object. Raises InputError if the id is unknown."""
         if number not in self._objects:
-            raise InputError(f"There is no track {number}; there are {sorted(self._objects) or 'none'}.")
+            raise InputError(f"There is no track {number}; current tracks: {sorted(self._objects) or 'none'}.")
         self._session.remove_object(number)
         del self._objects[number]
 
     def what(self, number: int, vocabulary: Words | None = None) -> list[tuple[str, float]]:
-        """The likeliest class names of a track on the frame that was yielded last, out of any vocabulary.
+        """Return the class names of highest score for a track on the last yielded frame, from any vocabulary.
 
         Raises:
             InputError: the track is not in the frame.
@@ -256,7 +257,7 @@ class VideoStream:
             self._add(frame, encoded, prompt)
 
     def _add(self, frame: Frame, encoded: EncodedImage, prompt: Prompt) -> None:
-        """Give a prompt to the session, and a name to its object if that is new."""
+        """Pass a prompt to the session, and classify its object if it is new."""
         width, height = frame.image.size
         number = self._new_id() if prompt.id is None else prompt.id
         self._last_id = max(self._last_id, number)
@@ -304,7 +305,8 @@ class VideoStream:
     # ---- words ------------------------------------------------------------------------------------------------------
 
     def _detect(self, frame: Frame, encoded: EncodedImage, found: OVSamVideoOutput | None) -> bool:
-        """Search for the words; match, let in and let back in. Returns whether anything was added."""
+        """Search for the text queries; match detections, add new objects and restore lost ones. Returns whether any
+        were added."""
         size = frame.image.height, frame.image.width
         answer = self.segmenter.where(
             encoded, self.words, negative=self.negative, threshold=self.threshold, top_k=self.top_k
@@ -333,7 +335,7 @@ class VideoStream:
         return added
 
     def _enter(self, frame: Frame, features: OVSamFeatures, one: Instance) -> None:
-        """A detection that is no track: one that was lost, or a new object."""
+        """Add a detection without a track: a lost object or a new one."""
         mask = torch.from_numpy(one.mask)
         prompt = self.segmenter.processor.video_mask_prompt(mask)
         appearance = _appearance(features, prompt.mask)
@@ -358,7 +360,7 @@ class VideoStream:
         return self._tracker(self._session, frame.index, encoded.features) if self._objects else None
 
     def _full_masks(self, found: OVSamVideoOutput, size: tuple[int, int]) -> list[np.ndarray]:
-        """The masks of all objects at the size of the frame, [H, W] bool each; empty where an object is not there."""
+        """Return the masks of all objects at the size of the frame, [H, W] bool each; empty for absent objects."""
         if not found.object_ids:
             return []
         across, down = self.segmenter.processor.picture_share(*size)
@@ -403,7 +405,7 @@ class VideoStream:
         return FrameResults(frame.index, frame.time, Results(instances, size, self.segmenter.name), frame.image)
 
     def _name(self, encoded: EncodedImage, shown: dict[int, np.ndarray]) -> None:
-        """Names and appearances of objects that were selected by hand and have none yet."""
+        """Set class names and appearances of selected objects that have none yet."""
         new = [number for number in shown if self._objects[number].appearance is None]
         if not new:
             return
@@ -418,7 +420,7 @@ class VideoStream:
 
 
 def _appearance(features: OVSamFeatures, mask: Tensor) -> Tensor:
-    """The mean of an image's features over a mask [H, W] at the size of the model input, [D], L2-normalised."""
+    """Mean of an image's features over a mask [H, W] at the size of the model input, [D], L2-normalised."""
     keys = frame_keys(features)
     share = cover(mask[None].float().to(keys.fine.device), keys.side)[0]  # [L, parts]
     return F.normalize((keys.fine * share[..., None]).sum((0, 1)), dim=0)

@@ -1,4 +1,4 @@
-"""Features of frozen towers, computed once for each sample and kept on disk."""
+"""Features of frozen towers, computed once for each sample and stored on disk."""
 
 import hashlib
 from collections.abc import Callable
@@ -26,12 +26,12 @@ def state_hash(module: nn.Module) -> str:
 
 
 class FeatureCache(Dataset):
-    """A data set with further tensors beside each sample, from one safetensors file a sample, in half precision.
+    """A data set with additional tensors for each sample, one safetensors file a sample, in half precision.
 
     Args:
         data: the data set.
-        folder: the folder of the files.
-        prefix: how the names of the tensors begin.
+        folder: folder of the files.
+        prefix: prefix of the names of the tensors.
     """
 
     def __init__(self, data: Dataset, folder: Path, prefix: str):
@@ -47,15 +47,15 @@ class FeatureCache(Dataset):
         compute: Callable[[Tensor], dict[str, Tensor]],
         prefix: str,
     ) -> "FeatureCache":
-        """Return the cache of a data set, with the files that are missing made.
+        """Return the cache of a data set, after computing missing files.
 
         Args:
             data: the data set.
             folder: parent of the folder of the cache.
             data_key: a string that identifies the data set and its seed.
-            tower: the module whose features are kept; the cache of other weights is another one.
-            compute: images [B, 3, S, S] -> tensors [B, ...] by name.
-            prefix: how these names begin.
+            tower: module whose features are stored; other weights have another cache.
+            compute: function from images [B, 3, S, S] to tensors [B, ...] by name.
+            prefix: prefix of these names.
         """
         tower.to(PartialState().device).eval()
         key = f"{state_hash(tower)}-{hashlib.sha256(data_key.encode()).hexdigest()[:12]}"
@@ -63,7 +63,7 @@ class FeatureCache(Dataset):
         cached.build(compute)
         return cached
 
-    def __getattr__(self, name: str):  # words, skipped, pictures, ... of the data set itself
+    def __getattr__(self, name: str):  # attributes of the data set
         if name == "data":
             raise AttributeError(name)
         return getattr(self.data, name)
@@ -78,14 +78,14 @@ class FeatureCache(Dataset):
         return self.folder / f"{index:08d}.safetensors"
 
     def whole(self, index: int) -> bool:
-        """Whether the file is there and can be read: a broken one is made again."""
+        """Whether the file exists and can be read; broken ones are computed again."""
         try:
             return all(name.startswith(self.prefix) for name in load_file(self.path(index)))
         except (OSError, SafetensorError):
             return False
 
     def build(self, compute: Callable[[Tensor], dict[str, Tensor]]) -> None:
-        """Make the files that are missing or broken, each process its share."""
+        """Compute missing or broken files, each process its share."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = PartialState()
         mine = range(state.process_index, len(self), state.num_processes)

@@ -192,7 +192,7 @@ def test_what_does_not_fit_the_memory(photos, segmenter, caplog):
     segmenter.largest = 2 * 48 * 40
     assert label(photos) == 0
     assert segmenter.batches[:3] == [4, 2, 2] and set(segmenter.batches[3:]) == {2}  # it does not try again
-    assert "does not hold 4 images at a time; going on with 2" in caplog.text
+    assert "4 images do not fit into memory; continuing with 2 at a time" in caplog.text
     segmenter.largest = 600 * 600
     segmenter.batches.clear()
     Image.new("RGB", (1300, 1200)).save(photos / "large.png")
@@ -201,7 +201,7 @@ def test_what_does_not_fit_the_memory(photos, segmenter, caplog):
     segmenter.largest = 10
     Image.new("RGB", (1400, 1200)).save(photos / "larger.png")
     assert label(photos) == 1
-    assert "1400x1200 pixels do not fit the memory, not even in tiles" in Path("out/errors.jsonl").read_text()
+    assert "1400x1200 pixels do not fit into memory, not even in tiles" in Path("out/errors.jsonl").read_text()
 
 
 def test_a_full_disk_keeps_what_was_done(photos, segmenter, monkeypatch, capsys):
@@ -373,7 +373,7 @@ def test_archives(photos):
     with tarfile.open("some.tar.gz", "w:gz") as tar:
         tar.add("photos/1/001.png")
     Path("broken.zip").write_text("no")
-    for name, message in (("some.tar.gz", "compressed as a whole"), ("broken.zip", "is no .zip archive")):
+    for name, message in (("some.tar.gz", "compressed as a whole"), ("broken.zip", "is not a readable .zip archive")):
         with pytest.raises(InputError, match=message):
             list_items([name])
 

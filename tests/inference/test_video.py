@@ -102,7 +102,7 @@ def test_a_truncated_file_yields_what_can_be_read_and_then_one_error(tmp_path):
     cut = tmp_path / "cut.avi"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     frames = []
-    with pytest.raises(InputError, match="breaks off after"):
+    with pytest.raises(InputError, match="(damaged|ends) after"):
         for frame in FrameSource(cut):
             frames.append(frame)
     assert 4 < len(frames) < 16

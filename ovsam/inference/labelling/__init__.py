@@ -1,2 +1,2 @@
-"""Labelling of many images: sources of images, the journal, the job on one machine, on Ray, and the choice of images to
-correct."""
+"""Labelling of many images: sources of images, the journal, jobs on one machine or on Ray, and the selection of images
+for correction."""

@@ -1,8 +1,8 @@
 """A labelling job: images -> journal -> label files. Decoding, model and writing overlap.
 
-Images are taken in batches that are cut from the sorted list of all images. A batch that is not whole in the journal is
-asked again as a whole, since an image's scores depend in their last bits on what it was batched with; so a job that was
-killed, one in shards and one on many machines end in the same bytes.
+The sorted list of images is divided into batches. A batch that is incomplete in the journal is computed again as a
+whole, since the last bits of scores depend on the batch; so interrupted jobs, shards and jobs on many machines give the
+same bytes.
 """
 
 import json
@@ -27,21 +27,21 @@ from ovsam.processing.vocabulary import Vocabulary
 from ovsam.results.formats import FORMATS, write_labels
 from ovsam.results.formats.base import LabelledImage, Numbers, Stems
 
-if TYPE_CHECKING:  # without a model nothing here needs torch
+if TYPE_CHECKING:  # torch is needed only with a model
     from ovsam.inference.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
-TILES = (1024, 512)  # px; tried on an image that alone does not fit the memory
-AHEAD = 2  # batches that are decoded while one is in the model
+TILES = (1024, 512)  # px; tried for an image that alone does not fit into memory
+AHEAD = 2  # number of batches that are decoded while one is in the model
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every image.
+    """The question for every image of a job.
 
-    words: phrases and the labels they stand for, None for the model's own vocabulary; everything: name whatever is
-    found, instead of looking for the words; options: of `Segmenter.where` or `Segmenter.everything`.
+    words: phrases and their labels, None for the model's own vocabulary; everything: classify all objects instead of
+    searching for the words; options: options of `Segmenter.where` or `Segmenter.everything`.
     """
 
     words: dict[str, str] | None = None
@@ -49,13 +49,13 @@ class Question:
     options: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, segmenter: "Segmenter") -> None:
-        """Embed the words, which the Segmenter then keeps; raises InputError for what the text tower cannot read."""
+        """Embed the words, which the Segmenter caches; raises InputError if the text tower does not support them."""
         for words in (self.words, self.options.get("negative")):
             if words:
                 segmenter.embed(words)
 
     def ask(self, segmenter: "Segmenter", images: list[Image.Image], **options: Any) -> list[Any]:
-        """The results of a batch of images, which are encoded in one pass."""
+        """Return the results of a batch of images, which are encoded in one pass."""
         words = None if self.words is None else Vocabulary(self.words)
         options = self.options | options
         batch: list = list(images)
@@ -71,15 +71,15 @@ Outcome = Found | str  # what was found, or why nothing could be
 
 
 class Asker:
-    """Asks about batches of images, and finds a way where one is too much: half the batch, then tiles of the image.
+    """Segments batches of images; if memory runs out, half the batch at a time, then tiles of the image.
 
     Args:
-        ask: images, and further options -> their results; `Question.ask` of a Segmenter.
+        ask: function from images and options to results: `Question.ask` of a Segmenter.
     """
 
     def __init__(self, ask: Ask):
         self.ask = ask
-        self.limit = sys.maxsize  # images that fit the memory at a time, as far as was tried
+        self.limit = sys.maxsize  # number of images that fit into memory, as far as known
 
     def __call__(self, items: Sequence[Item], images: Sequence[Image.Image | InputError]) -> list[Outcome]:
         outcomes: list[Outcome] = [str(image) for image in images]
@@ -92,7 +92,7 @@ class Asker:
         return outcomes
 
     def _ask(self, images: list[Any]) -> list[Outcome]:
-        if len(images) > (size := self.limit):  # which may fall meanwhile
+        if len(images) > (size := self.limit):  # which may decrease meanwhile
             return [one for i in range(0, len(images), size) for one in self._ask(images[i : i + size])]
         if not images:
             return []
@@ -101,11 +101,11 @@ class Asker:
         except Exception as error:
             if len(images) == 1:
                 return [self._ask_in_tiles(images[0], error) if _is_memory(error) else _reason(error)]
-            if not _is_memory(error):  # one image's fault: the others go on
+            if not _is_memory(error):  # an error of one image: the others continue
                 return [one for image in images for one in self._ask([image])]
         _free_memory()
         self.limit = (len(images) + 1) // 2
-        logger.warning("The memory does not hold %d images at a time; going on with %d.", len(images), self.limit)
+        logger.warning("%d images do not fit into memory; continuing with %d at a time.", len(images), self.limit)
         return self._ask(images)
 
     def _ask_in_tiles(self, image: Image.Image, error: Exception) -> Outcome:
@@ -117,12 +117,12 @@ class Asker:
                 error = again
                 if not _is_memory(error):
                     break
-        return f"{image.width}x{image.height} pixels do not fit the memory, not even in tiles ({_reason(error)})."
+        return f"{image.width}x{image.height} pixels do not fit into memory, not even in tiles ({_reason(error)})."
 
 
 @dataclass
 class Summary:
-    """What a job did. `failed` are the keys of images without labels, with the reason."""
+    """Summary of a job. `failed` maps the keys of images without labels to the reason."""
 
     labelled: int = 0
     before: int = 0
@@ -131,7 +131,7 @@ class Summary:
 
 
 def batches(items: Sequence[Item], size: int, shard: tuple[int, int] = (1, 1)) -> list[list[Item]]:
-    """The batches of a shard (number from 1 on, count): every count-th of all."""
+    """Return the batches of a shard (number from 1, count): every count-th of all."""
     number, count = shard
     return [list(items[start : start + size]) for start in range((number - 1) * size, len(items), count * size)]
 
@@ -167,7 +167,7 @@ def open_item(item: Item) -> Image.Image | InputError:
         return item.open()
     except InputError as error:
         return error
-    except Exception as error:  # a MemoryError, or what no decoder should raise
+    except Exception as error:  # a MemoryError, or an unexpected error of a decoder
         return InputError(f"{item.name} cannot be opened ({_reason(error)}).")
 
 
@@ -177,9 +177,9 @@ def record(
     total: int,
     progress: bool = True,
 ) -> Summary:
-    """Write outcomes to the journal while the next ones are made, and show the progress.
+    """Write outcomes to the journal while the next ones are computed, and show the progress.
 
-    Raises OSError if the journal cannot be written, such as on a full disk; it holds all that came before.
+    Raises OSError if the journal cannot be written, such as on a full disk; it has all outcomes before.
     """
     summary = Summary(before=len(journal.done))
     bar = tqdm(total=total, initial=len(journal.done), unit=" images", disable=not progress, mininterval=0.5)
@@ -207,12 +207,12 @@ def record(
 
 
 def pending(todo: Iterable[Sequence[Item]], done: set[str]) -> list[Sequence[Item]]:
-    """The batches of which an image is missing in the journal."""
+    """Return the batches with an image that is missing in the journal."""
     return [batch for batch in todo if any(item.key not in done for item in batch)]
 
 
 def check_names(items: Iterable[Item], formats: Iterable[str]) -> None:
-    """Raise InputError where two images would have one label file."""
+    """Raise InputError if two images would have the same label file."""
     if any(not FORMATS[name] for name in formats):
         stems = Stems()
         for item in items:
@@ -225,11 +225,11 @@ def export(
     """Write the label files of a job, in the order of the images' keys.
 
     Args:
-        labels: in their order; found in the journals where there are none.
-        root: the folder of the images, where keys are paths below it.
+        labels: labels in order; by default those in the journals.
+        root: folder of the images, if keys are paths below it.
 
     Returns:
-        the formats that could not be written, with the reason; the others are whole.
+        the formats that could not be written, with the reason; the others are complete.
     """
     if not labels:
         numbers = Numbers()
@@ -249,12 +249,12 @@ def export(
 
 
 def target_of(output: Path, format: str) -> Path:
-    """Where a job's labels in this format go."""
+    """Return the path of a job's labels in this format."""
     return output / f"{format}{FORMATS[format]}"
 
 
 def write_errors(path: Path, failed: dict[str, str]) -> None:
-    """Write a json line an image without labels, sorted; no file where there is none."""
+    """Write one JSON line for each image without labels, sorted; no file if there are none."""
     if not failed:
         path.unlink(missing_ok=True)
         return

@@ -1,7 +1,7 @@
-"""The journal of a labelling job: one record an image, appended when it is done, so that nothing is done twice or lost.
+"""The journal of a labelling job: one record for each image, appended when it is done, so that jobs can be resumed.
 
-A line is the CRC-32 of its json in hexadecimal, a space, and the json. The first line describes the job: only the same
-job may go on. A record that was torn when its process was killed is dropped at the next start, and its image done
+A line is the CRC-32 of its JSON in hexadecimal, a space, and the JSON. The first line describes the job: only the same
+job can continue it. An incomplete record of a killed process is dropped at the next start, and its image is labelled
 again.
 """
 
@@ -24,18 +24,18 @@ NAMES = tuple(field.name for field in fields(Instance))
 
 
 class Journal:
-    """A journal opened to be appended to; use it as a context manager.
+    """A journal that is opened for appending; use it as a context manager.
 
     Args:
-        path: its file; made where it is missing.
-        job: what decides the labels, as plain json: the question, the model, the inputs.
-        facts: what else the first line tells, such as the shard.
+        path: path of its file, created if it does not exist.
+        job: description of the job as plain JSON: the question, the model, the inputs.
+        facts: further content of the first line, such as the shard.
 
     Attributes:
-        done: the keys of the images that have a record.
+        done: keys of the images with a record.
 
     Raises:
-        InputError: a journal of another job, one that another process is writing, or a folder that cannot be written.
+        InputError: the journal belongs to another job or is written by another process, or the folder is not writable.
     """
 
     def __init__(self, path: Path, job: Mapping[str, Any], facts: Mapping[str, Any] | None = None):
@@ -48,7 +48,9 @@ class Journal:
         except Timeout:
             raise InputError(f"Another process is writing {path}; wait for it, or label into another folder.") from None
         except OSError as error:
-            raise InputError(f"{path.parent} cannot be written to ({error.strerror or error}).") from error
+            raise InputError(
+                f"{path.parent} cannot be written to ({error.strerror or error}); choose another folder."
+            ) from error
         try:
             self._open(described, facts or {})
         except BaseException:
@@ -63,15 +65,15 @@ class Journal:
             if old is not None:
                 if difference := _difference(old["job"], job):
                     raise InputError(
-                        f"{self.path} is the journal of another command ({difference}); repeat that command to go on "
-                        "with it, or label into another folder."
+                        f"{self.path} is the journal of another command ({difference}); repeat that command to "
+                        "continue, or label into another folder."
                     )
                 lines = [(key, stop) for key, _, stop in _scan(self.path)]
                 self.done = {key for key, _ in lines if key is not None}
                 end = lines[-1][1]
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            os.truncate(self._file, end)  # what follows the last whole record was torn
+            os.truncate(self._file, end)  # the rest is an incomplete record
         except OSError as error:
             raise InputError(f"{self.path} cannot be written to ({error.strerror or error}).") from error
         self._end = end
@@ -79,14 +81,14 @@ class Journal:
             self._write([{"ovsam_journal": VERSION, "job": job, **facts}])
 
     def append(self, results: Iterable[Labelled]) -> None:
-        """Write one record an image, at once and through to the disk; raises OSError if the disk is full."""
+        """Write one record for each image, synced to the disk; raises OSError if the disk is full."""
         results = [result for result in results if result.file_name not in self.done]
         if results:
             self._write([to_record(result) for result in results])
             self.done |= {str(result.file_name) for result in results}
 
     def finish(self, failed: int) -> None:
-        """Note that all images were tried."""
+        """Record that all images have been tried."""
         self._write([{"finished": len(self.done), "failed": failed}])
 
     def _write(self, records: Sequence[Any]) -> None:
@@ -97,7 +99,7 @@ class Journal:
                 rest = rest[os.write(self._file, rest) :]
             os.fsync(self._file)
         except OSError:
-            os.truncate(self._file, self._end)  # nobody needs half a record
+            os.truncate(self._file, self._end)  # remove an incomplete record
             raise
         self._end += len(content)
 
@@ -110,9 +112,9 @@ class Journal:
 
 
 class Journals:
-    """One or more journals of a job, to be read: iterating gives the images, sorted by their keys, one at a time.
+    """One or more journals of a job for reading; iteration yields the images, sorted by key, one at a time.
 
-    Raises InputError for journals of different jobs, a file that is no journal, or shards that are missing.
+    Raises InputError for journals of different jobs, other files, or missing shards.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -123,9 +125,11 @@ class Journals:
         for path in paths:
             header = read_header(path)
             if header is None:
-                raise InputError(f"{path} is no journal of `ovsam label`.")
+                raise InputError(f"{path} is not a journal of `ovsam label`.")
             if self.header and (difference := _difference(self.header["job"], header["job"])):
-                raise InputError(f"{path} is of another command than {paths[0]} ({difference}).")
+                raise InputError(
+                    f"{path} belongs to another command than {paths[0]} ({difference}); merge journals of one command."
+                )
             self.header = self.header or header
             shards.add(tuple(header.get("shard", (1, 1))))
             finished = False
@@ -137,10 +141,13 @@ class Journals:
                 self.unfinished.append(path)
         counts = {count for _, count in shards}
         if len(counts) > 1:
-            raise InputError("These journals are of different numbers of shards: label with one number of them.")
+            raise InputError("These journals have different numbers of shards; label with the same number.")
         missing = sorted(set(range(1, max(counts, default=0) + 1)) - {number for number, _ in shards})
         if missing:
-            raise InputError(f"The journals of shard {', '.join(map(str, missing))} of {max(counts)} are missing.")
+            raise InputError(
+                f"The journals of shard {', '.join(map(str, missing))} of {max(counts)} are missing; "
+                "label these shards first."
+            )
         self.keys = sorted(self._places)
 
     def __len__(self) -> int:
@@ -159,23 +166,23 @@ class Journals:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """What the first line tells; None where not even that is whole. Raises InputError for what is no journal."""
+    """Return the first line; None if it is incomplete. Raises InputError if the file is not a journal."""
     if not path.is_file():
-        raise InputError(f"There is no journal {path}.")
+        raise InputError(f"There is no journal {path}; check the path.")
     with open(path, "rb") as file:
         line = file.readline()
     header = _parse(line)
     if header is None and not line.endswith(b"\n"):
         return None
     if not isinstance(header, dict) or "ovsam_journal" not in header:
-        raise InputError(f"{path} is no journal of `ovsam label`.")
+        raise InputError(f"{path} is not a journal of `ovsam label`.")
     if header["ovsam_journal"] != VERSION:
         raise InputError(f"{path} is a journal of version {header['ovsam_journal']}; this ovsam reads {VERSION}.")
     return header
 
 
 def to_record(result: Labelled) -> dict[str, Any]:
-    """An image and its instances as plain json."""
+    """Convert an image with its instances to plain JSON."""
     instances = [{name: getattr(instance, name) for name in NAMES} for instance in result]
     return {"key": result.file_name, "size": list(result.size), "model": result.model, "instances": instances}
 
@@ -194,7 +201,7 @@ def _line(record: Any) -> bytes:
 
 
 def _parse(line: bytes) -> Any:
-    """The record of a line; None where it is not whole."""
+    """Return the record of a line; None if it is incomplete."""
     checksum, content = line[:8], line[9:-1]
     if not line.endswith(b"\n") or b"%08x" % zlib.crc32(content) != checksum:
         return None
@@ -202,8 +209,8 @@ def _parse(line: bytes) -> Any:
 
 
 def _scan(path: Path) -> Iterator[tuple[str | None, int, int]]:
-    """Key, first byte and end of each whole line; the key is None for lines about the job. Damaged lines are left out,
-    so that their images are done again."""
+    """Yield key, first byte and end of each complete line; the key is None for lines about the job. Damaged lines are
+    left out, so that their images are labelled again."""
     start = 0
     with open(path, "rb") as file:
         for line in file:
@@ -215,7 +222,7 @@ def _scan(path: Path) -> Iterator[tuple[str | None, int, int]]:
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs first between two jobs, "" if nothing does."""
+    """Return the first difference between two jobs, "" if they are equal."""
     for name in (*new, *old):
         if old.get(name) != new.get(name):
             return f"its {name} is {_short(old.get(name))}, not {_short(new.get(name))}"

@@ -1,6 +1,6 @@
-"""The images that a labelling job is given: files, folders, patterns, lists, archives and addresses.
+"""The input images of a labelling job: files, folders, patterns, lists, archives and addresses.
 
-Nothing here imports torch: an item travels to the process that opens it.
+This module does not import torch: items are sent to the processes that open them.
 """
 
 import csv
@@ -24,15 +24,16 @@ from ovsam.results.formats.base import PICTURES, load_json
 ARCHIVES = (".zip", ".tar")
 LISTS = (".txt", ".csv", ".json")
 PATTERN = "*?["
-COLUMNS = ("path", "image", "file_name", "filename", "file", "url")  # of a csv
+COLUMNS = ("path", "image", "file_name", "filename", "file", "url")  # of a CSV list
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image to label.
 
-    `key` is its name in label files and in the journal: its path from the common folder of the inputs. `location` is a
-    path, an address, or the archive that holds it as `member`; `span` is its first byte and its length in a tar.
+    `key` is its name in label files and in the journal: the path relative to the common folder of the inputs.
+    `location` is a path, an address, or the archive that holds it as `member`; `span` is its first byte and its length
+    in a tar.
     """
 
     key: str
@@ -41,12 +42,12 @@ class Item:
     span: tuple[int, int] | None = None
 
     def open(self) -> Image.Image:
-        """The upright RGB image; raises InputError where it is missing, damaged or no image."""
+        """Open the upright RGB image; raises InputError if it is missing, damaged or not an image."""
         if not self.member and ("://" not in self.location or is_url(self.location)):
             return open_image(self.location)
         try:
             content = self._read()
-        except Exception as error:  # each archive and file system has errors of its own
+        except Exception as error:  # each archive and file system raises errors of its own
             raise InputError(f"{self.name} cannot be read ({error}).") from error
         try:
             return open_image(content)
@@ -74,24 +75,24 @@ class Item:
 
 @dataclass(frozen=True)
 class Listing:
-    """The items of a job, sorted by their keys; `root` is the folder that keys start from, if all are files in it."""
+    """The items of a job, sorted by key; `root` is the folder that keys are relative to, if all are files in it."""
 
     items: list[Item]
     root: Path | None
 
 
 def list_items(inputs: Sequence[str]) -> Listing:
-    """The images of files, folders, patterns, lists, archives and addresses.
+    """List the images of files, folders, patterns, lists, archives and addresses.
 
-    Folders are searched to any depth for images, without hidden ones. A .txt list has a path or an address a line, a
-    .csv list a column called path, image, file_name, filename, file or url (or else the first), a COCO json its images;
-    relative paths in a list start from its folder. Archives are .zip and uncompressed .tar files, as WebDataset writes
-    them. Addresses are http(s) of one image each, and those of any file system that fsspec opens (s3://, gs://, ...):
-    of an image, of a folder, or a pattern.
+    Folders are searched recursively, without hidden files. A .txt list has a path or an address a line, a .csv list a
+    column called path, image, file_name, filename, file or url (or else the first), a COCO JSON file its images;
+    relative paths in a list refer to its folder. Archives are .zip and uncompressed .tar files, as in WebDataset.
+    Addresses are http(s) of one image each, and those of any file system that fsspec opens (s3://, gs://, ...): of an
+    image, of a folder, or a pattern.
 
     Raises:
-        InputError: an input that does not exist, a list that cannot be read, an archive that is damaged or compressed
-            as a whole, no image at all, or two images of one name.
+        InputError: an input does not exist, a list is invalid, an archive is damaged or compressed as a whole, there
+            are no images, or two images have the same name.
     """
     roots = [root for one in inputs if (root := _root(one)) is not None]
     base = Path(os.path.commonpath(roots)) if roots else None
@@ -112,7 +113,7 @@ Place = tuple[str, str, tuple[int, int] | None]  # location, member, span
 
 
 def _root(given: str) -> str | None:
-    """The folder that keys of an input start from; none for addresses."""
+    """Return the folder that keys of an input are relative to; None for addresses."""
     if "://" in given:
         return None
     path = os.path.abspath(given)
@@ -148,13 +149,13 @@ def _find(given: str) -> Iterator[Place]:
         elif ending in LISTS:
             yield from _find_in_list(path)
         elif path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
-            raise InputError(f"{given} is compressed as a whole, so that no image in it can be read alone; unpack it.")
+            raise InputError(f"{given} is compressed as a whole, so its images cannot be read one by one; unpack it.")
         else:
             yield str(path), "", None
     elif any(c in given for c in PATTERN):
         matches = sorted(one for one in glob.glob(str(path), recursive=True) if os.path.isfile(one))
         if not matches:
-            raise InputError(f"No file matches {given}.")
+            raise InputError(f"No file matches {given}; check the pattern.")
         for one in matches:
             if Path(one).suffix.lower() in (*ARCHIVES, *PICTURES):
                 yield from _find(one)
@@ -186,7 +187,7 @@ def _find_in_archive(path: Path) -> Iterator[Place]:
                     if member.isfile() and wanted(member.name):
                         yield str(path), member.name, (member.offset_data, member.size)
     except (zipfile.BadZipFile, tarfile.TarError) as error:
-        raise InputError(f"{path} is no {path.suffix} archive that can be read ({error}).") from error
+        raise InputError(f"{path} is not a readable {path.suffix} archive ({error}).") from error
 
 
 def _find_in_list(path: Path) -> Iterator[Place]:
@@ -195,7 +196,7 @@ def _find_in_list(path: Path) -> Iterator[Place]:
         content = load_json(path)
         images = content.get("images") if isinstance(content, dict) else None
         if not isinstance(images, list) or not all(isinstance(one, dict) and one.get("file_name") for one in images):
-            raise InputError(f"{path} is no COCO json: it must list its images, each with a file_name.")
+            raise InputError(f"{path} is not a COCO JSON file: it must list its images, each with a file_name.")
         names = [one["file_name"] for one in images]
     else:
         text = path.read_text(encoding="utf-8-sig")
@@ -226,10 +227,10 @@ def _find_remote(address: str) -> Iterator[Place]:
             found = system.glob(path)
         else:
             found = [path] if system.isfile(path) else system.find(path)
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # each file system raises errors of its own
         raise InputError(f"{address} cannot be listed ({error}).") from error
     if not found:
-        raise InputError(f"There is nothing at {address}.")
+        raise InputError(f"There is nothing at {address}; check the address.")
     for one in sorted(found):
         if Path(one).suffix.lower() in PICTURES:
             yield f"{scheme}://{one.removeprefix(f'{scheme}://')}", "", None
@@ -237,5 +238,5 @@ def _find_remote(address: str) -> Iterator[Place]:
 
 @lru_cache(maxsize=64)
 def _open_zip(path: str) -> tuple[zipfile.ZipFile, threading.Lock]:
-    """A zip stays open: its table of contents may be long."""
+    """Open a zip file and keep it open, since its table of contents may be long."""
     return zipfile.ZipFile(path), threading.Lock()

@@ -1,9 +1,9 @@
-"""`clip-dense`: CLIP's own map of where each word is (MaskCLIP, Zhou et al. 2022), nothing trained.
+"""`clip-dense`: CLIP's dense map of each text query (MaskCLIP, Zhou et al. 2022), without training.
 
-Every cell of the dense map is scored against every word; the connected cells of a word are a place, whose best cell is
-the point and whose extent the box that the SAM side is prompted with. Things of one word that touch are one place.
-How good a place is, the map cannot say by itself (a cosine's level differs from word to word): the decoder's predicted
-IoU and the name of the decoded mask do.
+Every cell of the dense map is scored for every query; the connected cells of a query are one proposal, whose point is
+the cell of highest score and whose box is their extent; both are prompts for the SAM side. Objects of one class that
+touch are one proposal. The score of a proposal does not come from the map, since the level of cosines differs between
+queries, but from the decoder's predicted IoU and the class name of the decoded mask.
 """
 
 import torch
@@ -13,22 +13,22 @@ from ovsam.errors import InputError
 from ovsam.inference.proposers.base import Proposals, Question
 from ovsam.ops.components import connected_cells
 
-LEAST_SHARE = 0.5  # of the way from a word's mean in the image to its maximum: cells below are background
-MOST = 100  # places
+LEAST_SHARE = 0.5  # between the mean (0) and the maximum (1) of a query in the image: lower cells are background
+MOST = 100  # maximum number of proposals
 
 
 @torch.no_grad()
 def clip_dense(question: Question) -> Proposals:
-    """Raises InputError without words, or where the model has no CLIP image tower."""
+    """Raises InputError without text queries, or if the model has no CLIP image tower."""
     model, features = question.model, question.features
     if features.clip is None:
         raise InputError("The proposer clip-dense needs a CLIP image tower; this model has none: use grid instead.")
     if question.text_embeds is None:
-        raise InputError("The proposer clip-dense looks for words: pass some, or a vocabulary.")
+        raise InputError("The proposer clip-dense needs text queries: pass some, or a vocabulary.")
     dense = model.clip.dense(features.clip)[0].float()  # [D, h, w]
     heat = torch.einsum("kd,dhw->khw", question.text_embeds.float().to(dense.device), dense)  # [K, h, w] cosines
     mean = heat.flatten(1).mean(1)
-    if question.everything:  # each cell is its best word's
+    if question.everything:  # each cell counts for the query of highest score
         heat = heat.masked_fill(~F.one_hot(heat.argmax(0), len(heat)).permute(2, 0, 1).bool(), -1.0)
     peak = heat.flatten(1).amax(1)
     places = connected_cells(heat > (mean + LEAST_SHARE * (peak - mean))[:, None, None])  # [K, h, w]

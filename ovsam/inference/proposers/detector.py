@@ -1,4 +1,5 @@
-"""`detector:ID`: boxes of words by any zero-shot object detector of transformers (OWLv2, Grounding DINO, OmDet)."""
+"""`detector:ID`: boxes for text queries by any zero-shot object detector of transformers (OWLv2, Grounding DINO,
+OmDet)."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -31,7 +32,7 @@ class Detector:
             return cls(model.to(device).eval(), AutoProcessor.from_pretrained(folder))
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{model_id!r} is no zero-shot object detector that can be loaded; "
+                f"{model_id!r} cannot be loaded as a zero-shot object detector; "
                 "google/owlv2-base-patch16-ensemble is one."
             ) from error
 
@@ -39,7 +40,7 @@ class Detector:
     def __call__(self, question: Question) -> Proposals:
         words = question.words
         if not words:
-            raise InputError("A detector looks for words: pass some, or a vocabulary.")
+            raise InputError("A detector needs text queries: pass some, or a vocabulary.")
         alone = self.model.config.model_type in ONE_BY_ONE
         boxes, scores, labels = [], [], []
         for asked in [[word] for word in words] if alone else [words]:

@@ -1,4 +1,4 @@
-"""`sam3:ID`: instances of words by transformers' Sam3Model, whose masks are taken as they are."""
+"""`sam3:ID`: instances of text queries by transformers' Sam3Model, whose masks are taken as they are."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -27,13 +27,13 @@ class Sam3:
             return cls(Sam3Model.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder))
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{model_id!r} is no SAM 3 that can be loaded; facebook/sam3 is one, for those who were granted it."
+                f"{model_id!r} cannot be loaded as a SAM 3; facebook/sam3 is one, for users with access to it."
             ) from error
 
     @torch.no_grad()
     def __call__(self, question: Question) -> Proposals:
         if not question.words:
-            raise InputError("SAM 3 looks for words: pass some, or a vocabulary.")
+            raise InputError("SAM 3 needs text queries: pass some, or a vocabulary.")
         device, size = self.model.device, [(question.image.height, question.image.width)]
         pixels = self.processor(images=question.image, return_tensors="pt").to(device)["pixel_values"]
         vision = self.model.get_vision_features(pixel_values=pixels)
