@@ -154,7 +154,7 @@ def test_shards_are_merged_into_the_same_bytes(photos, segmenter, capsys):
     assert Path("again/cvat.xml").read_bytes() == Path("whole/cvat.xml").read_bytes()
     assert label(photos, "--shard", "1/2", out="third", text="horse") == 1
     assert label("--merge", "third", "other", out="merged", text="") == 2
-    assert "is of another command than third/journal-1of2.jsonl (its words is" in capsys.readouterr().err
+    assert "belongs to another command than third/journal-1of2.jsonl (its words is" in capsys.readouterr().err
 
 
 def test_errors_are_listed_and_the_rest_goes_on(photos, segmenter, capsys, monkeypatch):
@@ -292,7 +292,7 @@ def test_a_journal_of_another_command_is_refused(photos, segmenter, capsys):
         assert label(*command, text=text) == 2
         assert f"out/journal.jsonl is the journal of another command ({difference}" in capsys.readouterr().err
     Path("out/journal.jsonl").write_text("something else\n")
-    assert label(photos) == 2 and "out/journal.jsonl is no journal" in capsys.readouterr().err
+    assert label(photos) == 2 and "out/journal.jsonl is not a journal" in capsys.readouterr().err
 
 
 def test_a_damaged_record_is_done_again(photos, segmenter):
