@@ -23,12 +23,11 @@ from ovsam.data.paste import cut_out, paste_objects
 from ovsam.data.words import Word
 from ovsam.errors import InputError
 from ovsam.ops.outlines import Rle, to_rle, turn
-from ovsam.processing.images import MIN_SIDE, open_file, open_image, orientation_of
+from ovsam.processing.images import MIN_SIDE, open_file, open_image, orientation_of, stored_size
 
 logger = logging.getLogger(__name__)
 
 FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # a file without these bytes is incomplete
-TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags of the stored size
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 CROP_TRIES = 10
 REPLACEMENTS = 8  # number of following images that are tried if an image is damaged
@@ -300,10 +299,7 @@ def read_header(picture: PictureSource) -> Header:
         if isinstance(picture, str) and not os.path.isfile(picture):  # opening a pipe would block
             raise InputError(f"{picture} is not a file; it must be an image file.")
         with open_file(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-            orientation, (width, height) = orientation_of(image), image.size
-            if image.format == "TIFF":  # Pillow returns its upright size, although the orientation is not applied yet
-                width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
-            header = Header(width, height, orientation)
+            header = Header(*stored_size(image), orientation_of(image))
             sound = min(image.size) >= MIN_SIDE and FILE_ENDS.get(image.format, b"") in _tail(picture)
     except Exception:  # each decoder raises errors of its own; open_picture describes the error
         sound = False

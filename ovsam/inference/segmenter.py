@@ -1,6 +1,7 @@
 """`ovsam.load(...)` -> Segmenter: text queries, prompts or everything in an image -> Results."""
 
 import hashlib
+import inspect
 import os
 import threading
 from collections import OrderedDict
@@ -21,7 +22,15 @@ from ovsam.checkpoints.embedded import CACHE, find_checkpoint
 from ovsam.checkpoints.presets import PRESETS, announce_download, choose_auto
 from ovsam.checkpoints.weight_files import check_weights, fetch
 from ovsam.errors import InputError
-from ovsam.inference.proposers import Proposer, Question, decode_proposals, get_proposer, mask_boxes, text_inputs
+from ovsam.inference.proposers import (
+    Proposer,
+    Question,
+    check_name,
+    decode_proposals,
+    get_proposer,
+    mask_boxes,
+    text_inputs,
+)
 from ovsam.inference.tiling import segment_tiled
 from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.fuse import fuse
@@ -29,14 +38,16 @@ from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.ops.edges import edge_map
 from ovsam.ops.nms import NMS
+from ovsam.processing import arguments
 from ovsam.processing.images import Picture, open_image
 from ovsam.processing.processing_ovsam import OVSamProcessor
-from ovsam.processing.vocabulary import Vocabulary
+from ovsam.processing.vocabulary import Vocabulary, to_vocabulary
 from ovsam.results.results import Results
 
 Words = Vocabulary | str | os.PathLike | Sequence[str] | Mapping[str, str]
 
 VOCABULARIES = 8  # whose embeddings a Segmenter keeps in memory
+MIN_TILE = 64  # px; smaller ones show nothing, and are very many
 BATCH = 4  # images of a list that are encoded in one pass
 
 
@@ -198,6 +209,7 @@ class Segmenter:
 
         Of a list of images, `batch_size` are encoded in one pass.
         """
+        image = _listed(image)
         if isinstance(image, list | tuple):
             return [one for batch in self._batches(image, batch_size) for one in batch]
         return image if isinstance(image, EncodedImage) else self._encode([open_image(image)])[0]
@@ -273,6 +285,7 @@ class Segmenter:
         exclusive: bool = False,
         mask_threshold: float = 0.5,
         top_k: int = 5,
+        **unknown: Any,
     ) -> Results | list[Results]:
         """Open-vocabulary detection: every instance of the words, highest score first.
 
@@ -294,16 +307,23 @@ class Segmenter:
             mask_threshold: minimum probability of a pixel, between 0 and 1.
             top_k: class names listed per instance.
         """
+        arguments.no_others("where", unknown, _names_of(Segmenter.where))
         post = {"nms": nms, "per_word": per_word, "rescore": rescore, "exclusive": exclusive}
-        post = _check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k}, threshold, None, tile)
-        if words is None and not exemplars:
+        post = _check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k})
+        threshold, tile = _check_share("threshold", threshold), _check_tile(tile)
+        refine, proposer = arguments.flag("refine", refine), _check_proposer(proposer)
+        examples = _check_exemplars(exemplars)
+        if words is None and not examples:
             raise InputError("Pass words, or exemplars: what to look for.")
-        vocabulary, embeds = self.embed(words) if words is not None else (None, None)
-        if exemplars:
+        image = _listed(image)
+        wanted = to_vocabulary(words) if words is not None else None
+        unwanted = _check_negative(negative)
+        vocabulary, embeds = self.embed(wanted) if wanted is not None else (None, None)
+        if examples:
             if not isinstance(image, list | tuple):
                 image = image if tile else self.encode(image)
-            vocabulary, embeds = self._with_exemplars(vocabulary, embeds, exemplars, image)
-        negatives = self.embed(list(negative)) if negative else None
+            vocabulary, embeds = self._with_exemplars(vocabulary, embeds, examples, image)
+        negatives = self.embed(unwanted) if unwanted is not None else None
         question = _Asked("text", vocabulary, embeds, negatives, threshold, proposer, refine, post)
         return self._propose(image, question, tile)
 
@@ -323,6 +343,7 @@ class Segmenter:
         exclusive: bool = False,
         mask_threshold: float = 0.5,
         top_k: int = 5,
+        **unknown: Any,
     ) -> Results | list[Results]:
         """Automatic mask generation with class names, from the vocabulary or else from the checkpoint's own; highest
         score first.
@@ -333,8 +354,12 @@ class Segmenter:
 
         The other arguments are those of `where`.
         """
+        arguments.no_others("everything", unknown, _names_of(Segmenter.everything))
         post = {"nms": nms, "per_word": per_word, "rescore": rescore, "exclusive": exclusive}
-        post = _check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k}, threshold, objectness, tile)
+        post = _check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k})
+        threshold, objectness = _check_share("threshold", threshold), _check_share("objectness", objectness)
+        tile, image = _check_tile(tile), _listed(image)
+        refine, proposer = arguments.flag("refine", refine), _check_proposer(proposer)
         question = _Asked("auto", *self._names(vocabulary), None, objectness, proposer, refine, post)
         found = self._propose(image, question, tile)
         if isinstance(found, list):
@@ -368,6 +393,7 @@ class Segmenter:
         exclusive: bool = False,
         mask_threshold: float = 0.5,
         top_k: int = 5,
+        **unknown: Any,
     ) -> Results | list[Results]:
         """Segmentation and classification of prompts: one mask per object, with class names from the vocabulary or else
         from the checkpoint's own.
@@ -381,23 +407,28 @@ class Segmenter:
         exclusive, mask_threshold and top_k are those of `where`. Results are in the order of the prompts. With a list
         of images, points, labels, boxes and masks are lists with one entry an image.
         """
+        arguments.no_others("what", unknown, _names_of(Segmenter.what))
         post = _check_options({"exclusive": exclusive, "mask_threshold": mask_threshold, "top_k": top_k})
+        image = _listed(image)
         if isinstance(image, list | tuple):
             every = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
             per_image: dict[str, Any] = {name: given for name, given in every.items() if given is not None}
             for name, given in per_image.items():
-                if len(given) != len(image):
-                    raise InputError(f"There are {len(image)} images and {len(given)} {name}; give one entry an image.")
+                if not hasattr(given, "__len__") or len(given) != len(image):
+                    raise InputError(
+                        f"With a list of {len(image)} images, {name} are a list with one entry an image; "
+                        f"got {arguments.short(given)}."
+                    )
             words = self._vocabulary(vocabulary)
             return self._each(
                 image,
                 lambda i, one: self.what(one, **{k: v[i] for k, v in per_image.items()}, vocabulary=words, **post),
             )
-        points, boxes = _floats(points), _floats(boxes)
+        points, boxes = arguments.points(points), arguments.boxes(boxes)
+        labels = arguments.point_labels(labels, len(points)) if points or labels is not None else None
         if not points and not boxes and masks is None:
             raise InputError("Pass points, boxes or masks: what to name.")
-        if labels and len(labels) != len(points or ()):
-            raise InputError(f"There are {len(labels)} labels for {len(points or ())} points; each point takes one.")
+        masks = None if masks is None else torch.from_numpy(arguments.masks(masks))
         for name, several in (("box", boxes), ("mask", masks)):
             if points and several is not None and len(several) > 1:
                 raise InputError(f"Points are on one object, so that they go with one {name}, not with {len(several)}.")
@@ -419,7 +450,9 @@ class Segmenter:
         self, encoded: EncodedImage, points=None, labels=None, boxes=None, masks=None, words=None, embeds=None
     ) -> OVSamOutput:
         picture, features = encoded.image, encoded.features
-        _check_inside(picture.size, points, boxes)
+        arguments.check_inside(picture.size, points or (), boxes or ())
+        if masks is not None:
+            arguments.masks(masks, (picture.height, picture.width))
         inputs = self.processor(
             original_sizes=[(picture.height, picture.width)],
             input_points=[[points]] if points else None,
@@ -428,7 +461,7 @@ class Segmenter:
         )
         prompts = {k: inputs[k] for k in ("input_points", "input_labels", "input_boxes") if k in inputs}
         if masks is not None:
-            prompts["input_masks"] = self.processor.mask_prompts(torch.as_tensor(masks), self.model.sam.image_size)
+            prompts["input_masks"] = self.processor.mask_prompts(masks, self.model.sam.image_size)
             if not points:  # SAM needs a box or clicks beside a mask prompt
                 prompts.setdefault("input_boxes", mask_boxes(prompts["input_masks"]))
         return self.model(features=features, text_embeds=embeds, text_labels=_labels(words), **self._to_device(prompts))
@@ -490,15 +523,14 @@ class Segmenter:
 
     def _with_exemplars(self, vocabulary, embeds, exemplars, image) -> tuple[Vocabulary, Tensor]:
         """Words and their embeddings, followed by those of the exemplars."""
-        by_label = exemplars if isinstance(exemplars, Mapping) else {"exemplar": exemplars}
         labels = {} if vocabulary is None else vocabulary.as_mapping()
         rows = [] if embeds is None else [embeds]
-        for label, boxes in by_label.items():
-            for number, given in enumerate(boxes, 1):
-                on, box = given if len(given) == 2 else (image, given)
+        for label, boxes in exemplars.items():
+            for number, (on, box) in enumerate(boxes, 1):
+                on = image if on is None else on
                 if isinstance(on, list | tuple):
                     raise InputError("With a list of images, an exemplar is (image, box), not a box alone.")
-                found = self._prompt(self.encode(on), boxes=_floats([box]))
+                found = self._prompt(self.encode(on), boxes=[box])
                 rows.append(found.class_embeds[0].float() * self.model.config.exemplar_scale)
                 labels[f"{label} as in exemplar {number}"] = label
         return Vocabulary(labels), torch.cat(rows)
@@ -558,46 +590,85 @@ class Segmenter:
         return self._text_hash
 
 
-def _check_options(
-    post: dict[str, Any], threshold: float | None = None, objectness: float | None = None, tile: int | None = None
-) -> dict[str, Any]:
-    """Options of post-processing, returned once they and the others are checked; raises InputError."""
-    if post.get("nms") is not None and post["nms"] not in NMS:
-        raise InputError(f"There is no NMS {post['nms']!r}; nms is {', '.join(NMS)} or None.")
-    for name, value in (("threshold", threshold), ("objectness", objectness)):
-        if value is not None and not 0 <= value <= 1:
-            raise InputError(f"The {name} is {value:g}; it must be between 0 and 1.")
-    if not 0 < post["mask_threshold"] < 1:
-        raise InputError(f"The mask_threshold is {post['mask_threshold']:g}; it must be between 0 and 1.")
-    if post["top_k"] < 0:
-        raise InputError(f"The top_k is {post['top_k']}; it must be 0 or more.")
-    if tile is not None and tile < 0:
-        raise InputError(f"The tile is {tile} pixels; it must be positive.")
+def _names_of(call: Callable) -> list[str]:
+    """The arguments that a method takes by name."""
+    return [name for name, one in inspect.signature(call).parameters.items() if name != "self" and one.kind != 4]
+
+
+def _listed(image: Any) -> Any:
+    """A generator of images as a list; anything else as it is."""
+    return list(image) if arguments.is_stream(image) else image
+
+
+def _check_options(post: dict[str, Any]) -> dict[str, Any]:
+    """Options of post-processing, returned once they are checked; raises InputError."""
+    if post.get("nms") is not None:
+        arguments.choice("NMS", post["nms"], NMS)
+    for name in ("per_word", "rescore", "exclusive"):
+        arguments.flag(name, post.get(name, False))
+    arguments.number("mask_threshold", post["mask_threshold"], 0, 1, inside=True)
+    arguments.whole("top_k", post["top_k"], 0)
     return post
+
+
+def _check_share(name: str, value: Any) -> float | None:
+    return arguments.optional(arguments.number, name, value, 0, 1)
+
+
+def _check_tile(tile: Any) -> int | None:
+    return None if tile is None or tile is False or tile == 0 else arguments.whole("tile", tile, MIN_TILE)
+
+
+def _check_proposer(proposer: Any) -> str | Proposer | None:
+    if proposer is None or callable(proposer):
+        return proposer
+    if not isinstance(proposer, str):
+        raise InputError(f"The proposer is {arguments.short(proposer)}; it must be a name, a function or None.")
+    check_name(proposer)
+    return proposer
+
+
+def _check_negative(negative: Any) -> Vocabulary | None:
+    """The words that are not wanted; None for none."""
+    negative = arguments.plain(negative)
+    if negative is None or not isinstance(negative, Vocabulary) and negative in ("", (), []):
+        return None
+    return to_vocabulary(negative)
+
+
+def _check_exemplars(given: Any) -> dict[str, list[tuple[Any, list[float]]]]:
+    """Exemplars as a list of (image, box) for each label; the image is None where it is the one that is asked about."""
+    if given is None:
+        return {}
+    found: dict[str, list[tuple[Any, list[float]]]] = {}
+    for label, some in (given if isinstance(given, Mapping) else {"exemplar": given}).items():
+        if not isinstance(label, str) or not label.strip():
+            raise InputError(f"An exemplar's label is {arguments.short(label)}; it must be a word.")
+        some = arguments.plain(some)
+        if isinstance(some, tuple) and len(some) == 2 and not arguments.is_number(some[0]):
+            some = [some]  # one (image, box)
+        elif arguments.is_sequence(some) and some and all(arguments.is_number(one) for one in some):
+            some = [some]  # one box
+        if not arguments.is_sequence(some):
+            raise InputError(f"The exemplars are {arguments.short(some)}; they must be boxes, or pairs (image, box).")
+        pairs = []
+        for one in some:
+            on, box = one if arguments.is_sequence(one) and len(one) == 2 else (None, one)
+            if on is None and arguments.is_sequence(one) and len(one) == 2:
+                raise InputError("An exemplar (image, box) has None for its image; pass the box alone.")
+            boxes = arguments.boxes(box, "exemplars")
+            if len(boxes) != 1:
+                raise InputError(f"The exemplars hold {arguments.short(one)}; each is one box, or (image, box).")
+            pairs.append((on, boxes[0]))
+        if pairs:
+            found[label] = pairs
+    return found
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], features: OVSamFeatures) -> OVSamFeatures:
     return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, features)
 
 
-def _floats(rows) -> list[list[float]]:
-    """Points or boxes (lists, arrays or tensors) as lists of plain numbers."""
-    return [] if rows is None else [[float(number) for number in row] for row in rows]
-
-
 def _labels(words: Vocabulary | None) -> dict[str, str] | None:
     """The words as the processor takes them."""
     return None if words is None else words.as_mapping()
-
-
-def _check_inside(size: tuple[int, int], points, boxes) -> None:
-    width, height = size
-    for x, y in points or ():
-        if not (0 <= x < width and 0 <= y < height):
-            raise InputError(f"The point {x:g},{y:g} is outside the picture, which is {width}x{height} pixels.")
-    for x1, y1, x2, y2 in boxes or ():
-        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-            raise InputError(
-                f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not left,top,right,bottom inside the picture, which is "
-                f"{width}x{height} pixels."
-            )

@@ -10,17 +10,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.components import connected_nodes
 from ovsam.ops.nms import fast_nms, within
+from ovsam.processing.images import MIN_SIDE
 from ovsam.results.instance import Instance
 from ovsam.results.results import Results
 
 SAME = 0.5  # minimum IoU, within the overlap of two tiles, of two masks of one object
 INSIDE = 0.8  # minimum share of a mask inside another one of the same class for it to be a part of it
 DUPLICATE = 0.6  # minimum IoU of two whole objects at which the lower score is dropped
+QUICK = 8  # tiles; more have a bar on a terminal
+MAX_TILES = 2_000  # of one picture
 EDGE = 2  # px; a mask that comes this close to the edge of its tile is cut by it
 
 
@@ -81,15 +85,18 @@ def segment_tiled(
     windows = tiles(size, tile, overlap)
     if len(windows) == 1:
         return ask(image)
+    if len(windows) > MAX_TILES:
+        raise InputError(f"Tiles of {tile} pixels would be {len(windows):,}; take larger ones, {MAX_TILES:,} at most.")
     pieces: list[Piece] = []
     results = None
-    for window in windows:
+    for window in tqdm(windows, unit=" tiles", disable=len(windows) < QUICK or None):  # None: no terminal, no bar
         results = ask(image.crop(window))
         pieces += place(results, window, size)
     overview: list[Instance] = []
     if whole:
         scale = tile / max(size)
-        small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        # A picture much narrower than it is long stays wide enough to be segmented.
+        small = image.resize([max(MIN_SIDE, round(side * scale)) for side in image.size])
         # Objects that fit into the overlap are whole, and larger, in a tile.
         overview = [_grow(one, size) for one in ask(small) if max(one.bbox[2:]) > overlap * scale]
     return Results(merge(pieces, overview, per_word), size, results.model, results.file_name)

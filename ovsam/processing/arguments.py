@@ -51,9 +51,9 @@ def no_others(call: str, given: Mapping[str, Any], known: Collection[str]) -> No
 def number(name: str, value: Any, low: float, high: float, inside: bool = False) -> float:
     """A real number from `low` to `high`; `inside`: both limits excluded."""
     if is_number(value):
-        value = float(value)
-        if low < value < high if inside else low <= value <= high:
-            return value
+        found = float(value)
+        if low < found < high if inside else low <= found <= high:
+            return found
     between = f"between {low:g} and {high:g}" if high < math.inf else f"a number of {low:g} or more"
     raise InputError(f"The {name} is {short(value)}; it must be {between}.")
 

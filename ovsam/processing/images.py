@@ -19,6 +19,7 @@ MIN_SIDE = 8  # px; smaller images cannot be segmented
 # Other formats are never tried: Pillow passes PostScript to Ghostscript, whatever the name of the file.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "ICO")
 URLS = ("http://", "https://")
+TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags
 MAX_DOWNLOAD = 256 * 2**20  # bytes of an image behind a URL
 DOWNLOAD_SECONDS = 30.0  # without a response
 
@@ -77,6 +78,12 @@ def orientation_of(image: Image.Image) -> int:
     except Exception:  # each decoder raises errors of its own
         return 1
     return orientation if orientation in UPRIGHT else 1
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height before the orientation is applied; of a TIFF that was not decoded Pillow gives those after."""
+    tags = getattr(image, "tag_v2", {})
+    return (tags[TIFF_WIDTH], tags[TIFF_HEIGHT]) if image.format == "TIFF" else image.size
 
 
 def is_url(picture: object) -> bool:

@@ -1,12 +1,14 @@
 """OVSamProcessor: images, text queries and prompts -> tensors; OVSamOutput -> instances, in pixels of the image."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.models.sam2.processing_sam2 import Sam2Processor
@@ -19,6 +21,8 @@ from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.ops.masks import OUTSIDE, mask_logits
 from ovsam.ops.segments import segments_of
+from ovsam.processing import arguments
+from ovsam.processing.images import open_image, unit_to_uint8
 from ovsam.processing.postprocessing import (
     Canvas,
     Selection,
@@ -31,7 +35,7 @@ from ovsam.processing.postprocessing import (
     select,
 )
 from ovsam.processing.video_sessions import VideoSessions
-from ovsam.processing.vocabulary import check_text_length
+from ovsam.processing.vocabulary import Vocabulary, as_read, check_letters, check_text_length, split_words
 
 PADDING_LABEL = -10  # label of padding points
 
@@ -134,6 +138,14 @@ class OVSamProcessor(VideoSessions, Sam2Processor):
             InputError: a text query is empty or too long for the text tower, or the number of lists of text queries is
                 not the number of images.
         """
+        images = _pictures(images)
+        sizes = _sizes(original_sizes)
+        original_sizes = original_sizes if sizes is None else sizes
+        form = "[image][prompt][point][x, y]"
+        input_points = arguments.prompts("input_points", input_points, 3, 2, form)
+        input_labels = arguments.prompts("input_labels", input_labels, 3, None, "[image][prompt][point], 1 or 0 each")
+        input_boxes = arguments.prompts("input_boxes", input_boxes, 2, 4, "[image][box][x1, y1, x2, y2]")
+        _check_prompts(images, sizes, input_points, input_labels, input_boxes, self.point_pad_value)
         input_boxes, counts = _pad_boxes(input_boxes)
         encoded = super().__call__(
             images=images,
@@ -158,16 +170,15 @@ class OVSamProcessor(VideoSessions, Sam2Processor):
             encoded["input_masks"] = input_masks
         words: list[str] = []
         if text is not None:
-            text_labels = [text] if isinstance(text, str) else text
-            text_labels = dict(text_labels) if isinstance(text_labels, Mapping) else list(text_labels)
+            text_labels = _words(text)
             if is_per_image(text_labels) and not _fits(text_labels, len(encoded["original_sizes"])):
                 raise InputError(f"Text queries per image must be one list for each image; got {text_labels}.")
             encoded["text_labels"], words = text_labels, all_phrases(text_labels)
         if negative_text is not None:
-            negatives = [negative_text] if isinstance(negative_text, str) else list(negative_text)
+            negatives = list(_words(negative_text))
             encoded["negative_labels"], words = negatives, words + negatives
         if text is not None or negative_text is not None:
-            encoded.update(self.tokenize(words))
+            encoded.update(self.tokenize([as_read(word) if isinstance(word, str) else word for word in words]))
         encoded.pop("reshaped_input_sizes", None)  # of SAM 1; this processor computes it from the original size
         return BatchFeature(encoded)
 
@@ -182,8 +193,12 @@ class OVSamProcessor(VideoSessions, Sam2Processor):
 
     def mask_prompts(self, masks: Tensor, size: int) -> Tensor:
         """Masks [n, H, W], bool or logits, over one image -> input_masks [1, n, size / 4, size / 4], logits."""
-        if masks.ndim != 3:
-            raise InputError(f"Masks must be [n, H, W], one for each object; got {list(masks.shape)}.")
+        tensor = isinstance(masks, Tensor) and masks.ndim == 3
+        if not tensor or not (masks.is_floating_point() or masks.dtype == torch.bool):
+            masks = torch.from_numpy(arguments.masks(masks))
+        if not masks.isfinite().all():
+            raise InputError("The masks hold NaN or infinite values; they must be bool, or finite logits.")
+        size = arguments.whole("size", size, 4)
         logits = mask_logits(masks)
         across, down = self.picture_share(*masks.shape[1:])
         grid = round(down * size / 4), round(across * size / 4)
@@ -192,11 +207,15 @@ class OVSamProcessor(VideoSessions, Sam2Processor):
 
     def tokenize(self, phrases: list[str]) -> dict[str, Tensor]:
         """Phrases -> input_ids and attention_mask [K, T]."""
-        if not phrases:
+        phrases = [phrases] if isinstance(phrases, str) else arguments.plain(phrases)
+        if not arguments.is_sequence(phrases) or not phrases:
             raise InputError("The list of text queries is empty; pass at least one.")
         for phrase in phrases:
             if not isinstance(phrase, str) or not phrase.strip():
-                raise InputError(f"The text query {phrase!r} is not valid; it must be a non-empty string.")
+                raise InputError(
+                    f"The text query {arguments.short(phrase)} is not valid; it must be a non-empty string."
+                )
+            check_letters(phrase)
         lengths = [len(ids) for ids in self.tokenizer(phrases, truncation=False)["input_ids"]]
         check_text_length(phrases, lengths, self.max_text_length)
         tokens = self.tokenizer(
@@ -245,6 +264,7 @@ class OVSamProcessor(VideoSessions, Sam2Processor):
             dropped, the proposals with a higher score for a negative query: dicts of text_label, score, negative,
             negative_score.
         """
+        arguments.number("mask_threshold", mask_threshold, 0, 1, inside=True)
         options = {"nms": nms, "per_word": per_word, "rescore": rescore, "top_k": top_k}
         results = []
         for chosen, canvas in self._choose(outputs, target_sizes, text_labels, threshold, **options):
@@ -301,6 +321,7 @@ class OVSamProcessor(VideoSessions, Sam2Processor):
             for each image a map [H, W] of indices into the labels of the image, -1 without any; with `return_scores`
             also a list of the products [H, W], 0 without any.
         """
+        arguments.number("mask_threshold", mask_threshold, 0, 1, inside=True)
         maps, scores = [], []
         for chosen, canvas in self._choose(outputs, target_sizes, text_labels, threshold, nms=None):
             owners, values, _ = assign(chosen.logits, chosen.scores, canvas, mask_threshold, by_pixel=True)
@@ -382,6 +403,11 @@ class OVSamProcessor(VideoSessions, Sam2Processor):
         self, outputs: OVSamOutput, target_sizes, text_labels, threshold, **options
     ) -> Iterator[tuple[Selection, Canvas]]:
         """Yield for each image the instances that are kept, and the size of their masks."""
+        threshold = arguments.optional(arguments.number, "threshold", threshold, 0, 1)
+        arguments.whole("top_k", options.get("top_k", 0), 0)
+        sizes = _sizes(target_sizes)
+        if sizes is not None and len(sizes) != len(outputs.pred_masks):
+            raise InputError(f"There are {len(sizes)} target_sizes for {len(outputs.pred_masks)} images.")
         for image in range(len(outputs.pred_masks)):
             chosen = select(
                 outputs,
@@ -398,6 +424,85 @@ class OVSamProcessor(VideoSessions, Sam2Processor):
             return Canvas(*outputs.pred_masks.shape[-2:])
         height, width = (int(side) for side in target_sizes[image])
         return Canvas(height, width, self.picture_share(height, width))
+
+
+def _pictures(images: Any) -> Any:
+    """Pictures as the image processor takes them: whatever else can be opened becomes RGB."""
+    if images is None:
+        return None
+    if not isinstance(images, list | tuple):
+        return _picture(images)
+    if not images:
+        raise InputError("The list of images is empty; pass at least one.")
+    return [_picture(one) for one in images]
+
+
+def _picture(image: Any) -> Any:
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else open_image(image)
+    if isinstance(image, Tensor | np.ndarray) and image.ndim in (3, 4) and image.dtype in (torch.uint8, np.uint8):
+        if 4 in (image.shape[-1], image.shape[0]) and image.ndim == 3 and isinstance(image, np.ndarray):
+            return open_image(image)
+        return image
+    if isinstance(image, Tensor | np.ndarray) and image.ndim in (3, 4):
+        array = np.asarray(image.detach().cpu().float() if isinstance(image, Tensor) else image)
+        if array.dtype.kind not in "iuf" or not array.size or not np.isfinite(array).all():
+            raise InputError("An image holds values that are no finite numbers; pass uint8, or floats in [0, 1].")
+        if array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1:
+            array = unit_to_uint8(array, "The image")
+        return torch.from_numpy(array) if isinstance(image, Tensor) else array
+    return open_image(image)
+
+
+def _sizes(original_sizes: Any) -> list[list[int]] | None:
+    """(height, width) of each image, whole and positive."""
+    if original_sizes is None:
+        return None
+    found = arguments.rows("original_sizes", original_sizes, 2, "(height, width) in pixels, one for each image")
+    if not all(side >= 1 and side == int(side) for row in found for side in row):
+        raise InputError(f"The original_sizes are {arguments.short(original_sizes)}; they must be whole and positive.")
+    return [[int(side) for side in row] for row in found]
+
+
+def _check_prompts(images, sizes, points, labels, boxes, padding: int) -> None:
+    """Prompts are one entry an image, and labels one a point."""
+    if images is None and sizes is None and any(given is not None for given in (points, labels, boxes)):
+        raise InputError("Prompts are in pixels of an image; pass images, or their original_sizes.")
+    count = len(images) if isinstance(images, list) else len(sizes) if images is None and sizes is not None else None
+    for name, given in (("input_points", points), ("input_labels", labels), ("input_boxes", boxes)):
+        if given is not None and count is not None and len(given) != count:
+            raise InputError(f"There are {count} images and {len(given)} entries of {name}; each image takes one.")
+    if labels is None:
+        return
+    if points is None:
+        raise InputError("There are input_labels without input_points; each point takes one.")
+    for row, several in zip(points, labels, strict=False):
+        if [len(one) for one in row] != [len(one) for one in several]:
+            raise InputError("The input_labels do not fit the input_points; each point takes one.")
+    for one in (label for several in labels for row in several for label in row):
+        if one not in (1, 0, -1, padding):
+            raise InputError(f"The input_labels hold {one}; each is 1 (on the object), 0 (beside it) or -1 (padding).")
+
+
+def _words(text: Any) -> Any:
+    """Words as a list or a mapping, or a list of those for each image; a text is split as people write words."""
+    if isinstance(text, str):
+        return split_words(text) or [text]
+    if isinstance(text, Vocabulary):
+        return text.as_mapping()
+    if isinstance(text, Mapping):
+        return dict(text)
+    text = arguments.plain(text)
+    if not isinstance(text, Iterable) or isinstance(text, bytes):
+        raise InputError(f"The words are {arguments.short(text)}; they must be a list of words, or one for each image.")
+    words = list(text)
+    if any(isinstance(one, str) for one in words):
+        return [one for one in words if not isinstance(one, str) or one.strip()] or words
+    rows = [list(one) if isinstance(one, tuple) else one for one in words]
+    for one in rows:
+        if not isinstance(one, list | Mapping) or not all(isinstance(word, str) for word in one):
+            raise InputError(f"The words hold {arguments.short(one)}; each must be a word, or a list of words.")
+    return rows
 
 
 def _pad_boxes(boxes) -> tuple[Any, list[int] | None]:

@@ -2,17 +2,20 @@
 
 import contextlib
 import csv
+import difflib
 import hashlib
 import json
 import logging
 import os
+import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovsam.errors import InputError
+from ovsam.processing.arguments import plain, short
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that class names can be checked before it is loaded
     import torch
@@ -48,19 +51,24 @@ class Vocabulary:
         templates: Sequence[str] | None = None,
     ):
         labels: dict[str, str] = {}
+        empty = 0
         for prompt, label in _read_words(words):
             for text in (prompt, label):
                 if not isinstance(text, str):
-                    raise InputError(f"A vocabulary must hold class names as strings, not {text!r}.")
-                if not text.strip():
-                    raise InputError("A class name of the vocabulary is empty; remove it or fill it in.")
+                    raise InputError(f"A vocabulary must hold class names as strings, not {short(text)}.")
+                check_letters(text)
             prompt, label = prompt.strip(), label.strip()
+            if not prompt or not label:
+                empty += 1
+                continue
             if labels.setdefault(prompt, label) != label:
                 raise InputError(
                     f"The prompt {prompt!r} has two labels, {labels[prompt]!r} and {label!r}; keep one of them."
                 )
         if not labels:
             raise InputError("The vocabulary is empty; it needs at least one class name.")
+        if empty:
+            logger.warning("%d empty class names were removed from the vocabulary.", empty)
         self.prompts = list(labels)
         self.labels = list(dict.fromkeys(labels.values()))
         label_ids = {label: index for index, label in enumerate(self.labels)}
@@ -99,7 +107,7 @@ class Vocabulary:
             raise ValueError("The cache needs text_hash, so that embeddings of two text towers are not confused.")
         metadata = {
             "format": "ovsam-vocabulary",
-            "prompts": json.dumps(self.prompts),
+            "prompts": json.dumps([as_read(prompt) for prompt in self.prompts]),
             "templates": json.dumps(templates),
             "text_hash": text_hash,
         }
@@ -120,7 +128,7 @@ class Vocabulary:
         chunks = []
         with torch.no_grad(), tqdm(total=len(self.prompts), unit=" words", disable=quick or not progress) as bar:
             for start in range(0, len(self.prompts), chunk_size):
-                prompts = self.prompts[start : start + chunk_size]
+                prompts = [as_read(prompt) for prompt in self.prompts[start : start + chunk_size]]
                 mean = sum(normalize(encode([t.replace("{}", p) for p in prompts]).float(), dim=-1) for t in templates)
                 chunks.append(normalize(mean, dim=-1).cpu())
                 bar.update(len(prompts))
@@ -150,8 +158,51 @@ def check_text_length(phrases: Sequence[str], lengths: Sequence[int], max_length
             )
 
 
+def check_letters(text: str) -> None:
+    """Refuse what no tokenizer reads: halves of surrogate pairs and zero bytes."""
+    if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
+        raise InputError(f"The word {text!a} holds a character that is not text; remove it.")
+
+
+def as_read(phrase: str) -> str:
+    """A phrase as a text tower reads it: "DOG  FACE." is "dog face", whatever a user typed, who gets that back."""
+    return " ".join(phrase.split()).strip(".,;:!? ").lower() or phrase
+
+
+def split_words(text: str) -> list[str]:
+    """The words of one text, as people write them: "car, dog", a word a line, "car . dog" or, as for Grounding DINO,
+    "car. dog." with a full stop at the end. Quotes keep what is between them: '"salt, pepper", dog'."""
+    stops = r"[,\n]|\s\.\s|\s\.$|\.\s+|\.$" if text.rstrip().endswith(".") else r"[,\n]|\s\.\s"
+    quoted: list[str] = []
+
+    def keep(match: re.Match) -> str:
+        quoted.append(match[1])
+        return f"\0{len(quoted) - 1}\0"
+
+    bare = re.sub(r'"([^"]*)"', keep, text.replace("\0", " "))
+    words = [re.sub("\0(\\d+)\0", lambda match: quoted[int(match[1])], word).strip() for word in re.split(stops, bare)]
+    return [word for word in words if word]
+
+
+def to_vocabulary(words: "Vocabulary | Sequence[str] | Mapping[str, str] | str | os.PathLike") -> Vocabulary:
+    """Words to look for. A text is what it says, as `split_words` takes it apart, unless it is the name of a built-in
+    vocabulary or ends like a vocabulary file."""
+    if isinstance(words, Vocabulary):
+        return words
+    if isinstance(words, str) and words not in _BUILT_IN and Path(words[-9:]).suffix.lower() not in _PARSERS:
+        words = split_words(words)
+    return Vocabulary(words)
+
+
 def _check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(templates, str):
+        templates = (templates,)
+    if not isinstance(templates, Iterable):
+        raise InputError(f"The templates are {short(templates)}; they must be a list of sentences around {{}}.")
+    templates = tuple(templates)
     for template in templates:
+        if not isinstance(template, str):
+            raise InputError(f"The templates hold {short(template)}; each must be a sentence around {{}}.")
         if template.count("{}") != 1:
             raise InputError(f"The template {template!r} must have exactly one {{}}, which stands for the class name.")
     if not templates:
@@ -161,24 +212,37 @@ def _check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 def _read_words(words) -> list[tuple[str, str]]:
     """Return (prompt, label) pairs from any input of `Vocabulary`, not yet checked."""
+    if isinstance(words, Vocabulary):
+        return list(words.as_mapping().items())
     if isinstance(words, Mapping):
         return list(words.items())
     if isinstance(words, str) and words in _BUILT_IN:
         words = _BUILT_IN[words]()
     elif isinstance(words, str | os.PathLike):
-        return _read_file(Path(words))
+        return _read_file(words)
+    words = plain(words)
+    if not isinstance(words, Iterable) or isinstance(words, bytes):
+        raise InputError(
+            f"A vocabulary is a list of class names, a mapping of prompts to labels, a file or one of {', '.join(_BUILT_IN)}; "
+            f"got {short(words)}."
+        )
     return [(word, word) for word in words]
 
 
-def _read_file(path: Path) -> list[tuple[str, str]]:
+def _read_file(name: str | os.PathLike) -> list[tuple[str, str]]:
+    path = Path(name)
     parse = _PARSERS.get(path.suffix.lower())
-    if parse is None or not path.is_file():
+    if parse is None or not os.path.isfile(path):
+        close = difflib.get_close_matches(str(name), _BUILT_IN, n=1)
+        meant = f"did you mean {close[0]!r}? Give" if close else "give"
         raise InputError(
-            f"There is no vocabulary {str(path)!r}: give the name of a built-in one ({', '.join(_BUILT_IN)}), the path "
-            "of a .txt, .json or .csv file, or a list of class names."
+            f"There is no vocabulary {short(str(name))}: {meant} the name of a built-in one ({', '.join(_BUILT_IN)}), "
+            "the path of a .txt, .json or .csv file, or a list of class names."
         )
     try:
         return parse(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise InputError(f"The vocabulary file {str(path)!r} cannot be read: it is nested too deeply.") from error
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"The vocabulary file {str(path)!r} cannot be read: {error}") from error
 

@@ -1,5 +1,6 @@
 """The instances of an image: one record each, and exports as pure functions of the records."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.nms import NMS, within
 from ovsam.ops.segments import segments_of
+from ovsam.processing import arguments
 from ovsam.processing.images import Picture
 from ovsam.results.formats import libraries, read_labels
 from ovsam.results.formats.base import LabelledImage
@@ -187,7 +189,12 @@ class Results(Sequence[Instance]):
         Raises:
             InputError: the NMS method is unknown.
         """
+        score, mask_score = (arguments.number(*one, 0, 1) for one in (("score", score), ("mask_score", mask_score)))
+        nms_threshold = arguments.number("nms_threshold", nms_threshold, 0, 1)
+        arguments.number("min_area", min_area, 0, math.inf)
         labels = {labels} if isinstance(labels, str) else labels
+        if labels is not None and not isinstance(labels, Collection):
+            raise InputError(f"The labels are {arguments.short(labels)}; they must be a list of labels.")
         kept = [
             instance
             for instance in self
@@ -196,8 +203,7 @@ class Results(Sequence[Instance]):
             and (labels is None or instance.label in labels)
         ]
         if nms is not None:
-            if nms not in NMS:
-                raise InputError(f"There is no NMS method {nms!r}; choose one of {', '.join(NMS)}.")
+            arguments.choice("NMS", nms, NMS)
             masks = [instance.segmentation for instance in kept]
             overlap = torch.from_numpy(rle.iou(masks, masks))
             if per_word:

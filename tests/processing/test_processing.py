@@ -66,7 +66,7 @@ def test_lists_per_image_share_their_words():
         ([], "list of text queries is empty"),
         ([[], []], "list of text queries is empty"),
         ("", "'' is not valid"),
-        (["cat", "  "], "'  ' is not valid"),
+        (["", "  "], "'' is not valid"),
         (["cat", 3], "3 is not valid"),
         (["red ball " * 6], "14 tokens; this model takes at most 12"),
         ([["cat"]], "one list for each image"),

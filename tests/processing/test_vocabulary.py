@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from ovsam.errors import InputError
-from ovsam.processing.vocabulary import Vocabulary, check_text_length
+from ovsam.processing.vocabulary import Vocabulary, check_text_length, split_words, to_vocabulary
 
 
 class Encoder:
@@ -91,8 +91,12 @@ def test_names_that_imagenet_classes_share_are_made_unique():
     ("words", "message"),
     [
         ([], "The vocabulary is empty"),
-        (["dog", "  "], "A class name of the vocabulary is empty"),
-        ({"dog": ""}, "A class name of the vocabulary is empty"),
+        (["  ", ""], "The vocabulary is empty"),
+        ({"dog": ""}, "The vocabulary is empty"),
+        (5, "A vocabulary is a list of class names"),
+        (float("nan"), "A vocabulary is a list of class names"),
+        ("a" * 300 + ".txt", "There is no vocabulary"),
+        (["\ud800"], "a character that is not text"),
         (["dog", 7], "must hold class names as strings, not 7"),
         ({"dog": "animal", "dog ": "pet"}, "'dog' has two labels, 'animal' and 'pet'"),
         ("koko", r"no vocabulary 'koko'.*coco, lvis, imagenet21k.*the path of a .txt, .json or .csv file"),
@@ -113,6 +117,7 @@ def test_bad_words_are_one_clear_sentence(words, message):
         ("number.json", b"3", "a list of class names or a mapping"),
         ("nested.json", b'[["dog"]]', "must hold class names as strings, not"),
         ("wide.csv", b"dog,cat\nbird,fish\n", "first line must be 'prompt,label'"),
+        ("deep.json", b"[" * 100_000, "nested too deeply"),
         ("ragged.csv", b"prompt,label\ndog,dog\ncat\n", "'cat' has 1 columns instead of 2"),
         ("twice.csv", b"prompt,label\ndog,animal\ndog,pet\n", "'dog' has two labels"),
         ("words.yaml", b"- dog\n", "There is no vocabulary"),
@@ -127,7 +132,7 @@ def test_bad_files_are_one_clear_sentence(tmp_path, name, content, message):
 def test_a_phrase_of_500_words_is_one_clear_sentence():
     phrase = " ".join(["word"] * 500)
     check_text_length(["dog", phrase], [3, 77], max_length=77)
-    message = r"^the phrase 'word .*\.\.\.' is too long: 502 tokens .* at most 77\.$"
+    message = r"^The phrase 'word .*\.\.\.' is too long: 502 tokens .* at most 77\.$"
     with pytest.raises(InputError, match=message) as error:
         check_text_length(["dog", phrase], [3, 502], max_length=77)
     assert len(str(error.value)) < 200
@@ -158,7 +163,7 @@ def test_the_vocabularys_own_templates_come_first():
     assert encode.sentences == ["my dog"]
 
 
-@pytest.mark.parametrize("templates", [(), ("a photo",), ("{} and {}",)])
+@pytest.mark.parametrize("templates", [(), ("a photo",), ("{} and {}",), 5, [5]])
 def test_bad_templates_are_refused(templates):
     with pytest.raises(InputError, match="template"):
         Vocabulary(["dog"], templates=templates)
@@ -280,3 +285,40 @@ def test_cache_metadata_is_readable(tmp_path):
     cached(tmp_path)
     with safe_open(next(tmp_path.iterdir()), framework="pt") as file:
         assert json.loads(file.metadata()["prompts"]) == ["dog", "cat"]
+
+
+def test_what_is_typed_stays_and_what_is_read_is_plain():
+    assert Vocabulary(["DOG  FACE.", "Café!"]).labels == ["DOG  FACE.", "Café!"]
+    encode = Encoder()
+    Vocabulary(["DOG  FACE.", "C.", "..."]).embed(encode)
+    assert encode.sentences == ["dog face", "c", "..."]
+
+
+def test_empty_words_among_others_are_left_out(caplog):
+    assert Vocabulary("car, dog, ".split(",")).labels == ["car", "dog"]
+    assert "1 empty class names were removed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("car", ["car"]),
+        ("car, red ball", ["car", "red ball"]),
+        ("car . dog . cat", ["car", "dog", "cat"]),
+        ("car. dog. cat.", ["car", "dog", "cat"]),
+        ("St. Bernard, Mt. Fuji", ["St. Bernard", "Mt. Fuji"]),
+        ('"salt, pepper", dog', ["salt, pepper", "dog"]),
+        ("car\ndog\n", ["car", "dog"]),
+        (" , ", []),
+    ],
+)
+def test_one_text_is_split_as_people_write(text, words):
+    assert split_words(text) == words
+
+
+def test_a_text_is_words_unless_it_names_a_vocabulary(tmp_path):
+    (tmp_path / "mine.txt").write_text("owl\n")
+    assert to_vocabulary("car, dog").labels == ["car", "dog"]
+    assert len(to_vocabulary("coco").labels) == 80
+    assert to_vocabulary(str(tmp_path / "mine.txt")).labels == ["owl"]
+    assert to_vocabulary(to_vocabulary(["a"])).labels == ["a"]

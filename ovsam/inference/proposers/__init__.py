@@ -21,17 +21,23 @@ LOADERS: dict[str, Callable[[str, str], Proposer]] = {
 NAMES = ("concepts", *FUNCTIONS, *(f"{kind}:ID" for kind in LOADERS))
 
 
+def check_name(name: str) -> None:
+    """Raises InputError unless a proposer may have this name; nothing is loaded."""
+    kind, _, model_id = name.partition(":")
+    if name not in ("concepts", *FUNCTIONS) and (kind not in LOADERS or not model_id):
+        raise InputError(f"There is no proposer {name!r}; there are {', '.join(NAMES)}, and functions of your own.")
+
+
 def get_proposer(name: str, device: str = "cpu") -> Proposer:
     """The proposer of a name, such as "grid" or "detector:google/owlv2-base-patch16-ensemble".
 
     Raises:
         InputError: no such proposer, or no such model.
     """
+    check_name(name)
     kind, _, model_id = name.partition(":")
     if name in FUNCTIONS:
         return FUNCTIONS[name]
-    if kind not in LOADERS or not model_id:
-        raise InputError(f"There is no proposer {name!r}; there are {', '.join(NAMES)}, and functions of your own.")
     return LOADERS[kind](model_id, device)
 
 

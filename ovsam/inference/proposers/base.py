@@ -14,6 +14,7 @@ from ovsam.modeling.geometry import boxes_from_clip
 from ovsam.modeling.scoring import calibrated, instance_scores
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.ops.masks import OUTSIDE, mask_logits
+from ovsam.processing.arguments import short
 
 if TYPE_CHECKING:
     from ovsam.modeling.modeling_ovsam import OVSamModel
@@ -193,6 +194,8 @@ def _over_input(question: Question, masks: Tensor) -> Tensor:
 
 
 def _check(proposals: Proposals, words: int) -> None:
+    if not isinstance(proposals, Proposals):
+        raise InputError(f"A proposer must return Proposals; this one returned {short(proposals)}.")
     shapes: dict[str, tuple] = {
         "boxes": ("n", 4),
         "points": ("n", 2),
@@ -205,6 +208,8 @@ def _check(proposals: Proposals, words: int) -> None:
         raise InputError("A proposer must give boxes [n, 4], points [n, 2] or masks [n, H, W].")
     for name, tensor in given.items():
         want = shapes[name]
+        if not isinstance(tensor, Tensor) or (tensor.is_floating_point() and not tensor.isfinite().all()):
+            raise InputError(f"A proposer's {name} must be a tensor of finite numbers; got {short(tensor)}.")
         fits = tensor.ndim == len(want) and len(tensor) == len(proposals)
         fits &= all(not isinstance(side, int) or side == have for side, have in zip(want, tensor.shape, strict=False))
         if not fits:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from PIL import Image
-
 from ovsam.errors import InputError
 from ovsam.ops import rle
+from ovsam.processing.images import open_file, orientation_of, stored_size
 from ovsam.results.instance import Instance
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -128,9 +127,9 @@ def picture_of(folders: Iterable[Path], place: str) -> Path | None:
 def upright_size(path: Path) -> tuple[int, int]:
     """Height and width of an image file after its EXIF orientation, from its header."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5
+        with open_file(path) as image:
+            width, height = stored_size(image)
+            turned = orientation_of(image) >= 5
     except Exception as error:  # each decoder raises errors of its own
         raise InputError(f"{path} cannot be read ({error}); its label file needs its size.") from error
     return (width, height) if turned else (height, width)

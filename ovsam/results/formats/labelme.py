@@ -16,6 +16,7 @@ from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, to_polygon
+from ovsam.processing.images import open_file
 from ovsam.results.formats.base import (
     Labelled,
     LabelledImage,
@@ -111,7 +112,7 @@ def _mask(shape: dict[str, Any], size: tuple[int, int]) -> rle.RLE | None:
     height, width = size
     kind, points = shape.get("shape_type", "polygon"), np.array(shape["points"], float)
     if kind == "mask":
-        part = np.asarray(Image.open(io.BytesIO(base64.b64decode(shape["mask"])))).astype(bool)
+        part = np.asarray(open_file(io.BytesIO(base64.b64decode(shape["mask"])))).astype(bool)
         x, y = points[0].astype(int).tolist()
         return rle.encode(part, x, y, size)
     if kind == "rectangle":

@@ -11,7 +11,7 @@ from PIL import Image
 from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.files import write_text, write_whole
-from ovsam.processing.images import Picture, open_image
+from ovsam.processing.images import Picture, open_file, open_image
 from ovsam.results.formats.base import (
     Labelled,
     LabelledImage,
@@ -65,7 +65,7 @@ def read_masks(source: str | os.PathLike[str]) -> list[LabelledImage]:
     found, numbers = [], Numbers()
     for path in files_below(source, (".png",)):
         record = load_json(path.with_suffix(".json"))
-        with Image.open(path) as picture:
+        with open_file(path) as picture:
             owners = np.asarray(picture)
         if owners.ndim != 2 or not isinstance(record, dict) or "instances" not in record:
             raise InputError(f"{path} is not a map of instance numbers, or its JSON file does not list them.")
