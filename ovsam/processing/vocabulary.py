@@ -223,8 +223,8 @@ def _read_words(words) -> list[tuple[str, str]]:
     words = plain(words)
     if not isinstance(words, Iterable) or isinstance(words, bytes):
         raise InputError(
-            f"A vocabulary is a list of class names, a mapping of prompts to labels, a file or one of {', '.join(_BUILT_IN)}; "
-            f"got {short(words)}."
+            "A vocabulary is a list of class names, a mapping of prompts to labels, a file or one of "
+            f"{', '.join(_BUILT_IN)}; got {short(words)}."
         )
     return [(word, word) for word in words]
 

@@ -69,7 +69,7 @@ def test_masks_are_bool_or_logits():
     ):
         with pytest.raises(InputError, match=message):
             arguments.masks(wrong)
-    with pytest.raises(InputError, match="6x4 pixels and the picture is 4x6"):
+    with pytest.raises(InputError, match="6x4 pixels and the image is 4x6"):
         arguments.masks(ones, (6, 4))
 
 

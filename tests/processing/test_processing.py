@@ -374,7 +374,7 @@ def test_other_kinds_of_nms():
     found = own(out, threshold=0.01, text_labels=["cat", "dog"], nms="soft")[0]
     assert found["prompt_ids"].tolist() == [1, 0] and found["objectness"].tolist() == pytest.approx([0.6, 0.2])
     assert found["scores"].tolist() == pytest.approx([second, 0.1 * first], rel=1e-4)
-    with pytest.raises(InputError, match="no NMS 'best'; there are fast, greedy"):
+    with pytest.raises(InputError, match="no NMS method 'best'; choose one of fast, greedy"):
         post_process(out, nms="best")
 
 
