@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import threading
 from pathlib import Path
 
@@ -17,7 +18,7 @@ REFUSALS = (403, 407, 502, 503, 504)  # responses of a proxy that blocks the Hub
 
 def split_revision(name: str) -> tuple[str, str | None]:
     """ "ORG/NAME@REVISION" -> ("ORG/NAME", "REVISION"); the name of a folder may contain an @."""
-    if "@" not in name or Path(name).exists():
+    if "@" not in name or os.path.exists(name):
         return name, None
     repo, _, revision = name.rpartition("@")
     return repo, revision
@@ -64,7 +65,7 @@ def _status(url: str) -> int | None:
 
 def check_in_reach(name: str) -> None:
     """Raise InputError, within seconds, if a model is not a folder, not in the cache, and cannot be downloaded."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return
     repo, _ = split_revision(name)
     try:

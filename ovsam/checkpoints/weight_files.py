@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def fetch(name: str) -> Path:
             call resumes), or the hash differs from the Hub's (the file is deleted).
     """
     repo, revision = split_revision(name)
-    if Path(repo).is_dir():
+    if os.path.isdir(repo):
         return Path(repo)
     check_in_reach(name)
     if not hub_answers():

@@ -1,5 +1,6 @@
 """`ovsam.load(...)` -> Segmenter: text queries, prompts or everything in an image -> Results."""
 
+import difflib
 import hashlib
 import inspect
 import os
@@ -15,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers import AutoConfig, AutoProcessor
 
 from ovsam.checkpoints.compose import compose
 from ovsam.checkpoints.embedded import CACHE, find_checkpoint
+from ovsam.checkpoints.model_folder import load_folder
 from ovsam.checkpoints.presets import PRESETS, announce_download, choose_auto
-from ovsam.checkpoints.weight_files import check_weights, fetch
+from ovsam.checkpoints.weight_files import fetch
 from ovsam.errors import InputError
 from ovsam.inference.proposers import (
     Proposer,
@@ -32,7 +33,6 @@ from ovsam.inference.proposers import (
     text_inputs,
 )
 from ovsam.inference.tiling import segment_tiled
-from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.fuse import fuse
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
@@ -68,7 +68,9 @@ def load(
     Raises:
         InputError: unknown model, none available, or unknown device or dtype.
     """
-    name = str(model)
+    if not isinstance(model, str | os.PathLike):
+        raise InputError(f"The model is {arguments.short(model)}; it must be a preset, a folder or a Hub id.")
+    name = os.fspath(model)
     if name == "auto":
         name = os.environ.get("OVSAM_MODEL") or choose_auto()
     target, dtype = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu")), _check_dtype(dtype)
@@ -78,27 +80,19 @@ def load(
         whole, processor = compose(sam=parts["sam"], clip=parts["clip"])
         return Segmenter(whole.to(target, dtype), processor, name)
     folder = find_checkpoint(name) if name in PRESETS else _fetch(name)
-    check_weights(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if not isinstance(config, OVSamConfig):
-            raise InputError(
-                f"{name!r} holds a model of type {config.model_type!r}, not a whole OVSam model: `ovsam compose` makes "
-                "one of a SAM and a CLIP, and ovsam-tiny is one."
-            )
-        whole = OVSamModel.from_pretrained(folder, config=config)
-        processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, KeyError) as error:
-        raise InputError(f"{name!r} cannot be loaded: {error}") from error
-    return Segmenter(whole.to(target, dtype).eval(), processor, name)
+    whole, processor = load_folder(folder, name)
+    return Segmenter(whole.to(target, dtype), processor, name)
 
 
 def _check_device(device: str | torch.device) -> torch.device:
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device {str(device)!r} cannot be used here; `cpu` always works.") from error
+        if target.type == "meta":
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        shown = arguments.short(device if isinstance(device, str) else str(device))
+        raise InputError(f"The device {shown} cannot be used here; `cpu` always works.") from error
     return target
 
 
@@ -111,8 +105,12 @@ def _check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _fetch(name: str) -> Path:
     """The folder of a model that is no preset."""
-    if "/" not in name and not Path(name).exists():
-        raise InputError(f"There is no model {name!r}: pass {', '.join(PRESETS)}, a folder, or a Hub id, ORG/NAME.")
+    if "/" not in name and not os.path.exists(name):
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        meant = f"did you mean {close[0]!r}? Pass" if close else "pass"
+        raise InputError(
+            f"There is no model {arguments.short(name)}: {meant} {', '.join(PRESETS)}, a folder, or a Hub id, ORG/NAME."
+        )
     return fetch(name)
 
 
