@@ -1,8 +1,10 @@
 """The three questions for programs: typed endpoints that gradio_client, curl and MCP clients can call."""
 
 import hashlib
+import math
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,11 @@ import gradio as gr
 from scene import MOST_OVERLAP, Drawn, Sliders, sift
 
 import ovsam
+from ovsam.processing import arguments
+from ovsam.processing.vocabulary import split_words
+
+# What one question may hold.
+MAX_WORDS, MAX_POINTS, MAX_BOXES, MAX_EXEMPLARS = 2_000, 50, 50, 20
 
 BuiltIn = Literal["own", "coco", "lvis", "imagenet21k"]
 
@@ -18,11 +25,11 @@ BuiltIn = Literal["own", "coco", "lvis", "imagenet21k"]
 def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
     """Add /what, /where and /everything to a page, from within it; `told` makes an InputError a message."""
 
-    def ask(request: gr.Request, picture: Any, model: str, question: str, sliders: Sliders, **arguments) -> dict:
+    def ask(request: gr.Request, picture: Any, model: str, question: str, sliders: Sliders, **asked) -> dict:
         session = request.session_hash or secrets.token_hex(16)
         try:
             upload = uploaded(blocks, picture)
-            return sift(engine.ask(model or page_model, session, upload, question, **arguments), sliders).to_coco()
+            return sift(engine.ask(name_of(model) or page_model, session, upload, question, **asked), sliders).to_coco()
         finally:
             if not request.session_hash:  # nobody could come back to these features
                 engine.features.forget(session)
@@ -48,13 +55,9 @@ def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
         Returns:
             A COCO data set of this picture, whose annotations also have label, score, mask_score and topk.
         """
-        if not all(len(point) in (2, 3) for point in points or ()):
-            raise ovsam.InputError("A point is [x, y], [x, y, 1] (on the object) or [x, y, 0] (beside it).")
-        if not all(len(box) == 4 for box in boxes or ()):
-            raise ovsam.InputError("A box is [left, top, right, bottom].")
-        clicks = tuple((x, y, int(label[0]) if label else 1) for x, y, *label in points or ())
-        arguments = Drawn(clicks).arguments() | {"boxes": boxes or None, "vocabulary": names(vocabulary)}
-        return ask(request, picture, model, "what", Sliders(), **arguments)
+        prompts = Drawn(clicks(points)).arguments()
+        prompts |= {"boxes": few("boxes", arguments.boxes(boxes), MAX_BOXES) or None, "vocabulary": names(vocabulary)}
+        return ask(request, picture, model, "what", Sliders(), **prompts)
 
     @told
     def where(
@@ -85,11 +88,16 @@ def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
         Returns:
             A COCO data set of this picture, whose annotations also have label, score, mask_score and topk.
         """
-        model = model or page_model
+        model = name_of(model) or page_model
+        wanted = {
+            "words": word_list(words) or None,
+            "negative": word_list(negative),
+            "exemplars": few("exemplars", arguments.boxes(exemplars, "exemplars"), MAX_EXEMPLARS) or None,
+        }
+        sliders = check_sliders(score, mask_score, overlap, min_area)
         score = engine.default_score(model, "where") if score is None else score
-        sliders = Sliders(score, mask_score, overlap, min_area)
-        arguments = {"words": words or None, "negative": negative or [], "exemplars": exemplars or None}
-        return ask(request, picture, model, "where", sliders, threshold=engine.floor(model, score), **arguments)
+        sliders = replace(sliders, score=score)
+        return ask(request, picture, model, "where", sliders, threshold=engine.floor(model, score), **wanted)
 
     @told
     def everything(
@@ -116,11 +124,12 @@ def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
         Returns:
             A COCO data set of this picture, whose annotations also have label, score, mask_score and topk.
         """
-        model = model or page_model
+        model, words = name_of(model) or page_model, names(vocabulary)
+        sliders = check_sliders(score, mask_score, overlap, min_area)
         score = engine.default_score(model, "everything") if score is None else score
-        sliders = Sliders(score, mask_score, overlap, min_area)
-        arguments = {"threshold": engine.floor(model, score), "vocabulary": names(vocabulary)}
-        return ask(request, picture, model, "everything", sliders, **arguments)
+        sliders = replace(sliders, score=score)
+        floor = engine.floor(model, score)
+        return ask(request, picture, model, "everything", sliders, threshold=floor, vocabulary=words)
 
     for endpoint in (what, where, everything):
         gr.api(endpoint, api_name=endpoint.__name__, concurrency_id="model", concurrency_limit=1)
@@ -129,12 +138,61 @@ def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
 def names(vocabulary: list[str] | BuiltIn) -> list[str] | str | None:
     if isinstance(vocabulary, str) and vocabulary not in BuiltIn.__args__:  # ovsam would take it for a file's name
         raise ovsam.InputError(f"A vocabulary is a list of words or one of {', '.join(BuiltIn.__args__)}.")
-    return None if vocabulary == "own" else vocabulary
+    if vocabulary is None or vocabulary == "own":
+        return None
+    return vocabulary if isinstance(vocabulary, str) else word_list(vocabulary)
+
+
+def word_list(words: Any) -> list[str]:
+    """Words as a list, never as a text: ovsam may take a text for the name of a file of this machine."""
+    if words is None:
+        return []
+    if isinstance(words, str):
+        words = split_words(words)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ovsam.InputError(f"The words are {arguments.short(words)}; they must be a list of words.")
+    return few("words", words, MAX_WORDS)
+
+
+def few(name: str, given: list, most: int) -> list:
+    """One visitor's question must not hold the queue for the others."""
+    if len(given) > most:
+        raise ovsam.InputError(f"There are {len(given):,} {name}; {most:,} are the most here. Ask in parts.")
+    return given
+
+
+def clicks(points: Any) -> tuple[tuple[float, float, int], ...]:
+    """[x, y] or [x, y, label] of each click."""
+    given = points or []
+    if not isinstance(given, list) or not all(isinstance(point, list) and len(point) in (2, 3) for point in given):
+        raise ovsam.InputError("A point is [x, y], [x, y, 1] (on the object) or [x, y, 0] (beside it).")
+    places = arguments.points([point[:2] for point in given])
+    labels = arguments.point_labels([point[2] if len(point) == 3 else 1 for point in given], len(given))
+    few("points", given, MAX_POINTS)
+    return tuple((x, y, label) for (x, y), label in zip(places, labels, strict=True))
+
+
+def check_sliders(score: Any, mask_score: Any, overlap: Any, min_area: Any) -> Sliders:
+    """The sliders; a score of None becomes 0."""
+    score = arguments.optional(arguments.number, "score", score, 0, 1)
+    return Sliders(
+        score or 0.0,
+        arguments.number("mask_score", mask_score, 0, 1),
+        arguments.number("overlap", overlap, 0, 1),
+        arguments.number("min_area", min_area, 0, math.inf),
+    )
+
+
+def name_of(model: Any) -> str:
+    if not isinstance(model, str | None):
+        raise ovsam.InputError(f"The model is {arguments.short(model)}; it must be a preset or a Hub id.")
+    return model or ""
 
 
 def uploaded(blocks: gr.Blocks, picture: Any) -> engine.Upload:
     """What a client uploaded; it could name any file of this machine, which are not for it."""
-    path = Path(picture["path"] or "").resolve() if picture else None
+    given = picture.get("path") if isinstance(picture, dict) else getattr(picture, "path", None)
+    path = Path(given).resolve() if isinstance(given, str) and given and "\0" not in given else None
     if path is None or not path.is_relative_to(Path(blocks.GRADIO_CACHE).resolve()) or not path.is_file():
         raise ovsam.InputError("The picture must be uploaded.")
     return engine.Upload(path, path.name, hashlib.sha256(path.read_bytes()).hexdigest())

@@ -8,7 +8,6 @@ import html
 import importlib.util
 import io
 import os
-import re
 import shutil
 from dataclasses import replace
 from functools import wraps
@@ -17,7 +16,7 @@ from pathlib import Path
 import engine
 import gradio as gr
 import torch
-from api import add_endpoints, uploaded
+from api import add_endpoints, uploaded, word_list
 from engine import FLOOR, MAX_MEGABYTES, ON_SPACE
 from files import FORMATS
 from PIL import Image
@@ -67,8 +66,8 @@ def told(handler):
 
 
 def split(text: str) -> list[str]:
-    # A list, never the bare text: ovsam takes a text for the name of a file.
-    return [word.strip() for word in re.split("[,\n]", text or "") if word.strip()]
+    # A list, never the bare text: ovsam may take a text for the name of a file.
+    return word_list(text or "")
 
 
 def vocabulary(choice: str, pasted: str) -> list[str] | str | None:

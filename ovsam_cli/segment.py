@@ -1,19 +1,23 @@
 """`ovsam segment`: segment objects in images, by text queries, points or boxes, or all of them."""
 
+import glob
 import math
 import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from ovsam.errors import InputError
-from ovsam.ops.files import check_target, write_whole
-from ovsam.processing.images import open_image
-from ovsam.processing.vocabulary import Vocabulary
+from ovsam.ops.files import STDOUT, check_output_folder, check_target, write_text, write_whole
+from ovsam.processing.images import is_url, open_image
+from ovsam.processing.vocabulary import Vocabulary, split_words
+from ovsam.results.formats import FORMATS
+from ovsam.results.formats.base import PICTURES
 from ovsam_cli import arguments
 
 if TYPE_CHECKING:
@@ -26,20 +30,29 @@ one question at a time:
   ovsam segment photo.jpg --text dog "red ball" -o found.png      where are these objects?
   ovsam segment photo.jpg --point 210,140 --vocabulary lvis       what is this object?
   ovsam segment photo.jpg --box 40,60,300,280 --vocabulary my_words.txt
-  ovsam segment *.jpg --everything --vocabulary coco -o overlays/ --json all.json
+  ovsam segment photo.jpg --exemplar 40,60,120,160                where is more of this?
+  ovsam segment photos/ --everything --vocabulary coco -o overlays/ --json all.json
+  ovsam segment 'photos/*.jpg' https://example.org/cat.jpg @list.txt --text cat -o labels/ --format yolo
 
-Coordinates are pixels from the top left corner. Images come before the options.
+IMAGE is a file, a folder, a pattern, a URL, - (stdin), or @FILE, a text file with one of these a line. Coordinates are
+pixels from the top left corner. Pictures stand before the options. Commas separate words, unless they are in quotes of
+their own: --text '"salt, pepper"'. In a pipe the table has tabs and one header.
+Exit code: 0; 1 if some pictures failed; 2 if nothing could be done.
 """
 PARSER = {
-    "usage": "ovsam segment IMAGE... (--text WORD... | --point X,Y | --box X1,Y1,X2,Y2 | --everything) [options]",
-    "description": "Print the instances of each image: label, score, mask score, box (x1,y1,x2,y2) and area.",
+    "usage": "ovsam segment IMAGE... (--text WORD... | --exemplar X1,Y1,X2,Y2 | --point X,Y | --box X1,Y1,X2,Y2 | "
+    "--everything) [options]",
+    "description": "Print what is found in each picture: label, score, mask score, box (x1,y1,x2,y2) and area.",
     "epilog": EXAMPLES,
 }
-MAX_PHRASE = 64  # words; the limit of all text towers; each checks its own
+MAX_PHRASE = 64  # words; no text tower reads more, and each says itself if it reads less
+OUTPUTS = ("overlay", "cutouts", "tsv", *FORMATS)
+MIN_TILE = 64  # as ovsam.inference.segmenter, which imports torch
+COLUMNS = ("image", "label", "score", "mask_score", "x1", "y1", "x2", "y2", "area")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="a picture; see below")
     question = parser.add_argument_group("the question")
     question.add_argument(
         "--text", metavar="WORD", nargs="+", action="extend", default=[], help="text queries to search for"
@@ -71,7 +84,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         dest="boxes",
         help="segment and classify the object in this box; repeat for more objects; points correct a single one",
     )
-    question.add_argument("--everything", action="store_true", help="segment and classify all objects")
+    question.add_argument(
+        "--exemplar",
+        metavar="X1,Y1,X2,Y2",
+        type=arguments.box,
+        action="append",
+        default=[],
+        dest="exemplars",
+        help="find what is like the thing in this box, alone or besides --text; may be repeated",
+    )
+    question.add_argument("--everything", action="store_true", help="segment and name all there is")
     question.add_argument(
         "--vocabulary",
         metavar="NAME|FILE",
@@ -102,104 +124,267 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=arguments.count,
         help="also search overlapping tiles of this side, for small objects in large images",
     )
-    search.add_argument("--exclusive", action="store_true", help="assign each pixel to one instance only")
+    search.add_argument("--max", metavar="N", type=arguments.count, help="at most N things a picture, the best")
+    search.add_argument(
+        "--iou", metavar="SHARE", type=arguments.share, help="of things that overlap by more than this, only the best"
+    )
+    search.add_argument("--exclusive", action="store_true", help="give each pixel to one thing only")
     search.add_argument(
         "--no-refine", action="store_false", dest="refine", help="keep the prototype masks, without the SAM decoder"
     )
     model = parser.add_argument_group("the model")
     model.add_argument("--model", metavar="PRESET|PATH|ID", default="auto", help="default: auto")
     arguments.add_device(model)
+    model.add_argument("--half", action="store_true", help="16-bit weights: half the memory")
+    model.add_argument("--batch", metavar="N", type=arguments.count, default=1, help="pictures a pass (default: 1)")
     output = parser.add_argument_group("the output")
     output.add_argument(
         "-o",
         "--output",
-        metavar="OUT.png",
-        help="draw masks and class names over the image; for several images a folder, with NAME-ovsam.png of each",
+        metavar="OUT",
+        help="what --format makes: a file, or a folder (made where it is missing) for several pictures; - is stdout",
     )
-    output.add_argument("--json", metavar="OUT.json", help="write all images as one COCO data set")
+    output.add_argument(
+        "--format",
+        choices=OUTPUTS,
+        default="overlay",
+        help="what -o holds: masks and names drawn over the picture (overlay, the default), each thing cut out, the "
+        "table with tabs (tsv, also without -o), or the label files of a tool",
+    )
+    output.add_argument("--json", metavar="OUT.json", help="write all pictures as one COCO data set; - is stdout")
+    output.add_argument("-q", "--quiet", action="store_true", help="no table, only mistakes")
+    output.add_argument("-v", "--verbose", action="store_true", help="also what the libraries report")
 
 
 def check(args: Namespace) -> None:
     """Raise InputError for invalid questions and targets, and report the images that cannot be read.
 
-    Sets `args.words`, the vocabulary or None, `args.overlays`, the file of each overlay, and `args.readable`.
+    Sets `args.words`, the vocabulary or None, `args.negative`, `args.readable`, the pictures, and `args.failed`, how
+    many are not among them.
     """
     args.words = _check_question(args)
-    args.overlays = _plan_overlays(args.output, args.images) if args.output else {}
+    if args.half and args.proposer:
+        raise InputError("--half is for the model's own way to look; leave out --proposer.")
+    named = list(dict.fromkeys(_pictures(args.images)))
+    _check_output(args, named)
     if args.json:
-        _check_json(Path(args.json))
-    # Opened here for the check and again below: many images would not fit into memory.
-    args.readable = [path for path in args.images if _try_to_open(path, args)]
+        check_target(args.json, "--json")
+    if args.json == STDOUT and args.output == STDOUT:
+        raise InputError("--json - and -o - would both write to stdout; name a file for one of them.")
+    if STDOUT in named:
+        args.stdin = sys.stdin.buffer.read()
+    # Opened here to be checked and again below to be segmented: many pictures would not fit into memory.
+    args.readable = [name for name in named if _try_to_open(name, args)]
+    args.failed = len(named) - len(args.readable)
     if not args.readable:
         raise SystemExit(2)
 
 
 def run(args: Namespace) -> int:
-    """Segment and classify, print a table for each image, write overlays and the COCO file.
+    """Segment and name, print a table, write what was asked for.
 
-    Images that cannot be read are reported on stderr and skipped. Returns 2 if there are any, else 0.
+    A picture that cannot be read is reported on stderr, and the others go on. Returns 1 if there was one, else 0.
     """
     import ovsam
-    from ovsam.results.formats import write_coco
+    from ovsam.results.formats import write_coco, write_labels
 
-    segmenter = ovsam.load(args.model, device=args.device)
-    found = []
-    for path in args.readable:
-        image = _try_to_open(path, args)
-        if image is None:
-            continue
-        results = _ask(segmenter, image, args)
-        results.file_name = path
+    _quieten(args.verbose, args.quiet)
+    half = {"dtype": "float16" if (args.device or _default_device()).startswith("cuda") else "bfloat16"}
+    segmenter = ovsam.load(args.model, device=args.device, **(half if args.half else {}))
+    printer, found, places = _Printer(args), [], _names(args)
+    for name, image, results in _answers(segmenter, args):
+        results.file_name = "stdin" if name == STDOUT else name
+        results = _thin(results, args)
         found.append(results)
-        print(f"{path}: {len(results)} found ({results.model})")
-        if results:
-            print(results.table())
-        if path in args.overlays:
-            zoom = max(1, round(256 / math.sqrt(image.width * image.height)))  # room for class names on small images
-            overlay = results.overlay(image, zoom)
-            write_whole(args.overlays[path], overlay.save)
-            print(f"overlay: {args.overlays[path]}")
+        printer.add(results)
+        if args.output and args.format == "overlay":
+            zoom = max(1, round(256 / math.sqrt(image.width * image.height)))  # room for names on small pictures
+            drawn = results.overlay(image, zoom)
+            _save(drawn, places[name])
+            printer.say(f"overlay: {places[name]}")
+        elif args.output and args.format == "cutouts":
+            for path in _write_cutouts(results, image, places[name]):
+                printer.say(f"cut-out: {path}")
+    labels = list(args.words.labels) if args.words else list(dict.fromkeys(one.label for r in found for one in r))
+    if args.output and args.format in FORMATS:
+        write_labels(found, args.output, args.format, labels)
+        printer.say(f"{args.format}: {args.output}")
+    elif args.output and args.format == "tsv":
+        write_text(args.output, _header() + "".join(map(_rows, found)))
+        printer.say(f"tsv: {args.output}")
     if args.json:
         write_coco(found, args.json, labels=args.words.labels if args.words else ())
-        print(f"json: {args.json}")
-    return 0 if len(found) == len(args.images) else 2
+        printer.say(f"json: {args.json}")
+    return 0 if not args.failed else 1 if found else 2
 
 
-def _ask(segmenter: "Segmenter", image: Image.Image, args: Namespace) -> "Results":
-    how = {name: getattr(args, name) for name in ("threshold", "proposer", "refine", "tile", "exclusive")}
-    if args.text:
-        return cast("Results", segmenter.where(image, args.words, negative=args.negative, **how))
+class _Printer:
+    """The table: aligned for people on a terminal, with tabs for programs in a pipe."""
+
+    def __init__(self, args: Namespace):
+        used = STDOUT in (args.json, args.output)  # by what goes to stdout
+        self.quiet, self.out = args.quiet, sys.stderr if used else sys.stdout
+        self.people = args.format != "tsv" and self.out.isatty() or used
+        if not self.people and not self.quiet and not (args.format == "tsv" and args.output):
+            print(_header(), end="", file=self.out)
+        self.rows = not (args.format == "tsv" and args.output)
+
+    def add(self, results: "Results") -> None:
+        if self.quiet:
+            return
+        line = f"{results.file_name}: {len(results)} found ({results.model})"
+        print(line, file=self.out if self.people else sys.stderr)
+        if self.people and results:
+            print(results.table(), file=self.out)
+        elif self.rows and not self.people:
+            print(_rows(results), end="", file=self.out)
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=self.out if self.people else sys.stderr)
+
+
+def _header() -> str:
+    return "\t".join(COLUMNS) + "\n"
+
+
+def _rows(results: "Results") -> str:
+    lines = []
+    for one in results:
+        place = [f"{value:g}" for value in one.box]
+        cells = [results.file_name, one.label, f"{one.score:.4f}", f"{one.mask_score:.4f}", *place, str(one.area)]
+        lines.append("\t".join(" ".join(cell.split()) for cell in cells) + "\n")
+    return "".join(lines)
+
+
+def _answers(segmenter: "Segmenter", args: Namespace) -> Iterator[tuple[str, Image.Image, "Results"]]:
+    """Each picture that can still be read with the answer about it."""
+    for start in range(0, len(args.readable), args.batch):
+        names = args.readable[start : start + args.batch]
+        opened = [(name, image) for name in names if (image := _try_to_open(name, args)) is not None]
+        args.failed += len(names) - len(opened)
+        images: list[Any] = [image for _, image in opened]
+        if len(images) > 1 and not args.tile:
+            images = segmenter.encode(images, batch_size=args.batch)
+        for (name, picture), image in zip(opened, images, strict=True):
+            yield name, picture, _ask(segmenter, image, args)
+
+
+def _ask(segmenter: "Segmenter", image: Any, args: Namespace) -> Any:
+    how: dict[str, Any] = {
+        name: getattr(args, name) for name in ("threshold", "proposer", "refine", "tile", "exclusive")
+    }
+    if args.text or args.exemplars:
+        if args.exemplars:
+            how["exemplars"] = [list(box) for box in args.exemplars]
+        return segmenter.where(image, args.words, negative=args.negative, **how)
     if args.everything:
-        return cast("Results", segmenter.everything(image, vocabulary=args.words, objectness=args.objectness, **how))
-    found = segmenter.what(
+        return segmenter.everything(image, vocabulary=args.words, objectness=args.objectness, **how)
+    return segmenter.what(
         image,
         points=[[x, y] for x, y, _ in args.points] or None,
         labels=[label for _, _, label in args.points] or None,
         boxes=[list(box) for box in args.boxes] or None,
         vocabulary=args.words,
     )
-    return cast("Results", found)
+
+
+def _thin(results: "Results", args: Namespace) -> "Results":
+    """What --iou and --max leave."""
+    if args.iou is not None:
+        results = results.filter(nms="greedy", nms_threshold=args.iou)
+    return results[: args.max] if args.max else results
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    write_whole(path, lambda temporary: image.save(temporary, format=_kind(path)))
+
+
+def _quieten(verbose: bool, quiet: bool) -> None:
+    from transformers.utils import logging
+
+    if not verbose:
+        logging.set_verbosity_error()
+    if quiet or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _write_cutouts(results: "Results", image: Image.Image, folder: Path) -> Iterator[Path]:
+    from ovsam.results.formats.masks import cutouts
+
+    for number, (one, cut) in enumerate(zip(results.filter(min_area=1), cutouts(results, image), strict=True), 1):
+        label = "".join(letter if letter.isalnum() else "-" for letter in one.label)[:40]
+        path = folder / f"{number:03}-{label}.png"
+        _save(cut, path)
+        yield path
+
+
+def _pictures(given: list[str], depth: int = 0) -> Iterator[str]:
+    """The names of pictures that files, folders, patterns, URLs, - and @lists stand for."""
+    for name in given:
+        if name == STDOUT or is_url(name) or os.path.isfile(name):
+            yield name
+        elif name.startswith("@") and depth == 0:
+            yield from _pictures(_read_list(name[1:]), depth + 1)
+        elif os.path.isdir(name):
+            inside = sorted(str(path) for path in Path(name).rglob("*") if path.suffix.lower() in PICTURES)
+            if not inside:
+                raise InputError(f"{name} is a folder without pictures; they end in {', '.join(PICTURES)}.")
+            yield from inside
+        elif glob.has_magic(name):
+            matches = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+            if not matches:
+                raise InputError(f"There is no file like {name}; check the pattern.")
+            yield from matches
+        else:
+            yield name  # reported when it is opened
+
+
+def _read_list(path: str) -> list[str]:
+    """The lines of a text file; relative paths start from its folder."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"The list {path} cannot be read ({error}); it is a text file with a picture a line."
+        ) from error
+    named = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not named:
+        raise InputError(f"The list {path} is empty; it is a text file with a picture a line.")
+    return [line if is_url(line) else os.path.join(os.path.dirname(path), line) for line in named]
 
 
 def _check_question(args: Namespace) -> Vocabulary | None:
-    """Return the text queries or the vocabulary, None for the model's own; raises InputError for invalid questions."""
-    text, prompts = bool(args.text), bool(args.points or args.boxes)
+    """Return the words to find or to name with, None for the model's own; raises InputError for an unclear question."""
+    if not args.images:
+        swallowed = [word for word in args.text + args.negative if os.path.isfile(word) or is_url(word)]
+        if swallowed:
+            raise InputError(f"--text took {swallowed[0]} for a word; put the pictures before --text.")
+        raise InputError("The following arguments are required: IMAGE; pictures stand before the options.")
+    args.text = [word for text in args.text for word in split_words(text) or [text]]
+    args.negative = [word for text in args.negative for word in split_words(text) or [text]]
+    text, prompts = bool(args.text or args.exemplars), bool(args.points or args.boxes)
     if text + prompts + args.everything == 0:
         raise InputError(
-            "There is nothing to segment; give --text WORD..., --point X,Y, --box X1,Y1,X2,Y2 or --everything."
+            "Nothing was asked; give --text WORD..., --exemplar X1,Y1,X2,Y2, --point X,Y, --box X1,Y1,X2,Y2 or "
+            "--everything."
         )
     if text + prompts + args.everything > 1:
         raise InputError(
             "--text, --point or --box, and --everything are three questions; give one of them; "
             "the class names for points, boxes and everything are set by --vocabulary."
         )
-    for option in ("proposer", "tile", "exclusive"):
+    for option in ("proposer", "tile", "exclusive", "max", "iou"):
         if prompts and getattr(args, option):
             raise InputError(f"--{option} needs --text or --everything.")
     if text and args.vocabulary:
-        raise InputError("--text already gives the text queries; use --vocabulary with --point, --box or --everything.")
-    if args.negative and not text:
-        raise InputError("--not needs --text; add the text queries to search for.")
+        raise InputError("--text already gives the words; use --vocabulary with --point, --box or --everything.")
     if args.threshold is not None and prompts:
         raise InputError("--threshold needs --text or --everything; points and boxes always give a mask.")
     if args.objectness is not None and not args.everything:
@@ -207,14 +392,18 @@ def _check_question(args: Namespace) -> Vocabulary | None:
     if args.points and len(args.boxes) > 1:
         raise InputError("All points belong to one object; give at most one --box with --point.")
     if args.points and not args.boxes and not any(label for _, _, label in args.points):
-        raise InputError("All points are beside the object (X,Y,0); at least one must be on it (X,Y,1).")
-    for x1, y1, x2, y2 in args.boxes:
+        raise InputError("All clicks are beside the object (X,Y,0); at least one must be on it (X,Y,1).")
+    for x1, y1, x2, y2 in args.boxes + args.exemplars:
         if not (x1 < x2 and y1 < y2):
             raise InputError(
                 f"The box {x1:g},{y1:g},{x2:g},{y2:g} is reversed or empty; it must be left,top,right,bottom, "
                 "with left < right and top < bottom."
             )
-    if not text:
+    if args.tile and args.tile < MIN_TILE:
+        raise InputError(f"--tile {args.tile} is too small; take {MIN_TILE} pixels or more.")
+    if not args.text:
+        if args.negative:
+            raise InputError("--not goes with --text, which says what to find.")
         return Vocabulary(args.vocabulary) if args.vocabulary else None
 
     words = Vocabulary(args.text)
@@ -227,40 +416,68 @@ def _check_question(args: Namespace) -> Vocabulary | None:
     return words
 
 
-def _plan_overlays(output: str, images: list[str]) -> dict[str, Path]:
-    """Return the path of each overlay; raises InputError if it cannot be written."""
-    target = Path(output)
-    if os.path.isdir(target):
-        plan, times = {}, Counter[str]()
-        for image in dict.fromkeys(images):
-            stem = Path(image).stem
-            times[stem] += 1  # images of the same name may come from several folders
-            plan[image] = target / (f"{stem}-ovsam-{times[stem]}.png" if times[stem] > 1 else f"{stem}-ovsam.png")
-        return plan
-    if len(images) > 1:
-        raise InputError(f"-o {output} is not an existing folder; it must be one for several images.")
-    if Image.registered_extensions().get(target.suffix.lower()) not in Image.SAVE:
-        raise InputError(f"-o {output} is not valid; it must be an image file such as out.png or an existing folder.")
-    check_target(target, "-o")
-    if target.exists() and Path(images[0]).exists() and target.samefile(images[0]):
-        raise InputError(f"-o {output} is the image itself; write the overlay to another file.")
-    return {images[0]: target}
+def _check_output(args: Namespace, named: list[str]) -> None:
+    """Raises InputError if -o cannot take what --format makes of these pictures."""
+    output, kind = args.output, args.format
+    if not output:
+        if kind not in ("overlay", "tsv"):
+            raise InputError(f"--format {kind} needs -o, the {'file' if FORMATS.get(kind) else 'folder'} to write.")
+        return
+    if kind == "tsv" or FORMATS.get(kind):
+        check_target(output, "-o")
+    elif kind != "overlay":
+        if output == STDOUT:
+            raise InputError(f"--format {kind} is several files; name a folder with -o.")
+        check_output_folder(output, "-o")
+    elif _is_folder(output, named):
+        check_output_folder(output, "-o")
+    else:
+        if output != STDOUT and _kind(output) is None:
+            raise InputError(f"-o {output} is neither a picture file such as out.png nor a folder such as {output}/.")
+        check_target(output, "-o")
+        if os.path.exists(output) and os.path.isfile(named[0]) and os.path.samefile(output, named[0]):
+            raise InputError(f"-o {output} is the picture itself; write the overlay to another file.")
 
 
-def _check_json(path: Path) -> None:
-    check_target(path, "--json")
+def _is_folder(output: str, named: list[str]) -> bool:
+    """Whether -o is a folder of overlays rather than the one overlay."""
+    return output != STDOUT and (len(named) > 1 or output.endswith(("/", os.sep)) or os.path.isdir(output))
+
+
+def _kind(output: str | os.PathLike[str]) -> str | None:
+    """Pillow's format for the ending of a file; PNG for what has no ending, such as stdout and devices."""
+    suffix = Path(output).suffix.lower()
+    if os.fspath(output) == STDOUT or not suffix and os.path.exists(output) and not os.path.isfile(output):
+        return "PNG"
+    found = Image.registered_extensions().get(suffix)
+    return found if found in Image.SAVE else None
+
+
+def _names(args: Namespace) -> dict[str, Path]:
+    """Where the overlay, or the folder of cut-outs, of each picture goes."""
+    if not args.output or args.format not in ("overlay", "cutouts"):
+        return {}
+    if args.format == "overlay" and not _is_folder(args.output, args.readable + ["another"] * bool(args.failed)):
+        return {args.readable[0]: Path(args.output)}
+    places, times = {}, Counter[str]()
+    for name in args.readable:
+        stem = "stdin" if name == STDOUT else Path(name).stem
+        times[stem] += 1  # pictures of one name may come from several folders
+        stem = f"{stem}-ovsam-{times[stem]}" if times[stem] > 1 else f"{stem}-ovsam"
+        places[name] = Path(args.output) / (f"{stem}.png" if args.format == "overlay" else stem)
+    return places
 
 
 def _try_to_open(path: str, args: Namespace) -> Image.Image | None:
     """Open an image and check that points and boxes are inside it; if not, print the error on stderr and return
     None."""
     try:
-        image = open_image(path)
+        image = open_image(args.stdin if path == STDOUT else path)
         width, height = image.size
         for x, y, _ in args.points:
             if not (0 <= x < width and 0 <= y < height):
                 raise InputError(f"The point {x:g},{y:g} is outside {path}, which is {width}x{height} pixels.")
-        for x1, y1, x2, y2 in args.boxes:
+        for x1, y1, x2, y2 in args.boxes + args.exemplars:
             if not (0 <= x1 and 0 <= y1 and x2 <= width and y2 <= height):
                 raise InputError(
                     f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not inside {path}, which is {width}x{height} pixels."

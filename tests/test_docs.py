@@ -59,7 +59,7 @@ def test_command_line_snippet(tmp_path, monkeypatch):
             [sys.executable, "-m", "ovsam_cli", *command[1:]], cwd=folder, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        assert " found (ovsam-tiny)" in done.stdout
+        assert " found (ovsam-tiny)" in done.stderr
     assert (folder / "found.png").exists() and (folder / "found.json").exists()
 
 

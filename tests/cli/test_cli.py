@@ -1,6 +1,8 @@
 """The command line, with a stand-in for the model: what it asks, what it writes, and what it refuses before loading."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 
@@ -39,6 +41,9 @@ class FakeSegmenter:
         self.how = how
         self.asked.append(("everything", vocabulary and len(vocabulary.prompts), threshold))
         return self._find(image, "thing", "auto")[:0]
+
+
+TSV_HEADER = "image\tlabel\tscore\tmask_score\tx1\ty1\tx2\ty2\tarea\n"
 
 
 @pytest.fixture
@@ -80,6 +85,14 @@ def test_words(folder, loaded, capsys):
     assert run(["segment", "a.png", "--text", "dog", "red ball", "--not", "cat", "--threshold", "0.3"]) == 0
     ((segmenter, model, device),) = loaded
     assert (model, device) == ("auto", None) and segmenter.asked == [("where", ["dog", "red ball"], ["cat"], 0.3)]
+    out, err = capsys.readouterr()
+    assert out == TSV_HEADER + "a.png\tdog\t0.7500\t0.5000\t0\t0\t64\t24\t1536\n"
+    assert err == "a.png: 1 found (fake)\n"
+
+
+def test_a_terminal_shows_a_table_for_people(folder, loaded, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("segment a.png --text dog") == 0
     assert capsys.readouterr().out.splitlines() == [
         "a.png: 1 found (fake)",
         "label  score  mask score        box  area",
@@ -90,7 +103,7 @@ def test_words(folder, loaded, capsys):
 def test_overlay_and_json(folder, loaded, capsys):
     assert run("segment a.png --text dog cat -o out.png --json found.json --model here --device cpu") == 0
     assert loaded[0][1:] == ("here", "cpu")
-    assert capsys.readouterr().out.splitlines()[-2:] == ["overlay: out.png", "json: found.json"]
+    assert capsys.readouterr().err.splitlines()[-2:] == ["overlay: out.png", "json: found.json"]
     with Image.open("out.png") as overlay:
         assert overlay.size == (5 * 64, 5 * 48)  # enlarged, so that names can be read
         assert overlay.getpixel((300, 230)) == (10, 90, 50) != overlay.getpixel((300, 60))
@@ -114,17 +127,18 @@ def test_clicks_boxes_everything(folder, loaded, capsys):
         ("everything", 80, 0.5),
     ]
     assert len(loaded) == 4  # once a command, not once a picture
-    assert "a.png: 0 found (fake)" in capsys.readouterr().out
+    assert "a.png: 0 found (fake)" in capsys.readouterr().err
 
 
 def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
     (folder / "out" / "sub").mkdir()
     Image.new("RGB", (64, 48)).save("out/sub/a.jpg")
     pictures = ["a.png", "text.png", "out/sub/a.jpg", "missing.png", "b.jpg"]
-    assert run(["segment", *pictures, "--text", "dog", "-o", "out", "--json", "all.json"]) == 2
+    assert run(["segment", *pictures, "--text", "dog", "-o", "out", "--json", "all.json"]) == 1
     out, err = capsys.readouterr()
-    assert [line.split()[2] for line in err.splitlines()] == ["text.png", "missing.png"]
-    assert out.count("1 found") == 3 and len(loaded[0][0].asked) == 3
+    errors = [line.split()[2] for line in err.splitlines() if line.startswith("ovsam: error")]
+    assert errors == ["text.png", "missing.png"]
+    assert out.count("dog") == err.count("1 found") == 3 and len(loaded[0][0].asked) == 3
     written = sorted(path.name for path in (folder / "out").glob("*.png"))
     assert written == ["a-ovsam-2.png", "a-ovsam.png", "b-ovsam.png"]
     images = json.loads((folder / "all.json").read_text())["images"]
@@ -135,7 +149,6 @@ def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
     ("command", "message"),
     [
         ("segment missing.png --text dog", "missing.png does not exist"),
-        ("segment out --text dog", "out is a folder"),
         ("segment text.png --text dog", "text.png is not an image"),
         ("segment empty.png --text dog", "empty.png is empty"),
         ("segment cut.jpg --text dog", "cut.jpg cannot be read"),
@@ -152,7 +165,17 @@ def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
         ("segment a.png --box nan,5,3,20", "is reversed or empty"),
         ("segment a.png --box 3,5,65,20", "box 3,5,65,20 is not inside a.png"),
         ("segment a.png --box 3,5,20", "'3,5,20' is not X1,Y1,X2,Y2"),
-        (["segment", "a.png", "--text", "dog", " "], "empty"),
+        (["segment", "a.png", "--text", " "], "empty"),
+        ("segment --text dog a.png", "--text took a.png for a word"),
+        ("segment a.png --text dog --tile 8", "--tile 8 is too small"),
+        ("segment a.png --text dog --format yolo", "--format yolo needs -o"),
+        ("segment a.png --text dog --format yolo -o -", "is several files; name a folder"),
+        ("segment a.png --text dog --json - -o -", "would both write to stdout"),
+        ("segment @missing.txt --text dog", "The list missing.txt cannot be read"),
+        ("segment *.webp --text dog", "There is no file like *.webp"),
+        ("segment out --text dog", "out is a folder without pictures"),
+        ("segment a.png --exemplar 3,5,3,20", "is reversed or empty"),
+        ("segment a.png --box 3,5,20,20 --max 3", "--max goes with"),
         (["segment", "a.png", "--text", "dog", "--not", ""], "empty"),
         (["segment", "a.png", "--text", "dog " * 500], "has 500 words"),
         ("segment a.png --text dog --not dog", "'dog' is in --text and in --not"),
@@ -168,9 +191,9 @@ def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
         ("segment a.png --text dog --objectness 0.5", "--objectness needs --everything"),
         ("segment a.png --text dog --threshold 1.5", "'1.5' is not a number from 0 to 1"),
         ("segment a.png --text dog -o a.png/out.png", "a part of the path is a file"),
-        ("segment a.png --text dog -o nowhere", "it must be an image file"),
-        ("segment a.png --text dog -o a.png", "is the image itself"),
-        ("segment a.png b.jpg --text dog -o nowhere", "not an existing folder"),
+        ("segment a.png --text dog -o nowhere", "neither a picture file"),
+        ("segment a.png --text dog -o a.png", "is the picture itself"),
+        ("segment a.png b.jpg --text dog -o text.png", "a part of the path is a file"),
         ("segment a.png --text dog --json a.png/out.json", "a part of the path is a file"),
         (["segment", "a.png", "--text", "dog", "--json", "j" * 300 + ".json"], "the name is too long"),
         ("segment a.png --text dog --json out", "--json out is a folder"),
@@ -230,8 +253,8 @@ def test_eval_and_train_hand_over(monkeypatch, capsys, tmp_path):
                 "resume": True,
                 "steps": 7,
                 "device": "cpu",
-                "data": "coco.json",
-                "images": "pictures",
+                "data": ["coco.json"],
+                "images": ["pictures"],
                 "settings": ["optim.workers=2"],
             },
         ),
@@ -319,3 +342,48 @@ def test_labels_of_one_tool_become_those_of_another(tmp_path, capsys):
     ):
         assert run(f"convert-labels {command}") == 2
         assert message in capsys.readouterr().err
+
+
+def test_many_pictures_at_once(folder, loaded, capsys, monkeypatch):
+    (folder / "in").mkdir()
+    for name in ("c.png", "d.jpg", "note.txt"):
+        (folder / "in" / name).write_bytes((folder / "a.png").read_bytes())
+    (folder / "list.txt").write_text("# mine\na.png\nin/d.jpg\n")
+    content = (folder / "b.jpg").read_bytes()
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(content)}))
+    for given, names in (
+        (["in"], ["in/c.png", "in/d.jpg"]),
+        (["in/*.png", "a.p?g"], ["in/c.png", "a.png"]),
+        (["@list.txt", "a.png"], ["a.png", "in/d.jpg"]),
+        (["-", "a.png"], ["stdin", "a.png"]),
+    ):
+        assert run(["segment", *given, "--text", "dog"]) == 0
+        rows = capsys.readouterr().out.splitlines()[1:]
+        assert [row.split("\t")[0] for row in rows] == names
+
+
+def test_a_new_folder_takes_what_the_format_makes(folder, loaded, capsys):
+    question = ["a.png", "b.jpg", "--text", "dog"]
+    assert run(["segment", *question, "-o", "new/overlays/"]) == 0
+    assert sorted(os.listdir("new/overlays")) == ["a-ovsam.png", "b-ovsam.png"]
+    assert run(["segment", *question, "-o", "yolo", "--format", "yolo"]) == 0
+    assert sorted(os.listdir("yolo/labels")) == ["a.txt", "b.txt"]
+    assert run(["segment", *question, "-o", "cut", "--format", "cutouts"]) == 0
+    with Image.open("cut/a-ovsam/001-dog.png") as cut:
+        assert cut.size == (64, 24) and cut.mode == "RGBA"
+    assert run(["segment", *question, "-o", "t.tsv", "--format", "tsv"]) == 0
+    assert (folder / "t.tsv").read_text().count("\n") == 3
+    capsys.readouterr()
+    assert run(["segment", *question, "-q"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_on_stdout_is_all_there_is_on_stdout(folder, loaded, capfd):
+    assert run(["segment", "a.png", "--text", "dog", "--json", "-"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["images"][0]["file_name"] == "a.png" and "a.png: 1 found" in err
+
+
+def test_words_split_as_people_write_them(folder, loaded):
+    assert run(["segment", "a.png", "--text", "dog, red ball", "cat . cow", '"salt, pepper"']) == 0
+    assert loaded[0][0].asked[0][1] == ["dog", "red ball", "cat", "cow", "salt, pepper"]
