@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor
 
 from ovsam.checkpoints.compose import from_parts
+from ovsam.checkpoints.embedded import path
 from ovsam.errors import InputError
 from ovsam.inference.pipeline import TASK, OpenVocabularySegmentationPipeline, register_pipeline
 from ovsam.inference.segmenter import EncodedImage, Segmenter, load
@@ -32,6 +33,12 @@ from ovsam.results.results import Results
 from ovsam.results.tracks import FrameResults, Tracks
 
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """The public names; the modules that they live in are found by their documents."""
+    return sorted([*__all__, "__version__"])
+
 
 AutoConfig.register(OVSamConfig.model_type, OVSamConfig)
 # Selected by `architectures` of config.json; the first one by default.
@@ -86,4 +93,5 @@ __all__ = [
     "from_parts",
     "load",
     "load_video",
+    "path",
 ]

@@ -12,6 +12,16 @@ EMBEDDED = "ovsam-tiny"
 VARIANT = "ovsam-tiny-clip"  # one backbone; in a checkout its weights are made by hatch_build.py; not in the wheel
 
 
+def path(name: str = EMBEDDED) -> str:
+    """The folder of a checkpoint that comes with ovsam, for `AutoModel.from_pretrained(ovsam.path("ovsam-tiny"))`.
+
+    Raises InputError for a name that does not come with it, or a folder that is not whole.
+    """
+    if name not in (EMBEDDED, VARIANT):
+        raise InputError(f"There is no checkpoint {name!r} in the package; there are {EMBEDDED} and {VARIANT}.")
+    return str(find_checkpoint(name))
+
+
 def find_checkpoint(name: str = EMBEDDED) -> Path:
     """Return the folder of a checkpoint of this project: inside an installed package, else `hub/` of a checkout.
 

@@ -313,7 +313,7 @@ class Segmenter:
         examples = _check_exemplars(exemplars)
         if words is None and not examples:
             raise InputError("Pass words, or exemplars: what to look for.")
-        image = _listed(image)
+        image = given = _listed(image)
         wanted = to_vocabulary(words) if words is not None else None
         unwanted = _check_negative(negative)
         vocabulary, embeds = self.embed(wanted) if wanted is not None else (None, None)
@@ -323,7 +323,7 @@ class Segmenter:
             vocabulary, embeds = self._with_exemplars(vocabulary, embeds, examples, image)
         negatives = self.embed(unwanted) if unwanted is not None else None
         question = _Asked("text", vocabulary, embeds, negatives, threshold, proposer, refine, post)
-        return self._propose(image, question, tile)
+        return _remember(self._propose(image, question, tile), given)
 
     def everything(
         self,
@@ -360,6 +360,7 @@ class Segmenter:
         refine, proposer = arguments.flag("refine", refine), _check_proposer(proposer)
         question = _Asked("auto", *self._names(vocabulary), None, objectness, proposer, refine, post)
         found = self._propose(image, question, tile)
+        found = _remember(found, image)
         if isinstance(found, list):
             return [results.filter(score=threshold or 0.0) for results in found]
         return found.filter(score=threshold or 0.0)
@@ -441,7 +442,9 @@ class Segmenter:
             source, prompts = "point", [points]
         elif boxes:
             source, prompts = "box", boxes
-        return self._results(outputs, encoded.image, _Asked(source, words, post=post), prompts=prompts)
+        return _remember(
+            self._results(outputs, encoded.image, _Asked(source, words, post=post), prompts=prompts), image
+        )
 
     @torch.no_grad()
     def _prompt(
@@ -596,6 +599,17 @@ def _names_of(call: Callable) -> list[str]:
 def _listed(image: Any) -> Any:
     """A generator of images as a list; anything else as it is."""
     return list(image) if arguments.is_stream(image) else image
+
+
+def _remember(found: Any, image: Any) -> Any:
+    """Let results know their image: by its file, or as the object that the user has in memory anyway."""
+    if isinstance(found, list):
+        return [_remember(results, one) for results, one in zip(found, image, strict=True)]
+    if isinstance(image, str | os.PathLike):
+        found.file_name = os.fspath(image)
+    elif not hasattr(image, "read"):  # a file that was read to its end shows nothing
+        found.picture = image.image if isinstance(image, EncodedImage) else image
+    return found
 
 
 def _check_options(post: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The instances of an image: one record each, and exports as pure functions of the records."""
 
+import io
 import math
 import os
 from collections import Counter
@@ -15,25 +16,30 @@ from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
+from ovsam.ops.files import write_whole
 from ovsam.ops.nms import NMS, within
 from ovsam.ops.segments import segments_of
 from ovsam.processing import arguments
 from ovsam.processing.images import Picture
 from ovsam.results.formats import libraries, read_labels
 from ovsam.results.formats.base import LabelledImage
-from ovsam.results.formats.coco import read_coco, to_coco
+from ovsam.results.formats.coco import read_coco, to_coco, write_coco
 from ovsam.results.formats.cvat import read_cvat, to_cvat
 from ovsam.results.formats.geojson import read_geojson, to_geojson
 from ovsam.results.formats.label_studio import read_label_studio, to_label_studio
 from ovsam.results.formats.labelme import read_labelme, to_labelme
-from ovsam.results.formats.masks import id_map, open_for
+from ovsam.results.formats.masks import cutouts, id_map, open_for
 from ovsam.results.formats.yolo import read_yolo, to_yolo
 from ovsam.results.instance import Instance
 from ovsam.results.overlay import draw_overlay
 
 if TYPE_CHECKING:
     import fiftyone
+    import pandas
     import supervision
+
+
+ROOM = 256  # px; a side on which names can be read
 
 
 class Results(Sequence[Instance]):
@@ -117,14 +123,22 @@ class Results(Sequence[Instance]):
             )
         return cls(instances, size, model, file_name, presence, dropped)
 
+    picture: Picture | None = None  # the image, where the user had it in memory; see `image_of`
+
     @overload
     def __getitem__(self, index: int) -> Instance: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: slice | str) -> Self: ...
 
-    def __getitem__(self, index: int | slice) -> Instance | Self:
+    def __getitem__(self, index: int | slice | str) -> Instance | Self:
+        if isinstance(index, str):
+            return self._of(instance for instance in self if instance.label == index)
         return self._of(self.instances[index]) if isinstance(index, slice) else self.instances[index]
+
+    def __contains__(self, item: object) -> bool:
+        """Whether an instance, or one of a label, is among these."""
+        return item in self.labels if isinstance(item, str) else item in self.instances
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -140,7 +154,9 @@ class Results(Sequence[Instance]):
         return ", ".join(f"{count} {label}" for label, count in self.counts().items())
 
     def _of(self, instances: Iterable[Instance]) -> Self:
-        return type(self)(instances, self.size, self.model, self.file_name, self.presence, self.dropped)
+        some = type(self)(instances, self.size, self.model, self.file_name, self.presence, self.dropped)
+        some.picture = self.picture
+        return some
 
     @cached_property
     def masks(self) -> np.ndarray:
@@ -275,6 +291,56 @@ class Results(Sequence[Instance]):
         """
         return draw_overlay(self.check_picture(image), self, zoom)
 
+    def image_of(self) -> Image.Image:
+        """The image of these instances: `picture` or the file `file_name`; raises InputError where neither is here."""
+        if self.picture is not None:
+            return self.check_picture(self.picture)
+        if not self.file_name:
+            raise InputError("These results do not hold their image; pass it, as in `results.plot(image)`.")
+        return self.check_picture(self.file_name)
+
+    def plot(self, image: Picture | None = None, zoom: int | None = None) -> Image.Image:
+        """The image with masks and names drawn over it; small images are enlarged, so that names can be read.
+
+        Args:
+            image: the image, where the results do not hold it.
+            zoom: enlargement, a whole factor.
+        """
+        picture = self.image_of() if image is None else self.check_picture(image)
+        if zoom is None:
+            zoom = max(1, round(ROOM / math.sqrt(picture.width * picture.height)))
+        return self.overlay(picture, arguments.whole("zoom", zoom, 1))
+
+    def show(self, image: Picture | None = None) -> None:
+        """Show `plot` in the viewer of the system."""
+        self.plot(image).show()
+
+    def save(self, path: str | os.PathLike[str], image: Picture | None = None) -> None:
+        """Write `plot` to an image file, or, where the path ends in .json, the instances as a COCO data set.
+
+        Raises:
+            InputError: another ending, or a path that cannot be written.
+        """
+        ending = os.path.splitext(path)[1].lower()
+        if ending == ".json":
+            write_coco([self], path)
+            return
+        kind = Image.registered_extensions().get(ending)
+        if kind not in Image.SAVE:
+            raise InputError(f"{path} is neither an image file such as found.png nor a .json file.")
+        drawn = self.plot(image)
+        write_whole(path, lambda temporary: drawn.save(temporary, format=kind))
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows; nothing but the text where the image is not at hand."""
+        try:
+            drawn = self.plot()
+        except InputError:
+            return None
+        buffer = io.BytesIO()
+        drawn.save(buffer, format="PNG")
+        return buffer.getvalue()
+
     def check_picture(self, image: Picture) -> Image.Image:
         """Open the image of these results; raises InputError if it has another size."""
         return open_for(self, image)
@@ -304,6 +370,24 @@ class Results(Sequence[Instance]):
     ) -> dict[str, Any]:
         """Return a GeoJSON FeatureCollection; see `ovsam.results.formats.geojson.to_geojson`."""
         return to_geojson(self, transform, crs, tolerance)
+
+    def to_masks(self) -> list[Image.Image]:
+        """The mask of each instance as an image of 0 and 255, as large as the image."""
+        return [Image.fromarray(np.uint8(instance.mask) * 255) for instance in self]
+
+    def to_cutouts(self, image: Picture | None = None) -> list[Image.Image]:
+        """Each instance cut out along its mask; see `ovsam.results.formats.masks.cutouts`."""
+        return cutouts(self, self.image_of() if image is None else image)
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """A row for each instance: label, score, mask_score, objectness, x1, y1, x2, y2, area; needs pandas."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError("A data frame needs pandas, which `pip install pandas` brings.") from error
+        names = ["label", "score", "mask_score", "objectness", "x1", "y1", "x2", "y2", "area"]
+        rows = [(one.label, one.score, one.mask_score, one.objectness, *one.box, one.area) for one in self]
+        return pandas.DataFrame(rows, columns=names)
 
     def to_supervision(self) -> "supervision.Detections":
         """Return `supervision.Detections` with dense masks; needs `pip install supervision`."""

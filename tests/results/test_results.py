@@ -1,5 +1,6 @@
 """The records, their exports and the drawing of them."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -299,3 +300,48 @@ def test_colours_are_distinct_and_stay_with_their_label():
     assert len(crowd) == len(set(crowd.values())) == len(overlay.PALETTE)
     assert choose(3, 4)["word 3"] == choose(3, 17, 9)["word 3"]
     assert len(choose(*range(100))) == 100
+
+
+def test_a_label_picks_its_instances(results):
+    assert results["dog"].labels == ["dog", "dog"] and results["dog"].size == results.size
+    assert not results["bird"] and "dog" in results and "bird" not in results and results[0] in results
+
+
+def test_plot_and_save_use_the_image_at_hand(results, tmp_path):
+    grey = Image.new("RGB", (WIDTH, HEIGHT), (128, 128, 128))
+    results.file_name = None
+    with pytest.raises(InputError, match="do not hold their image"):
+        results.plot()
+    assert results._repr_png_() is None
+    results.picture = np.asarray(grey)
+    assert results.plot(zoom=1) == results.overlay(grey) and results.plot().width > WIDTH
+    assert results[:1].plot(zoom=1) == results[:1].overlay(grey)  # parts keep it
+    assert Image.open(io.BytesIO(results._repr_png_())).size == results.plot().size
+    results.save(tmp_path / "new" / "found.png")
+    with Image.open(tmp_path / "new" / "found.png") as saved:
+        assert saved.size == results.plot().size
+    results.save(tmp_path / "found.json")
+    assert len(json.loads((tmp_path / "found.json").read_text())["annotations"]) == len(results)
+    with pytest.raises(InputError, match="neither an image file"):
+        results.save(tmp_path / "found.docx")
+    grey.save(tmp_path / "a.png")
+    results.picture, results.file_name = None, str(tmp_path / "a.png")
+    assert results.plot(zoom=1) == results.overlay(grey)
+
+
+def test_masks_cutouts_and_a_data_frame(results, masks):
+    assert [np.asarray(mask).astype(bool).tolist() for mask in results.to_masks()] == masks.tolist()
+    cut = results.to_cutouts(Image.new("RGB", (WIDTH, HEIGHT)))
+    assert [part.size for part in cut] == [(int(one.bbox[2]), int(one.bbox[3])) for one in results]
+    pandas = pytest.importorskip("pandas")
+    frame = results.to_dataframe()
+    assert isinstance(frame, pandas.DataFrame) and frame["label"].tolist() == results.labels
+    assert frame[["x1", "y1", "x2", "y2"]].to_numpy().tolist() == results.boxes.tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"score": "x"}, {"score": float("nan")}, {"mask_score": 2}, {"labels": 5}, {"nms": "best"}]
+)
+def test_a_wrong_filter_is_one_sentence(results, wrong):
+    with pytest.raises(InputError):
+        results.filter(**wrong)
