@@ -19,6 +19,7 @@ from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.remote_code import SHIM
 from ovsam.processing.processing_ovsam import OVSamProcessor
+from ovsam.processing.vocabulary import BUILT_IN, Vocabulary
 
 CONFIG = "config.json"
 CONFIGS = (
@@ -55,6 +56,7 @@ def load_folder(folder: Path, name: str) -> tuple[OVSamModel, OVSamProcessor]:
             f"{name!r} holds a model of type {config.model_type!r}, not a whole OVSam model: `ovsam compose` makes "
             "one of a SAM and a CLIP, and ovsam-tiny is one."
         )
+    _check_words(config, name)
     _check_cover(folder, config, name)
     try:
         model, found = OVSamModel.from_pretrained(
@@ -122,6 +124,19 @@ def _check_setting(key: str, value: Any) -> None:
             raise ValueError(f"{key} is {value:g}; at most {limit:,} is possible")
         if key == "image_std" and value <= 0:
             raise ValueError(f"image_std holds {value:g}; it must be positive")
+
+
+def _check_words(config: OVSamConfig, name: str) -> None:
+    """The class names are a list or a built-in vocabulary, never a file that a folder chooses; templates fit."""
+    words = config.vocabulary
+    if isinstance(words, str) and words not in BUILT_IN:
+        raise InputError(
+            f"{CONFIG} of {name!r} names the vocabulary {words!r}; it must be one of {', '.join(BUILT_IN)}."
+        )
+    try:
+        Vocabulary(["a word"] if words is None else words, config.templates)
+    except InputError as error:
+        raise InputError(f"{CONFIG} of {name!r} cannot be used: {error}") from error
 
 
 def _check_cover(folder: Path, config: OVSamConfig, name: str) -> None:

@@ -189,7 +189,7 @@ def to_vocabulary(words: "Vocabulary | Sequence[str] | Mapping[str, str] | str |
     vocabulary or ends like a vocabulary file."""
     if isinstance(words, Vocabulary):
         return words
-    if isinstance(words, str) and words not in _BUILT_IN and Path(words[-9:]).suffix.lower() not in _PARSERS:
+    if isinstance(words, str) and words not in BUILT_IN and Path(words[-9:]).suffix.lower() not in _PARSERS:
         words = split_words(words)
     return Vocabulary(words)
 
@@ -216,15 +216,15 @@ def _read_words(words) -> list[tuple[str, str]]:
         return list(words.as_mapping().items())
     if isinstance(words, Mapping):
         return list(words.items())
-    if isinstance(words, str) and words in _BUILT_IN:
-        words = _BUILT_IN[words]()
+    if isinstance(words, str) and words in BUILT_IN:
+        words = BUILT_IN[words]()
     elif isinstance(words, str | os.PathLike):
         return _read_file(words)
     words = plain(words)
     if not isinstance(words, Iterable) or isinstance(words, bytes):
         raise InputError(
             "A vocabulary is a list of class names, a mapping of prompts to labels, a file or one of "
-            f"{', '.join(_BUILT_IN)}; got {short(words)}."
+            f"{', '.join(BUILT_IN)}; got {short(words)}."
         )
     return [(word, word) for word in words]
 
@@ -233,10 +233,10 @@ def _read_file(name: str | os.PathLike) -> list[tuple[str, str]]:
     path = Path(name)
     parse = _PARSERS.get(path.suffix.lower())
     if parse is None or not os.path.isfile(path):
-        close = difflib.get_close_matches(str(name), _BUILT_IN, n=1)
+        close = difflib.get_close_matches(str(name), BUILT_IN, n=1)
         meant = f"did you mean {close[0]!r}? Give" if close else "give"
         raise InputError(
-            f"There is no vocabulary {short(str(name))}: {meant} the name of a built-in one ({', '.join(_BUILT_IN)}), "
+            f"There is no vocabulary {short(str(name))}: {meant} the name of a built-in one ({', '.join(BUILT_IN)}), "
             "the path of a .txt, .json or .csv file, or a list of class names."
         )
     try:
@@ -300,7 +300,7 @@ def _imagenet21k() -> list[str]:
 
 
 _PARSERS = {".txt": _parse_txt, ".json": _parse_json, ".csv": _parse_csv}
-_BUILT_IN = {"coco": lambda: _bundled("coco"), "lvis": lambda: _bundled("lvis"), "imagenet21k": _imagenet21k}
+BUILT_IN = {"coco": lambda: _bundled("coco"), "lvis": lambda: _bundled("lvis"), "imagenet21k": _imagenet21k}
 
 
 def _load_cached(path: Path, metadata: dict[str, str], count: int) -> "torch.Tensor | None":

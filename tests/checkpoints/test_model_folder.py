@@ -1,0 +1,86 @@
+"""A folder of a whole model is refused in one sentence wherever it is not sound; its code never runs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from common import tiny_model, tiny_processor
+from safetensors.torch import load_file, save_file
+
+import ovsam
+from ovsam.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "whole"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "m")
+
+
+def change(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_a_sound_folder_loads(folder):
+    assert ovsam.load(folder, "cpu").where(torch.rand(3, 64, 64), ["cat"], threshold=0.0) is not None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda w: {"x": torch.zeros(1)},
+            r"do not fit its config.json: .* is missing, .* more problems",
+        ),
+        (lambda w: {k: v for k, v in w.items() if not k.startswith("concepts")}, "concepts.* is missing"),
+        (lambda w: {k: v * torch.nan if v.is_floating_point() else v for k, v in w.items()}, "NaN or infinite values"),
+    ],
+)
+def test_weights_that_do_not_fit(folder, damage, message):
+    weights = damage(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        ovsam.load(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prototype_weight": float("nan")},
+        {"max_locations": 10**12},
+        {"composition": 3},
+        {"sam_config": "x"},
+        {"concepts_config": [1]},
+        {"templates": 5},
+        {"templates": ["no place for the word"]},
+        {"vocabulary": 5},
+        {"vocabulary": "/etc/words.txt"},
+    ],
+)
+def test_a_hostile_configuration(folder, settings):
+    change(folder / "config.json", **settings)
+    with pytest.raises(InputError, match="config.json"):
+        ovsam.load(folder, "cpu")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "[" * 100_000, "{", "\ud800".encode("utf-8", "surrogatepass")])
+def test_a_configuration_that_is_none(folder, content):
+    (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match="config.json of"):
+        ovsam.load(folder, "cpu")
+
+
+def test_code_of_a_folder_is_refused_and_never_runs(folder, tmp_path):
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom ovsam import OVSamProcessor as X\n")
+    change(folder / "processor_config.json", auto_map={"AutoProcessor": "evil.X"}, processor_class="X")
+    with pytest.raises(InputError, match="asks for Python code of its own"):
+        ovsam.load(folder, "cpu")
+    assert not (tmp_path / "ran").exists()
