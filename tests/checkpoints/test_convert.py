@@ -64,7 +64,10 @@ def test_every_key_of_an_official_checkpoint_is_accounted_for(name):
 TRACKER = ("memory_", "maskmem_", "mask_downsample", "obj_ptr_", "no_mem_pos_enc", "no_obj_")
 
 
-@pytest.mark.parametrize("name", ["sam_vit_b", "sam2.1_hiera_tiny_256", "edgetam", "efficienttam_ti"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("sam_vit_b", marks=pytest.mark.slow), "sam2.1_hiera_tiny_256", "edgetam", "efficienttam_ti"],
+)
 def test_converted_masks_are_those_of_the_authors_code(name, folder):
     source = parity.write_checkpoint(name, folder)
     report = convert_checkpoint(source, folder / "out", image_size=parity.SIDES[name])

@@ -88,7 +88,7 @@ def test_a_missing_npm_is_named(package, monkeypatch):
 
 
 def test_an_unknown_style_is_refused():
-    with pytest.raises(InputError, match="no drawing style 'crayon'; there are noto, twemoji"):
+    with pytest.raises(InputError, match="no drawing style 'crayon'; choose one of noto, twemoji"):
         styles.sprites("crayon")
 
 
@@ -97,6 +97,7 @@ def test_openmoji_is_never_trained_on():
         SceneDataset(10, seed=1, config=SceneConfig(styles=["noto", "openmoji"]))
 
 
+@pytest.mark.slow
 def test_every_object_has_a_style_that_draws_it(package, monkeypatch):
     """Two styles: one draws two words only. Both appear, and a word of one style alone is drawn in that one."""
     _, (square, disc), _ = package

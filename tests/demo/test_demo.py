@@ -241,6 +241,7 @@ def assert_same(coco, results):
     assert coco["info"]["model"] == "ovsam-tiny" and coco["images"][0]["file_name"] == EXAMPLE.name
 
 
+@pytest.mark.slow
 def test_a_client_gets_the_answers_of_the_library_and_of_the_page(page, client):
     segmenter, picture = engine.models.get("ovsam-tiny"), handle_file(str(EXAMPLE))
     encoded = segmenter.encode(EXAMPLE)

@@ -81,7 +81,7 @@ def test_a_stopped_evaluation_goes_on(segmenter, dataset, tmp_path, monkeypatch,
     whole = evaluate.run_eval(dataset, "m", output=tmp_path / "a", json_path=tmp_path / "a.json")
     written = json.loads((tmp_path / "a.json").read_text())
     assert written == json.loads((tmp_path / "a" / "results.json").read_text())
-    assert written["pictures"] == 3 and written["model"] == "m" and written["command"].startswith("ovsam ")
+    assert written["pictures"] == 3 and written["model"] == "m" and written["command"].startswith("ovsam")
     shown = capsys.readouterr().out
     for name, value in whole.items():
         assert np.isnan(value) or written["figures"][name] == round(value, 4)

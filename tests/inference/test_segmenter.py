@@ -194,7 +194,7 @@ def test_everything_is_found_by_objectness_whatever_the_words(segmenter, scene):
     assert set(found.labels) <= {"cat", "dog"} and set(unnamed.labels) == {"object"}
 
 
-@pytest.mark.parametrize("tile", [None, 96])
+@pytest.mark.parametrize("tile", [None, pytest.param(96, marks=pytest.mark.slow)])
 def test_one_score_in_every_mode(segmenter, scene, tile):
     """A threshold of `everything` is that of `filter`, the class name's; objectness is an option of its own."""
     ask = partial(segmenter.everything, WIDE if tile else scene, ["cat", "dog", "moon"], tile=tile)

@@ -443,6 +443,7 @@ def test_padding_is_cut_off(monkeypatch):
     assert detected["boxes"].tolist() == [[80, 40, 160, 120]]
 
 
+@pytest.mark.slow
 def test_300_masks_of_a_large_picture_fit_into_memory():
     corners = torch.randint(0, 28, (300, 2), generator=torch.Generator().manual_seed(0)).tolist()
     masks = blocks(*((x, y, x + 4, y + 4) for x, y in corners))
