@@ -1,5 +1,6 @@
 """`ovsam label`: many images -> label files, resumable."""
 
+import importlib.util
 import os
 import re
 import sys
@@ -98,6 +99,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     work.add_argument("--shard", metavar="I/N", type=_shard, default=(1, 1), help="only part I of N, from 1")
     work.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="ray: on all machines of a Ray cluster"
+    )
+    work.add_argument(
         "--merge", action="store_true", help="INPUT are output folders of shards: write their common label files"
     )
 
@@ -120,6 +124,8 @@ def check(args: Namespace) -> None:
         raise InputError("--text and --vocabulary exclude each other; use one of them.")
     if not (args.text or args.vocabulary or args.everything):
         raise InputError("There is nothing to search for; give --text WORD..., --vocabulary NAME|FILE or --everything.")
+    if args.engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise InputError('--engine ray needs Ray, which `pip install "ovsam[ray]"` brings.')
     if args.negative and args.everything:
         raise InputError("--not needs --text or --vocabulary; remove --everything.")
     if args.objectness is not None and not args.everything:
@@ -149,6 +155,7 @@ def check(args: Namespace) -> None:
 def run(args: Namespace) -> int:
     """Label, and write the label files. Returns 1 if there are images without labels or formats not written, else 0."""
     from ovsam.inference.labelling import job
+    from ovsam.inference.labelling.ray_engine import run_ray
 
     output = Path(args.output)
     if args.merge:
@@ -166,7 +173,10 @@ def run(args: Namespace) -> int:
         summary = job.Summary()
         if todo:
             load = _Load(args.model, args.device, job.Question(**args.question))
-            outcomes = job.run_local(todo, load(), args.workers, frozenset(journal.done))
+            if args.engine == "ray":
+                outcomes = run_ray(todo, load)
+            else:
+                outcomes = job.run_local(todo, load(), args.workers, frozenset(journal.done))
             try:
                 summary = job.record(outcomes, journal, sum(map(len, every)))
             except OSError as error:

@@ -1,6 +1,7 @@
 """`ovsam label` with a stand-in for the model: sources, journal, kills, shards, errors, and what it refuses."""
 
 import errno
+import importlib.util
 import json
 import os
 import random
@@ -254,6 +255,12 @@ def test_refusals_come_before_the_model(photos, monkeypatch, capsys):
     assert label("--merge", "empty", text="") == 2 and "There is no journal in empty" in capsys.readouterr().err
     assert label(photos, out="file") == 2 and "-o file is a file" in capsys.readouterr().err
     assert label(photos, out="file/out") == 2 and "file/out cannot be written to" in capsys.readouterr().err
+
+
+def test_ray_is_asked_for_before_the_model(photos, monkeypatch, capsys):
+    monkeypatch.setattr(ovsam, "load", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert label(photos, "--engine", "ray") == 2 and "--engine ray needs Ray" in capsys.readouterr().err
 
 
 def test_words_that_the_model_cannot_read(photos, segmenter, capsys):
