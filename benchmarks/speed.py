@@ -9,6 +9,7 @@ trusted where seconds cannot. The embedded checkpoint's own ratios are printed b
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -101,6 +102,23 @@ def everything(model: ovsam.OVSamModel, pixels: torch.Tensor, repeats: int) -> N
 
 
 @torch.no_grad()
+def fusing(repeats: int) -> None:
+    """ovsam-tiny as it is loaded, and fused for inference (`Segmenter.fuse`): an encoding, and ten words."""
+    plain, fused = ovsam.load("ovsam-tiny").model, ovsam.load("ovsam-tiny").fuse().model
+    pixels = torch.randn(1, 3, plain.sam.image_size, plain.sam.image_size)
+    embeds = torch.nn.functional.normalize(torch.randn(10, plain.clip.embed_dim), dim=-1)
+    for model in (plain, fused):
+        model.config.nms_threshold = model.config.mask_nms_threshold = 1.0
+        model.config.max_detections = INSTANCES
+    for question, ask in (
+        ("encoding", lambda model: model.encode(pixels)),
+        ("10 words", lambda model: model(pixel_values=pixels, text_embeds=embeds, proposal_threshold=0.0)),
+    ):
+        runs = {f"{question}, {name}": partial(ask, model) for name, model in (("plain", plain), ("fused", fused))}
+        report(compare(runs, repeats), f"{question}, plain")
+
+
+@torch.no_grad()
 def against_pipeline(model: ovsam.OVSamModel, size: int) -> None:
     """transformers' mask-generation over its own Sam2Model with the same weights, once: it takes minutes. Random masks
     do not pass its thresholds, which spares it the work after the decoder."""
@@ -130,6 +148,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
+    print("ovsam-tiny, fused for inference against as it is loaded")
+    fusing(arguments.repeats)
     tiny = ovsam.load("ovsam-tiny").model
     tiny.config.nms_threshold = tiny.config.mask_nms_threshold = 1.0
     tiny.config.max_detections = INSTANCES
