@@ -337,7 +337,7 @@ def test_labels_of_one_tool_become_those_of_another(tmp_path, capsys):
     np.testing.assert_array_equal(again.masks, masks)
     for command, message in (
         ("no.json out --format yolo", "There are no labels at no.json"),
-        (f"{tmp_path}/found.json {tmp_path} --format coco", "is a folder; coco is one file"),
+        (f"{tmp_path}/found.json {tmp_path} --format coco", "is a folder; coco needs a file"),
         (f"{tmp_path}/found.json {tmp_path}/found.json/a.xml --format cvat", "a part of the path is a file"),
     ):
         assert run(f"convert-labels {command}") == 2
