@@ -292,7 +292,7 @@ def _ask(segmenter: "Segmenter", image: Any, args: Namespace) -> Any:
 def _thin(results: "Results", args: Namespace) -> "Results":
     """What --iou and --max leave."""
     if args.iou is not None:
-        results = results.filter(nms="greedy", nms_threshold=args.iou)
+        results = results.filter(nms="fast", nms_threshold=args.iou)
     return results[: args.max] if args.max else results
 
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou
 
 from ovsam.ops.masks import mask_overlap
-from ovsam.ops.nms import NMS, density_nms, fast_box_nms, fast_nms, greedy_nms, matrix_nms, soft_nms, suppress, within
+from ovsam.ops.nms import NMS, fast_box_nms, fast_nms, matrix_nms, suppress, within
 
 
 def crowd(seed, count=40):
@@ -31,27 +31,6 @@ def slow_fast(overlap, scores, threshold):
     return kept
 
 
-def slow_greedy(overlap, scores, threshold):
-    kept = []
-    for j in by_score(scores):
-        if all(overlap[i][j] <= threshold for i in kept):
-            kept.append(j)
-    return [score if i in kept else 0.0 for i, score in enumerate(scores)]
-
-
-def slow_soft(overlap, scores, threshold, sigma=None):
-    scores, left = list(scores), set(range(len(scores)))
-    while left:
-        best = max(left, key=lambda i: scores[i])
-        left.remove(best)
-        for i in left:
-            if sigma is not None:
-                scores[i] *= math.exp(-(overlap[best][i] ** 2) / sigma)
-            elif overlap[best][i] > threshold:
-                scores[i] *= 1 - overlap[best][i]
-    return scores
-
-
 def slow_matrix(overlap, scores, threshold, sigma=0.5):
     order, new = by_score(scores), list(scores)
     for place, j in enumerate(order):
@@ -63,25 +42,7 @@ def slow_matrix(overlap, scores, threshold, sigma=0.5):
     return new
 
 
-def slow_density(overlap, scores, threshold):
-    scores, left = list(scores), set(range(len(scores)))
-    while left:
-        best = max(left, key=lambda i: scores[i])
-        left.remove(best)
-        if scores[best] == 0:
-            break
-        for i in left:
-            if overlap[best][i] > threshold:
-                signs = [
-                    (overlap[j][i] - max(overlap[best][i], overlap[best][j])) / (1 - threshold)
-                    for j in range(len(scores))
-                    if j != i
-                ]
-                scores[i] *= min(1.0, max([0.0, *signs]))
-    return scores
-
-
-SLOW = {"fast": slow_fast, "greedy": slow_greedy, "soft": slow_soft, "matrix": slow_matrix, "density": slow_density}
+SLOW = {"fast": slow_fast, "matrix": slow_matrix}
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.6])
@@ -96,18 +57,6 @@ def test_equal_to_the_slow_loop_of_the_paper(name, threshold):
         assert (found <= scores).all() and found.argmax() == scores.argmax()
         changed += int((found < scores).sum())
     assert 20 < changed < 200  # something is suppressed, and not everything
-
-
-def test_soft_nms_may_be_gaussian():
-    _, overlap, scores = crowd(0)
-    expected = torch.tensor(slow_soft(overlap.tolist(), scores.tolist(), 0.5, sigma=0.5))
-    assert_close(soft_nms(overlap, scores, 0.5, sigma=0.5), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_greedy_is_torchvisions():
-    boxes, overlap, scores = crowd(3)
-    kept = greedy_nms(overlap, scores, 0.4).nonzero()[:, 0]
-    assert kept.tolist() == sorted(nms(boxes, scores, 0.4).tolist())
 
 
 @pytest.mark.parametrize("name", NMS)
@@ -133,19 +82,6 @@ def test_one_word_does_not_suppress_another():
     labels = torch.tensor([0, 1, 0, 1])
     assert (fast_nms(overlap, scores, 0.5) > 0).tolist() == [True, False, False, False]
     assert (fast_nms(within(overlap, labels), scores, 0.5) > 0).tolist() == [True, True, False, False]
-
-
-def test_density_keeps_the_second_of_two_that_stand_close():
-    """A and B are two people, the others further proposals of each; all of B's overlap A by more than the threshold."""
-    overlap = torch.tensor(  # A, B, A2, B2
-        [[1, 0.65, 0.9, 0.62], [0.65, 1, 0.62, 0.85], [0.9, 0.62, 1, 0.61], [0.62, 0.85, 0.61, 1]]
-    )
-    scores = torch.tensor([0.9, 0.85, 0.8, 0.7])
-    assert (greedy_nms(overlap, scores, 0.6) > 0).tolist() == [True, False, False, False]
-    # B2 overlaps B by 0.2 more than either overlaps A, half of what there is above the threshold.
-    assert_close(density_nms(overlap, scores, 0.6), torch.tensor([0.9, 0.85 * 0.5, 0.0, 0.0]))
-    alone = overlap[:3, :3]
-    assert (density_nms(alone, scores[:3], 0.6) > 0).tolist() == [True, False, False]
 
 
 def test_matrix_keeps_a_box_that_only_a_suppressed_one_overlaps():

@@ -1,6 +1,7 @@
 """The processor: images, words and prompts to tensors, outputs to named masks."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -367,14 +368,15 @@ def test_other_kinds_of_nms():
     def scores(**options):
         return own(out, threshold=0.05, text_labels=["cat", "dog"], **options)[0]["scores"].tolist()
 
-    assert scores() == scores(nms="greedy") == pytest.approx([first])
-    assert scores(nms="soft") == pytest.approx([first, 0.1 * second], rel=1e-4)
+    decay = math.exp(-(0.9**2) / 0.5)
+    assert scores() == pytest.approx([first])
+    assert scores(nms="matrix") == pytest.approx([first, decay * second], rel=1e-4)
     assert scores(per_word=True) == scores(nms=None) == pytest.approx([first, second])
     out.objectness, out.everything = torch.tensor([[0.2, 0.6, 0.9]]), True
-    found = own(out, threshold=0.01, text_labels=["cat", "dog"], nms="soft")[0]
+    found = own(out, threshold=0.01, text_labels=["cat", "dog"], nms="matrix")[0]
     assert found["prompt_ids"].tolist() == [1, 0] and found["objectness"].tolist() == pytest.approx([0.6, 0.2])
-    assert found["scores"].tolist() == pytest.approx([second, 0.1 * first], rel=1e-4)
-    with pytest.raises(InputError, match="no NMS method 'best'; choose one of fast, greedy"):
+    assert found["scores"].tolist() == pytest.approx([second, decay * first], rel=1e-4)
+    with pytest.raises(InputError, match="no NMS method 'best'; choose one of fast, matrix"):
         post_process(out, nms="best")
 
 

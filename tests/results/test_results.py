@@ -116,16 +116,16 @@ def test_filtering_again_needs_no_model():
     def ids(results):
         return [instance.id for instance in results]
 
-    assert ids(found.filter(nms="fast")) == [1, 3, 4] and ids(found.filter(nms="greedy", nms_threshold=0.3)) == [1, 4]
+    assert ids(found.filter(nms="fast")) == [1, 3, 4] and ids(found.filter(nms="fast", nms_threshold=0.3)) == [1, 4]
     assert ids(found.filter(nms="fast", per_word=True)) == [1, 2, 3, 4]
     assert ids(found.filter(nms="fast", nms_threshold=0.3, per_word=True)) == [1, 2, 4]
     assert ids(found.filter(score=0.5, nms="fast", nms_threshold=0.95)) == [1, 2, 3]
-    soft = found.filter(nms="soft")
-    np.testing.assert_allclose(soft.scores, [0.9, 0.8 * 0.1, 0.7, 0.2], rtol=1e-5)
-    assert ids(found.filter(score=0.1, nms="soft")) == [1, 3, 4]
+    decayed = [0.9, 0.8 * np.exp(-(0.9**2) / 0.5), 0.7 * np.exp(-(0.4**2) / 0.5), 0.2]
+    np.testing.assert_allclose(found.filter(nms="matrix").scores, decayed, rtol=1e-5)
+    assert ids(found.filter(score=0.18, nms="matrix")) == [1, 3, 4]
     assert ids(found.filter(min_area=95, nms="fast")) == [1, 4] and list(found) == before
     assert len(found[:0].filter(nms="matrix")) == 0
-    with pytest.raises(InputError, match="no NMS method 'best'; choose one of fast, greedy, soft, matrix, density"):
+    with pytest.raises(InputError, match="no NMS 'best'; there are fast, matrix"):
         found.filter(nms="best")
 
 
