@@ -121,5 +121,6 @@ def test_a_reader_that_left_is_one_sentence():
     process.stderr.close()
     assert (
         process.wait(60) == 2
-        and error == "ovsam: error: The output cannot be written: its reader has closed the pipe; keep the reader running.\n"
+        and error
+        == "ovsam: error: The output cannot be written: its reader has closed the pipe; keep the reader running.\n"
     )
