@@ -1,19 +1,19 @@
 # make try    a picture of this repository, segmented by words
 # make test   lint, types and the whole suite
 # make bench  what words, prompts and everything cost and find; a quarter of an hour on an idle machine
-# make -j2 tiny   trains ovsam-tiny's parts again, those that are not in runs/ yet; stopped at any moment, it goes on
-# All make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='fork "hair pick"' asks for other words.
+# make tiny   trains ovsam-tiny's parts again, those that are not in runs/ yet; stopped at any moment, it goes on
+# All make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='cat "potted plant"' asks for other words.
 
 PYTHON ?= python3
-TRY_IMAGE ?= 028.jpg
-TRY_WORDS ?= car saxophone "dog face" "meat on bone"
+TRY_IMAGE ?= 000000000599.jpg
+TRY_WORDS ?= cat remote couch
 
 .PHONY: try test bench tiny
 .DELETE_ON_ERROR:
 
 try: .venv/bin/python
 	.venv/bin/python -m pip install -e .
-	.venv/bin/ovsam segment tests/data/emojiscenes-val/images/$(TRY_IMAGE) --text $(TRY_WORDS) --model ovsam-tiny -o try-result.png
+	.venv/bin/ovsam segment tests/data/photos-val/images/$(TRY_IMAGE) --text $(TRY_WORDS) --model ovsam-tiny -o try-result.png
 
 test: .venv/bin/python
 	.venv/bin/python -m pip install -e ".[test,train]"
@@ -30,17 +30,23 @@ bench: .venv/bin/python
 	.venv/bin/python benchmarks/recall.py
 	.venv/bin/python benchmarks/video.py speed
 
-# Each recipe after those it starts from; SETTINGS="--set optim.batch_size=64" is passed on to all of them.
-tiny: runs/clip2sam-tiny/model.safetensors runs/sam2clip-tiny/model.safetensors
+# The parts of ovsam-tiny that are not in runs/ yet; SETTINGS="--set optim.batch_size=64" is passed on to the recipes.
+tiny: runs/sam2clip-tiny/model.safetensors
+	.venv/bin/python hub/build.py
+	.venv/bin/ovsam train adapters/calibrate-tiny/recipe.toml
+	.venv/bin/python hub/build.py
 
-runs/%/model.safetensors: | .venv/bin/python
-	.venv/bin/ovsam train adapters/$*/recipe.toml --resume $(SETTINGS)
+data/photographs/train.json: | .venv/bin/python
+	.venv/bin/python adapters/photographs/fetch.py
 
-runs/sam-tiny-512/model.safetensors: runs/sam-tiny/model.safetensors
-runs/adapters-tiny/model.safetensors: runs/clip-tiny/model.safetensors
-runs/concepts-tiny/model.safetensors: runs/adapters-tiny/model.safetensors
-runs/clip2sam-tiny/model.safetensors: runs/concepts-tiny/model.safetensors runs/sam-tiny-512/model.safetensors
-runs/sam2clip-tiny/model.safetensors: runs/concepts-tiny/model.safetensors runs/sam-tiny-512/model.safetensors
+runs/tower/model.safetensors: | .venv/bin/python
+	.venv/bin/python hub/tower.py
+
+runs/concepts-tiny/model.safetensors: runs/tower/model.safetensors data/photographs/train.json
+	.venv/bin/ovsam train adapters/concepts-tiny/recipe.toml --resume $(SETTINGS)
+
+runs/sam2clip-tiny/model.safetensors: runs/concepts-tiny/model.safetensors
+	.venv/bin/ovsam train adapters/sam2clip-tiny/recipe.toml --resume $(SETTINGS)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

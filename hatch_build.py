@@ -1,18 +1,16 @@
 """Builds the weights that git does not track, and puts the embedded checkpoint into the wheel.
 
 hub/ovsam-tiny is complete in git but for one shard of 45 MB, text_model.safetensors: all-MiniLM-L6-v2 (Apache-2.0) in
-half precision. Its variant of one backbone, hub/ovsam-tiny-clip, has no weights in git at all: they are those of
-hub/ovsam-tiny without the SAM side's image encoder, and those of adapters/sam2clip-tiny, which stand in for it.
+half precision. The weights of its adapters, which are inside its shards, are written to their own folders as well, so
+that each loads alone.
 
 This build hook makes both on `pip install -e .`, and `python hatch_build.py` makes them alone; the wheel carries
 hub/ovsam-tiny. Only the standard library and numpy are used, since torch does not exist in a build environment.
 """
 
-import filecmp
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,14 +36,11 @@ HUB_FILE = "sentence-transformers/all-MiniLM-L6-v2/resolve/c9745ed1d9f207416be6d
 PREFIX = "clip.text_model."  # where the tower sits in OVSamModel
 UNUSED = ("pooler.", "embeddings.position_ids")  # the tower is mean-pooled; position_ids is a buffer, not a weight
 
-# The variant, and what it is made of: of CHECKPOINT all but what only its SAM side's image encoder needs, the adapter
-# that stands in for that, and files that are the same in both.
-VARIANT = "hub/ovsam-tiny-clip"
-ADAPTER = "adapters/sam2clip-tiny/model.safetensors"
-ADAPTER_PREFIX = "sam2clip."
-IMAGE_SHARD = "vision_model.safetensors"
-LEFT_OUT = ("sam.model.vision_encoder.", "sam.model.no_memory_embedding")
-COMMON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# The tracked shards of the checkpoint, and the adapters inside the second, which `build_adapters` writes to
+# adapters/NAME-tiny as models of their own.
+VISION_SHARD = "vision_model.safetensors"
+DECODER_SHARD = "decoder_model.safetensors"
+ADAPTERS = ("clip2sam", "concepts", "sam2clip")
 REMEDY = "check it out again (`git checkout`), then run `python hatch_build.py`"
 
 
@@ -159,54 +154,32 @@ def build_text_shard(
     return shard
 
 
-def variant_shard(base: Path, adapter: Path) -> bytes:
-    """The image shard of hub/ovsam-tiny-clip: hub/ovsam-tiny's without the SAM side's image encoder, and the adapter's
-    weights under their names in the whole. Raises ShardError."""
-    kept: Tensors = {}
-    for source, prefix, left_out in ((base / IMAGE_SHARD, "", LEFT_OUT), (adapter, ADAPTER_PREFIX, ())):
-        try:
-            tensors = read_safetensors(source.read_bytes())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ShardError(
-                f"{VARIANT} could not be built: {source} is no whole safetensors file ({error}); {REMEDY}."
-            ) from error
-        kept |= {prefix + name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
-    return to_safetensors({name: kept[name] for name in sorted(kept)})
-
-
-def build_variant(folder: Path, base: Path, adapter: Path) -> None:
-    """Make the weights and the tokenizer of hub/ovsam-tiny-clip out of hub/ovsam-tiny, whose text tower has to be there
-    already, and the weights of the adapter. Files that are right already are left as they are. Raises ShardError.
-    """
-    # Built every time and compared, which takes a tenth of a second: so no change of a source goes unnoticed.
-    content, shard = variant_shard(base, adapter), folder / IMAGE_SHARD
-    if not shard.is_file() or shard.read_bytes() != content:
-        with _partial(shard) as partial:
-            partial.write_bytes(content)
-    for name in (SHARD, *COMMON):
-        source, target = base / name, folder / name
-        if not source.is_file():
-            raise ShardError(f"{target} could not be made: {source} is not there; {REMEDY}.")
-        if target.is_file() and filecmp.cmp(source, target, shallow=False):
-            continue
-        with _partial(target) as partial:
-            if name == SHARD:  # 45 MB need not be on the disk twice
-                try:
-                    partial.hardlink_to(source)
-                    continue
-                except OSError:  # a file system without links, or too many of them
-                    partial.unlink(missing_ok=True)
-            shutil.copyfile(source, partial)
+def build_adapters(root: Path) -> list[Path]:
+    """Write the adapters inside the embedded checkpoint to their own folders, and return these. Files that are right
+    already are left as they are. Raises ShardError."""
+    source = root / CHECKPOINT / DECODER_SHARD
+    try:
+        tensors = read_safetensors(source.read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(
+            f"The adapters could not be built: {source} is no whole safetensors file ({error}); {REMEDY}."
+        ) from error
+    folders = []
+    for adapter in ADAPTERS:
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{adapter}.")}
+        content = to_safetensors({name.removeprefix(f"{adapter}."): own[name] for name in sorted(own)})
+        target = root / "adapters" / f"{adapter}-tiny" / "model.safetensors"
+        if not target.is_file() or target.read_bytes() != content:
+            with _partial(target) as partial:
+                partial.write_bytes(content)
+        folders.append(target.parent)
+    return folders
 
 
 def build_all(root: Path) -> list[Path]:
-    """What git does not track of the checkpoints in a tree: their folders. Raises ShardError."""
-    base, variant = root / CHECKPOINT, root / VARIANT
-    build_text_shard(base)
-    if not (variant / "config.json").is_file():  # a tree without the variant
-        return [base]
-    build_variant(variant, base, root / ADAPTER)
-    return [base, variant]
+    """Build the weights that git does not track, and return their folders. Raises ShardError."""
+    build_text_shard(root / CHECKPOINT)
+    return [root / CHECKPOINT, *build_adapters(root)]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Draws where the shipped checkpoint goes wrong: `python benchmarks/failures.py`, for its card.
+"""Draws the failures of the shipped checkpoint: `python benchmarks/failures.py`, for its card.
 
-Of the first frozen scenes, each object boxed: the surest wrong names (first row) and the worst masks (second row), one
-of a scene at most, so that nobody chose them.
+Each object of the frozen photographs boxed: the wrong names with the highest scores (first row) and the masks with the
+lowest IoU (second row), one of an image at most, so that nobody chose them.
 """
 
 from pathlib import Path
@@ -12,23 +12,23 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 import ovsam
-from ovsam.data.scenes.words import all_words
 
 ROOT = Path(__file__).resolve().parents[1]
-SCENES = ROOT / "tests" / "data" / "emojiscenes-val"
-PICTURES, COLUMNS, SIDE = 40, 5, 160
+PHOTOS = ROOT / "tests" / "data" / "photos-val"
+COLUMNS, SIDE = 5, 160
 
 
 def main() -> None:
     segmenter = ovsam.load("ovsam-tiny")
-    coco = COCO(str(SCENES / "annotations.json"))
-    names = [word.name for word in all_words()]
+    coco = COCO(str(PHOTOS / "annotations.json"))
     misnamed, misshapen = [], []
-    for image in tqdm(coco.loadImgs(coco.getImgIds()[:PICTURES])):
-        annotations = coco.loadAnns(coco.getAnnIds(image["id"]))
+    for image in tqdm(coco.loadImgs(coco.getImgIds())):
+        annotations = coco.loadAnns(coco.getAnnIds(image["id"], iscrowd=False))
+        if not annotations:
+            continue
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
-        picture = segmenter.encode(SCENES / image["file_name"])
-        found = segmenter.what(picture, boxes=boxes, vocabulary=names)
+        picture = segmenter.encode(PHOTOS / "images" / image["file_name"])
+        found = segmenter.what(picture, boxes=boxes)
         wrong, rough = [], []
         for annotation, box, instance in zip(annotations, boxes, found, strict=True):
             truth, label = coco.annToMask(annotation).astype(bool), coco.cats[annotation["category_id"]]["name"]

@@ -1,36 +1,40 @@
-"""Draws the pictures of the README with the shipped checkpoint: `python benchmarks/pictures.py`."""
+"""Draws the pictures of the README with the shipped checkpoint: `python benchmarks/pictures.py`.
+
+The photographs are of the frozen set (tests/data/photos-val, whose ATTRIBUTION.md names the photographers).
+"""
 
 from pathlib import Path
 
 from PIL import Image
 
 import ovsam
-from ovsam.data.scenes.words import all_words
 
 ROOT = Path(__file__).resolve().parents[1]
-SCENES = ROOT / "tests" / "data" / "emojiscenes-val" / "images"
-WHERE = ("028.jpg", ["car", "saxophone", "dog face", "meat on bone"])
-WHAT = ("000.jpg", [(333, 177), (381, 283), (109, 375), (206, 451)])
-EVERYTHING = "056.jpg"
+PHOTOS = ROOT / "tests" / "data" / "photos-val" / "images"
+WHAT = ("000000000599.jpg", [(300, 200)])
+WHERE = ("000000000599.jpg", ["cat", "remote", "couch"])
+EVERYTHING = "000000000599.jpg"
+HEIGHT = 320
 
 
 def main() -> None:
     segmenter = ovsam.load("ovsam-tiny")
-    names = [word.name for word in all_words()]
-    panels = []
-    name, words = WHERE
-    picture = segmenter.encode(SCENES / name)
-    panels.append(segmenter.where(picture, words).overlay(picture.image))
     name, points = WHAT
-    picture = segmenter.encode(SCENES / name)
-    clicked = [segmenter.what(picture, points=[point], vocabulary=names)[0] for point in points]
-    panels.append(ovsam.Results(clicked, picture.image.size[::-1]).overlay(picture.image))
-    picture = segmenter.encode(SCENES / EVERYTHING)
-    panels.append(segmenter.everything(picture, vocabulary=names).overlay(picture.image))
+    image = segmenter.encode(PHOTOS / name)
+    clicked = [segmenter.what(image, points=[point])[0] for point in points]
+    panels = [ovsam.Results(clicked, image.image.size[::-1]).overlay(image.image)]
+    name, words = WHERE
+    image = segmenter.encode(PHOTOS / name)
+    panels.append(segmenter.where(image, words).overlay(image.image))
+    image = segmenter.encode(PHOTOS / EVERYTHING)
+    panels.append(segmenter.everything(image).overlay(image.image))
 
-    sheet = Image.new("RGB", (3 * 512 + 2 * 8, 512), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(panel.convert("RGB"), (i * (512 + 8), 0))
+    panels = [panel.convert("RGB").resize((round(HEIGHT * panel.width / panel.height), HEIGHT)) for panel in panels]
+    sheet = Image.new("RGB", (sum(panel.width for panel in panels) + 8 * (len(panels) - 1), HEIGHT), "white")
+    left = 0
+    for panel in panels:
+        sheet.paste(panel, (left, 0))
+        left += panel.width + 8
     target = ROOT / "benchmarks" / "pictures" / "three_questions.jpg"
     target.parent.mkdir(exist_ok=True)
     sheet.save(target, quality=88)

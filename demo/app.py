@@ -28,9 +28,9 @@ from ovsam.processing.images import open_image
 
 HERE = Path(__file__).parent
 EXAMPLES = [
-    ["hamburgers.jpg", "hamburger, bicycle", ""],
-    ["pumpkins.jpg", "pumpkin, unicorn, books", ""],
-    ["cows.jpg", "cow, bee, trophy", "mosquito"],
+    ["cat.jpg", "cat, remote", ""],
+    ["desk.jpg", "laptop, mouse, keyboard", ""],
+    ["horses.jpg", "horse, person", "cow"],
 ]
 OWN, PASTE = "The model's own", "My own words"
 NAMES = {
@@ -235,7 +235,7 @@ def image_tab(model: str) -> None:
                 )  # fmt: skip
         with gr.Column(scale=2, min_width=320):
             with gr.Group():
-                words = gr.Textbox(label="Find these words", placeholder="hamburger, bicycle", max_length=LONGEST_TEXT)
+                words = gr.Textbox(label="Find these words", placeholder="cat, remote", max_length=LONGEST_TEXT)
                 negative = gr.Textbox(label="But not", placeholder="what only looks like them", max_length=LONGEST_TEXT)
                 find_button = gr.Button("Find", variant="primary")
             with gr.Group():

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves
 
 import ovsam
-from ovsam.checkpoints.embedded import EMBEDDED, VARIANT
+from ovsam.checkpoints.embedded import EMBEDDED
 from ovsam.checkpoints.presets import PRESETS
 from ovsam.processing.images import open_file, open_image
 
@@ -181,7 +181,7 @@ def speed(model: str) -> str:
     """What a picture costs here, in one sentence; measured, never guessed."""
     device = models.get(model).device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
-    note = " It knows pictograms, not photographs." if model in (EMBEDDED, VARIANT) else ""
+    note = " It is small, and finds COCO's 80 words best." if model == EMBEDDED else ""
     if model not in seconds:
         return f"On {where}; the first picture will show how long one takes.{note}"
     return f"A picture takes {seconds[model]:.1f} s on {where}, once; questions about it are quicker.{note}"

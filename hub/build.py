@@ -2,12 +2,9 @@
 
 `--cards` writes the cards alone, from model_card.md; `--check` says where a mirror has drifted from what it is made of.
 
-It merges runs/*/model.safetensors into hub/ovsam-tiny/ (config, processor, tokenizer, weights, shim, card) and writes
-each adapter's own folder in adapters/. Matrices are stored in half precision, vectors in full; everything loads as
-float32. The text tower is a shard of its own that git does not track (see hatch_build.py).
-
-hub/ovsam-tiny-clip/ is the same with one backbone: only its Sam2ClipAdapter is trained for it, and git tracks none of
-its weights, which hatch_build.py puts together. It is built where runs/sam2clip-tiny/ is there.
+It merges runs/*/model.safetensors into hub/ovsam-tiny/ (config, processor, tokenizer, weights, shim, card). Matrices
+are stored in half precision, vectors in full; everything loads as float32. The text tower and the folders of adapters
+are made by hatch_build.py, and git does not track them.
 """
 
 import argparse
@@ -16,7 +13,6 @@ import re
 import shutil
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
 
 import torch
@@ -31,57 +27,54 @@ sys.path.insert(0, str(ROOT))  # so that it also runs from a checkout that is no
 
 import hatch_build  # noqa: E402
 import ovsam  # noqa: E402
-from benchmarks import figures  # noqa: E402
+from hub.tower import ARCHITECTURE, MEAN, STD, image_config  # noqa: E402
+from ovsam.checkpoints.cards import LINK, check_card  # noqa: E402
+from ovsam.checkpoints.embedded import TEXT_SHARD  # noqa: E402
+from ovsam.checkpoints.push import CARD, full_precision, write_json  # noqa: E402
+from ovsam.data.scenes.words import all_words  # noqa: E402
+from ovsam.errors import InputError  # noqa: E402
 from ovsam.modeling.adapters.clip2sam import Clip2SamConfig  # noqa: E402
 from ovsam.modeling.adapters.concepts import ConceptHeadConfig  # noqa: E402
 from ovsam.modeling.adapters.sam2clip import Sam2ClipConfig  # noqa: E402
-from ovsam.checkpoints.cards import LINK, check_card  # noqa: E402
-from ovsam.checkpoints.embedded import TEXT_SHARD  # noqa: E402
-from ovsam.modeling.clip import DualEncoderConfig  # noqa: E402
-from ovsam.errors import InputError  # noqa: E402
-from ovsam.checkpoints.push import CARD, full_precision, write_json  # noqa: E402
 from ovsam.modeling.remote_code import SHIM, auto_map, write_shim  # noqa: E402
-from ovsam.data.scenes.words import all_words  # noqa: E402
-from ovsam.checkpoints.text_tower import text_config  # noqa: E402
 from ovsam.training.stages.towers import edgetam_config  # noqa: E402
 
 IMAGE_SIZE = 512
-PROTOTYPE_WEIGHT = 1.0  # on scenes apart from the frozen sets 0.5 and 2 did about as well, and 0 three points worse for boxes
-TRAINED_SHARD = hatch_build.IMAGE_SHARD  # not model.safetensors, which would be taken for the whole
-CHANNELS = [32, 64, 96, 960]  # MobileNetV4-S at strides 4, 8, 16, 32
+PROTOTYPE_WEIGHT = 1.0  # the mask decoder was trained to add its masks to the prototypes'
+VISION_SHARD = hatch_build.VISION_SHARD  # not model.safetensors, which would be taken for the whole
+DECODER_SHARD = hatch_build.DECODER_SHARD
+TRUNK = [24, 48, 120, 352]  # its channels at strides 4, 8, 16, 32
+CHANNELS = [24, 48, 120, 1280]  # of the maps that adapters read; the last is the one that the classifier pools
 MIRROR = ROOT / "hub" / "ovsam-tiny"
-ADAPTERS = {"clip2sam": ROOT / "adapters" / "clip2sam-tiny", "concepts": ROOT / "adapters" / "concepts-tiny"}
-VARIANT = ROOT / "hub" / "ovsam-tiny-clip"
-SAM2CLIP = ROOT / "adapters" / "sam2clip-tiny"  # the variant's own adapter, and its results.json
+ADAPTERS = {name: ROOT / "adapters" / f"{name}-tiny" for name in hatch_build.ADAPTERS}
 SOURCE = ROOT / "model_card.md"
 SHARED = ("Training data and licences", "Limits")  # its sections that adapters' cards end with
 FROM_SOURCE = "<!-- from model_card.md -->\n"
 COMMON = ("license", "library_name", "language", "datasets")  # its front matter that theirs repeats
 NOT_COMPARED = ("transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
+SHARDS = (VISION_SHARD, DECODER_SHARD, TEXT_SHARD)
+CONSE = {"clip_scale": 9.06, "clip_shift": -0.885}  # logistic regression of ConSE's cosines on training pictures
+COCO = json.loads((ROOT / "tests" / "data" / "photos-val" / "annotations.json").read_text())
 CALIBRATED = ("_threshold", "_calibration")  # how the names end of what the stage `calibrate` chooses
-PARTS = ("clip-tiny", "sam-tiny-512", "concepts-tiny", "clip2sam-tiny")  # of one tensor, the last part's counts
+PARTS = ("tower", "concepts-tiny", "sam2clip-tiny")
 
 
-def tiny_config(thresholds: dict, composition: str = "dual", **more) -> ovsam.OVSamConfig:
-    architecture = "mobilenetv4_conv_small"
+def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
+    read = {"in_channels": CHANNELS, "embed_dim": 384, "width": 128}
+    coco = tuple(category["name"] for category in COCO["categories"])
+    trained = [*coco, *(word.name for word in all_words() if word.split == "base")]
     return ovsam.OVSamConfig(
-        composition=composition,
-        sam_config=edgetam_config(architecture, CHANNELS, width=128, mlp_dim=512, image_size=IMAGE_SIZE),
-        clip_config=DualEncoderConfig(architecture=architecture, text_config=text_config(), image_size=IMAGE_SIZE),
-        clip2sam_config=Clip2SamConfig(in_channels=CHANNELS, embed_dim=384, width=128),
-        concepts_config=ConceptHeadConfig(in_channels=CHANNELS, embed_dim=384, width=128),
-        vocabulary=[word.name for word in all_words()],
+        composition="clip",
+        sam_config=edgetam_config(ARCHITECTURE, TRUNK, width=128, mlp_dim=512, image_size=IMAGE_SIZE),
+        clip_config=image_config(),
+        sam2clip_config=Sam2ClipConfig(in_channels=CHANNELS, width=128, num_layers=2, num_heads=4),
+        clip2sam_config=Clip2SamConfig(**read, trained_words=sorted({word.lower() for word in trained}), **CONSE),
+        concepts_config=ConceptHeadConfig(**read),
+        vocabulary="coco",
         prototype_weight=PROTOTYPE_WEIGHT,
+        templates=("{}",),
         **thresholds,
-        **more,
     )
-
-
-def variant_config(thresholds: dict) -> ovsam.OVSamConfig:
-    """ovsam-tiny's, the adapter of its recipe in place of the SAM side's image encoder."""
-    layers = tomllib.loads((SAM2CLIP / "recipe.toml").read_text())["stage_args"]
-    adapter = Sam2ClipConfig(in_channels=CHANNELS, width=128, num_layers=layers["layers"], num_heads=layers["heads"])
-    return tiny_config(thresholds, composition="clip", sam2clip_config=adapter)
 
 
 def compact(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,34 +82,19 @@ def compact(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: t.half().contiguous() if t.ndim > 1 and "positional" not in n else t for n, t in state.items()}
 
 
-def write_adapter(folder: Path, config, state: dict[str, Tensor]) -> None:
-    write_json(folder / "config.json", full_precision(config.to_dict()))
-    save_file(compact(state), folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def build_tiny(runs: Path, folder: Path, thresholds: dict) -> None:
     config = tiny_config(thresholds)
     state: dict[str, Tensor] = {}
     for part in PARTS:
         state |= load_file(runs / part / "model.safetensors")
-
     check_whole(config, set(state) | names_in(folder / TEXT_SHARD))
-    save_file(compact(state), folder / TRAINED_SHARD, metadata={"format": "pt"})
+    vision = {name: tensor for name, tensor in state.items() if name.startswith("clip.")}
+    decoder = {name: tensor for name, tensor in state.items() if name not in vision}
+    for shard, part in ((VISION_SHARD, vision), (DECODER_SHARD, decoder)):
+        save_file(compact(part), folder / shard, metadata={"format": "pt"})
     for name, target in ADAPTERS.items():
-        own = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
-        write_adapter(target, getattr(config, f"{name}_config"), own)
-    write_beside_shards(folder, config)
-
-
-def build_variant(runs: Path, folder: Path, base: Path, thresholds: dict) -> None:
-    """The variant of what lies in `base`."""
-    config, name = variant_config(thresholds), hatch_build.ADAPTER_PREFIX
-    state = load_file(runs / SAM2CLIP.name / "model.safetensors")
-    of_base = {n for n in names_in(base / TRAINED_SHARD) if not n.startswith(hatch_build.LEFT_OUT)}
-    check_whole(config, set(state) | of_base | names_in(base / TEXT_SHARD))
-    write_adapter(SAM2CLIP, config.sam2clip_config, {n.removeprefix(name): t for n, t in state.items()})
-    folder.mkdir(exist_ok=True)
-    hatch_build.build_variant(folder, base, SAM2CLIP / "model.safetensors")
+        write_json(target / "config.json", full_precision(getattr(config, f"{name}_config").to_dict()))
+    hatch_build.build_adapters(ROOT)
     write_beside_shards(folder, config)
 
 
@@ -137,9 +115,9 @@ def check_whole(config: ovsam.OVSamConfig, names: set[str]) -> None:
 def write_beside_shards(folder: Path, config: ovsam.OVSamConfig) -> None:
     """The index, the configuration with the shim, and the processor."""
     shards: dict[str, str] = {}
-    for shard in (TRAINED_SHARD, TEXT_SHARD):
+    for shard in SHARDS:
         shards |= dict.fromkeys(sorted(names_in(folder / shard)), shard)
-    size = sum((folder / name).stat().st_size for name in (TRAINED_SHARD, TEXT_SHARD))
+    size = sum((folder / name).stat().st_size for name in SHARDS)
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": shards})
 
     config.architectures = ["OVSamModel"]
@@ -152,7 +130,7 @@ def write_beside_shards(folder: Path, config: ovsam.OVSamConfig) -> None:
 def tiny_processor(folder: Path) -> ovsam.OVSamProcessor:
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     mask_side = {"height": IMAGE_SIZE // 4, "width": IMAGE_SIZE // 4}
-    images = Sam2ImageProcessor(size=side, mask_size=mask_side)
+    images = Sam2ImageProcessor(size=side, mask_size=mask_side, image_mean=list(MEAN), image_std=list(STD))
     return ovsam.OVSamProcessor(images, AutoTokenizer.from_pretrained(folder), max_text_length=64)
 
 
@@ -171,25 +149,6 @@ def derived_card(folder: Path) -> str:
     return own.rstrip("\n") + "\n\n" + FROM_SOURCE + "\n" + "\n\n".join(sections) + "\n"
 
 
-def variant_cards(variant: Path) -> dict[Path, str]:
-    """Of the variant and of its adapter, with the variant's figures, where it was measured, beside ovsam-tiny's."""
-    cards = {folder: derived_card(folder) for folder in (variant, SAM2CLIP)}
-    results = SAM2CLIP / "results.json"
-    if not results.is_file():
-        return cards
-    measured = figures.read(results)
-    all_metrics = figures.MASKS | figures.NAMES | figures.WORDS
-    for folder, name, metrics in ((variant, VARIANT.name, all_metrics), (SAM2CLIP, SAM2CLIP.name, figures.MASKS)):
-        cards[folder] = figures.with_index(cards[folder], name, metrics, measured)
-    of_tiny = figures.table(figures.read(ADAPTERS["clip2sam"] / "results.json"))
-    lines = [f"| figure | {VARIANT.name} | {MIRROR.name} |", "|---|---|---|"]
-    for ours, theirs in zip(figures.table(measured).splitlines()[2:], of_tiny.splitlines()[2:], strict=True):
-        _, figure, value, *_ = ours.split("|")
-        lines.append(f"|{figure}|{value}|{theirs.split('|')[2]}|")
-    table = "\n".join(lines)
-    return cards | {variant: figures.TABLE.sub(lambda line: f"{line.group(1)}\n{table}\n", cards[variant])}
-
-
 def write_cards(folder: Path) -> None:
     card, pictures = mirror_card()
     (folder / CARD).write_text(card)
@@ -197,11 +156,6 @@ def write_cards(folder: Path) -> None:
         shutil.copyfile(picture, folder / name)
     for adapter in ADAPTERS.values():
         (adapter / CARD).write_text(derived_card(adapter))
-
-
-def write_variant_cards(variant: Path) -> None:
-    for folder, card in variant_cards(variant).items():
-        (folder / CARD).write_text(card)
 
 
 def differences(folder: Path = MIRROR, adapters: dict[str, Path] = ADAPTERS) -> list[str]:
@@ -220,24 +174,6 @@ def differences(folder: Path = MIRROR, adapters: dict[str, Path] = ADAPTERS) -> 
     found += _front_matter_differences([folder, *adapters.values()])
     wanted = tiny_config(_calibrated(folder))
     return found + _beside_differences(folder, wanted) + _weight_differences(folder, wanted, adapters)
-
-
-def variant_differences(folder: Path = VARIANT, adapter: Path = SAM2CLIP, base: Path = MIRROR) -> list[str]:
-    """The same of ovsam-tiny-clip, whose weights are those of `base` and of its adapter."""
-    found = []
-    for described, card in variant_cards(folder).items():
-        if (described / CARD).read_text() != card:
-            found.append(
-                f"{described / CARD} is not what model_card.md and {SAM2CLIP.name}/results.json make of it: "
-                "run `python hub/build.py --cards`."
-            )
-    found += _front_matter_differences([folder, adapter])
-    wanted = variant_config(_calibrated(folder))
-    found += _beside_differences(folder, wanted)
-    shard = folder / TRAINED_SHARD
-    if not shard.is_file() or shard.read_bytes() != hatch_build.variant_shard(base, adapter / "model.safetensors"):
-        return [*found, f"{shard} is not made of today's weights: run `python hatch_build.py`."]
-    return found + _weight_differences(folder, wanted, {"sam2clip": adapter})
 
 
 def _front_matter_differences(folders: list[Path]) -> list[str]:
@@ -283,20 +219,24 @@ def _beside_differences(folder: Path, wanted: ovsam.OVSamConfig) -> list[str]:
 
 def _weight_differences(folder: Path, wanted: ovsam.OVSamConfig, adapters: dict[str, Path]) -> list[str]:
     found = []
-    # Every tensor of the model is in the shard that the index says; and adapters are the whole's own tensors.
+    # Every tensor of the model is in the shard that the index names; and adapters are the whole's own tensors.
     shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     with torch.device("meta"):
         names = set(ovsam.OVSamModel(wanted).state_dict())
-    trained = load_file(folder / TRAINED_SHARD)
-    if set(shards) != names or {name for name in shards if shards[name] == TRAINED_SHARD} != set(trained):
+    tracked = {shard: names_in(folder / shard) for shard in (VISION_SHARD, DECODER_SHARD)}
+    if set(shards) != names or any({n for n in shards if shards[n] == s} != own for s, own in tracked.items()):
         found.append(f"{folder / 'model.safetensors.index.json'} does not list the tensors of the model.")
+    trained = load_file(folder / DECODER_SHARD)
     for name, adapter in adapters.items():
         found += _config_differences(adapter, getattr(wanted, f"{name}_config"))
+        if not (adapter / "model.safetensors").is_file():
+            found.append(f"{adapter / 'model.safetensors'} is not there: run `python hatch_build.py`.")
+            continue
         with safe_open(adapter / "model.safetensors", framework="pt") as file:
             own = {f"{name}.{key}": file.get_tensor(key) for key in file.keys()}
         part = {key: tensor for key, tensor in trained.items() if key.startswith(f"{name}.")}
         if own.keys() != part.keys() or not all(torch.equal(own[key], part[key]) for key in part):
-            found.append(f"{adapter / 'model.safetensors'} has other weights than {folder / TRAINED_SHARD}.")
+            found.append(f"{adapter / 'model.safetensors'} has other weights than {folder / DECODER_SHARD}.")
     return found
 
 
@@ -322,23 +262,11 @@ if __name__ == "__main__":
     parser.add_argument("--cards", action="store_true", help="write the cards alone")
     parser.add_argument("--check", action="store_true", help="change nothing, and fail where a mirror has drifted")
     arguments = parser.parse_args()
-    variant = arguments.folder.with_name(VARIANT.name)
     if arguments.check:
-        found = differences(arguments.folder)
-        if (variant / "config.json").is_file():
-            found += variant_differences(variant, base=arguments.folder)
-        sys.exit("\n".join(found) or None)
+        sys.exit("\n".join(differences(arguments.folder)) or None)
     if not arguments.cards:
         thresholds = {}
         if (calibrated := arguments.runs / "calibrate-tiny" / "thresholds.json").is_file():
             thresholds = json.loads(calibrated.read_text())
         build_tiny(arguments.runs, arguments.folder, thresholds)
-        if (arguments.runs / SAM2CLIP.name / "model.safetensors").is_file():
-            if (calibrated := arguments.runs / "calibrate-tiny-clip" / "thresholds.json").is_file():
-                thresholds = json.loads(calibrated.read_text())
-            build_variant(arguments.runs, variant, arguments.folder, thresholds)
-        elif (variant / "config.json").is_file():  # its adapter was distilled over other towers
-            print(f"{variant} was not built again: {arguments.runs / SAM2CLIP.name} is not trained.", file=sys.stderr)
     write_cards(arguments.folder)
-    if (variant / "config.json").is_file():
-        write_variant_cards(variant)

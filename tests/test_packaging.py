@@ -154,6 +154,7 @@ def test_hub_that_does_not_answer_is_an_oserror(monkeypatch):
 def test_only_the_standard_wheel_gets_the_checkpoint_added(tmp_path, monkeypatch, target, version, added):
     built = []
     monkeypatch.setattr(hatch_build, "build_text_shard", built.append)
+    monkeypatch.setattr(hatch_build, "build_adapters", lambda root: [])
     hook = get_build_hook()(str(tmp_path), {}, None, None, str(tmp_path), target)
     build_data: dict = {"force_include": {}}
     hook.initialize(version, build_data)

@@ -9,7 +9,6 @@ CACHE = Path(os.environ.get("OVSAM_CACHE") or Path.home() / ".cache" / "ovsam")
 PACKAGE = Path(__file__).resolve().parents[1]
 TEXT_SHARD = "text_model.safetensors"  # the one file of ovsam-tiny that git does not track; made by hatch_build.py
 EMBEDDED = "ovsam-tiny"
-VARIANT = "ovsam-tiny-clip"  # one backbone; in a checkout its weights are made by hatch_build.py; not in the wheel
 
 
 def path(name: str = EMBEDDED) -> str:
@@ -17,8 +16,8 @@ def path(name: str = EMBEDDED) -> str:
 
     Raises InputError for a name that does not come with it, or a folder that is not whole.
     """
-    if name not in (EMBEDDED, VARIANT):
-        raise InputError(f"There is no checkpoint {name!r} in the package; there are {EMBEDDED} and {VARIANT}.")
+    if name != EMBEDDED:
+        raise InputError(f"There is no checkpoint {name!r} in the package, only {EMBEDDED}.")
     return str(find_checkpoint(name))
 
 
@@ -32,11 +31,6 @@ def find_checkpoint(name: str = EMBEDDED) -> Path:
         folder, remedy = installed, "pip install --force-reinstall --no-deps ovsam"
     elif checkout.is_dir():
         folder, remedy = checkout, f"pip install -e {PACKAGE.parent}"
-    elif name == VARIANT:
-        raise InputError(
-            f"{VARIANT} is not part of the installed package, only {EMBEDDED} is: pass its id on the Hub, "
-            f"ORG/{VARIANT}, or work in a checkout of ovsam installed with `pip install -e .`, which makes it."
-        )
     else:
         raise InputError(
             f"No checkpoint named {name!r} comes with ovsam, only {EMBEDDED}; where that is missing, "

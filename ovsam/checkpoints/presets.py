@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from ovsam.checkpoints.download import cached_folder, hub_has
-from ovsam.checkpoints.embedded import EMBEDDED, VARIANT, find_checkpoint
+from ovsam.checkpoints.embedded import EMBEDDED, find_checkpoint
 from ovsam.errors import InputError
 
 
@@ -41,14 +41,11 @@ PRESETS = {
         note="the same, larger and slower",
     ),
     EMBEDDED: Preset(
-        {}, ("Apache-2.0",), parameters=28.7, download=0, note="pictograms, not photographs; comes with the package"
-    ),
-    VARIANT: Preset(
         {},
         ("Apache-2.0",),
-        parameters=27.8,
+        parameters=32.8,
         download=0,
-        note="the same with one backbone, Open-Vocabulary SAM's way; in a checkout, or by its id on the Hub",
+        note="small, comes with the package; photographs, COCO's names best",
     ),
 }
 
@@ -60,8 +57,8 @@ def choose_auto() -> str:
     if photo.is_cached or hub_has(photo.parts["sam"]):  # not hub_answers(): captive portals answer too
         return "photo"
     print(
-        f"ovsam: the Hub does not respond and the model photo is not in the cache; using {EMBEDDED}, which is trained "
-        "on pictograms, not photographs",
+        f"ovsam: the Hub does not respond and the model photo is not in the cache; using {EMBEDDED}, which is small "
+        "and finds COCO's 80 words best",
         file=sys.stderr,
     )
     return EMBEDDED
@@ -75,12 +72,12 @@ def announce_download(name: str) -> None:
 
 
 def _where(checkpoint: str) -> str:
-    """Availability of a checkpoint of this project: the embedded one always, the other one in a checkout only."""
+    """Availability of a checkpoint of this project, whose text tower may be missing."""
     try:
         find_checkpoint(checkpoint)
     except InputError:
         return "no"
-    return "embedded" if checkpoint == EMBEDDED else "checkout"
+    return "embedded"
 
 
 def offered() -> list[str]:

@@ -58,10 +58,9 @@ def load(
 
     Args:
         model: "photo" or "photo-large", composed of released models that are downloaded once;
-            "ovsam-tiny", the checkpoint inside the package, trained on pictograms, not on photographs;
-            "ovsam-tiny-clip", its variant of one backbone, in a checkout; "auto": the value of the environment variable
-            OVSAM_MODEL, else `photo` where it is in the cache or the Hub answers, else `ovsam-tiny`; a folder; or a
-            Hub id, "ORG/NAME" or "ORG/NAME@REVISION".
+            "ovsam-tiny", the small checkpoint inside the package, trained on photographs with COCO's names;
+            "auto": the value of the environment variable OVSAM_MODEL, else `photo` where it is in the cache or the Hub
+            answers, else `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME" or "ORG/NAME@REVISION".
         device: "cpu", "cuda", ...; by default a GPU if there is one.
         dtype: torch.bfloat16 or "bfloat16", "float16", "float32"; by default that of the checkpoint.
 

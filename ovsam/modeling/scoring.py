@@ -69,7 +69,7 @@ class BlendedNaming:
         if words is None:
             return None
         labels = [""] * len(words) if labels is None else labels
-        share = [TRAINED if _plain(label) in self.trained_words else UNTRAINED for label in labels]
+        share = [TRAINED if plain_name(label) in self.trained_words else UNTRAINED for label in labels]
         share = torch.tensor(share, device=words.device)  # [K]
         logits = (1 - share) * self.adapter.logits(words) + share * self.clip.logits(words)
         return logits if asked is None else logits.masked_fill(~asked[:, None], torch.finfo(logits.dtype).min)
@@ -106,7 +106,7 @@ class FusedNaming:
         names = list(dict.fromkeys(labels))
         place = {name: index for index, name in enumerate(names)}
         name_of = torch.tensor([place[label] for label in labels], device=words.device)  # [K]
-        weight = torch.tensor([TRAINED if _plain(name) in self.trained_words else UNTRAINED for name in names])
+        weight = torch.tensor([TRAINED if plain_name(name) in self.trained_words else UNTRAINED for name in names])
         weight = weight.to(words.device) * self.clip_sees[..., None]  # [B, I, N]
         log_p = (1 - weight) * self._log_p(self.embeds, words, asked, name_of)
         log_p = log_p + weight * self._log_p(self.clip_embeds, words, asked, name_of)
@@ -127,7 +127,8 @@ class FusedNaming:
 AnyNaming = Naming | BlendedNaming | FusedNaming
 
 
-def _plain(word: str) -> str:
+def plain_name(word: str) -> str:
+    """A class name as `trained_words` lists it."""
     return word.lower().replace("_", " ")
 
 

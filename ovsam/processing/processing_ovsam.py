@@ -480,8 +480,11 @@ def _check_prompts(images, sizes, points, labels, boxes, padding: int) -> None:
         if [len(one) for one in row] != [len(one) for one in several]:
             raise InputError("The input_labels do not fit the input_points; each point takes one.")
     for one in (label for several in labels for row in several for label in row):
-        if one not in (1, 0, -1, padding):
-            raise InputError(f"The input_labels hold {one}; each is 1 (on the object), 0 (beside it) or -1 (padding).")
+        if one not in (1, 0, 2, 3, -1, padding):
+            raise InputError(
+                f"The input_labels hold {one}; each must be 1 (on the object), 0 (beside it), 2 or 3 (the corners of a "
+                "box) or -1 (padding)."
+            )
 
 
 def _words(text: Any) -> Any:

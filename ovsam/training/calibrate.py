@@ -4,8 +4,8 @@ Temperature and shift turn logits into probabilities: they are fitted on the cla
 names that were annotated and are absent, with equal weight (Platt 1999, with the shift inside the cosine). They are
 stored in the parameters of the adapters. The scores of text queries and of the class names of prompted masks are then
 calibrated (Platt 1999 again); these numbers are stored in the configuration and change no ranking. The score threshold
-is the lowest at which at most a given share of absent class names returns instances; the objectness threshold
-(everything mode) the one with the highest F1 of boxes.
+is the one with the highest F1 of instances, and high enough that at most a given share of absent class names returns
+instances; the objectness threshold (everything mode) is the one with the highest F1 of boxes.
 """
 
 import json
@@ -228,7 +228,7 @@ def _platt(pairs: list[tuple[float, bool]], title: str) -> list[float]:
 def _calibrations_and_thresholds(
     segmenter: Segmenter, data: SegmentationData, embeds: Tensor, seed: int, pictures: int, share: float
 ) -> dict[str, float | list[float]]:
-    shown, fired, objects, locations = [], [], 0, []
+    shown, fired, objects, own_objects, locations = [], [], 0, 0, []
     returned: list[tuple[float, bool]] = []  # score of the instances of text queries, and whether it is right
     named: list[tuple[float, bool]] = []  # highest score of masks of box prompts, and whether it is right
     for held in _pictures(segmenter, data, seed, pictures, "scores"):
@@ -242,12 +242,15 @@ def _calibrations_and_thresholds(
         shown += [best[data.words[i].name] for i in held.present]
         fired += [best[data.words[i].name] for i in held.absent]
         own = held.word_ids >= 0
+        own_objects += int(own.sum())
         true_names = [data.words[i].name for i in held.word_ids[own].tolist()]
         right = are_right(_codes(found["masks"]), labels, _codes(held.masks[own]), true_names)
         returned += zip(scores, right, strict=True)
         if own.any():
             boxes = held.boxes[own][None].to(embeds.device)
-            prompted = segmenter.model(features=held.encoded.features, text_embeds=embeds, input_boxes=boxes).scores[0]
+            class_names = [word.name for word in data.words]
+            words_asked = {"text_embeds": embeds, "text_labels": class_names}
+            prompted = segmenter.model(features=held.encoded.features, **words_asked, input_boxes=boxes).scores[0]
             surest, name = prompted.max(-1)
             named += zip(surest.tolist(), (name.cpu() == held.word_ids[own]).tolist(), strict=True)
 
@@ -261,22 +264,37 @@ def _calibrations_and_thresholds(
         objects += len(held.boxes)
     if not fired or not shown:
         raise InputError("No image of [data] has both an object and a known class name that is absent; use other data.")
-    score = float(np.quantile(fired, 1 - share))
-    reached = float(np.mean(np.array(shown) >= score))
-    print(f"{reached:.3f} of present class names return instances, {share} of absent ones")
+    f1, balanced = best_f1(returned, own_objects)
+    score = max(float(np.quantile(fired, 1 - share)), balanced)
+    reached, wrong = (float(np.mean(np.array(scores) >= score)) for scores in (shown, fired))
+    print(f"{reached:.3f} of present class names return instances, {wrong:.3f} of absent ones; F1 {f1:.3f}")
     words = _platt(returned, "scores of text queries")
     # The adapter's half of the score may still raise a location that is slightly below the threshold.
     score, proposal = calibrated(torch.tensor([score, 0.65 * score]), words).tolist()
-    grid = np.arange(0.05, 0.9, 0.01)
-    f1 = [2 * sum(h for s, h in locations if s >= t) / (sum(s >= t for s, _ in locations) + objects) for t in grid]
-    print(f"score >= {score:.3f}; objectness >= {grid[int(np.argmax(f1))]:.3f}: F1 of boxes {max(f1):.3f}")
+    f1, objectness = best_f1(locations, objects)
+    print(f"score >= {score:.3f}; objectness >= {objectness:.3f}: F1 of boxes {f1:.3f}")
     return {
         "score_calibration": words,
         "name_calibration": _platt(named, "scores of names"),
         "score_threshold": float(f"{score:.3g}"),
         "proposal_threshold": float(f"{proposal:.3g}"),
-        "objectness_threshold": round(float(grid[int(np.argmax(f1))]), 3),
+        "objectness_threshold": float(f"{objectness:.3g}"),
     }
+
+
+def best_f1(found: list[tuple[float, bool]], objects: int) -> tuple[float, float]:
+    """Return the highest F1 of a list of findings, and the score at which it is reached.
+
+    Args:
+        found: scores, and whether each finding is right; an object is found once.
+        objects: the number of objects.
+    """
+    if not found:
+        return 0.0, 0.0
+    scores, hits = (np.array(part) for part in zip(*sorted(found, reverse=True), strict=True))
+    f1 = 2 * np.cumsum(hits) / (np.arange(1, len(hits) + 1) + objects)
+    place = int(np.argmax(f1))
+    return float(f1[place]), float(scores[place])
 
 
 def _codes(masks: Tensor) -> list:

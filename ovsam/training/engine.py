@@ -26,6 +26,8 @@ from ovsam.data import SegmentationData, SharedWords
 from ovsam.data.words import Word
 from ovsam.errors import InputError
 from ovsam.inference.segmenter import Segmenter, load
+from ovsam.modeling.modeling_ovsam import OVSamModel
+from ovsam.modeling.scoring import plain_name
 from ovsam.ops.arguments import accepted_arguments
 from ovsam.ops.files import write_whole
 from ovsam.processing.vocabulary import Vocabulary
@@ -131,16 +133,23 @@ def train_recipe(
     if main:
         draw_curves(folder, trainer.state.log_history)
         if base is not None:
-            # The default vocabulary is that of the training data and of the model before.
-            known = base.model.config.vocabulary  # a list, the name of a built-in one, or none
-            vocabulary = [word.name for word in source.words] + (Vocabulary(known).labels if known else [])
-            base.model.config.vocabulary = list(dict.fromkeys(vocabulary))
+            _add_words(base.model, [word.name for word in source.words])
             write_model(base, folder)
         else:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in stage.published_state().items()}
             write_whole(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
     trainer.accelerator.wait_for_everyone()
     return folder
+
+
+def _add_words(model: OVSamModel, names: list[str]) -> None:
+    """Record what a model was tuned for, beside what it was trained on before: words for questions without words, and
+    the class names for which its Clip2SamAdapter outweighs CLIP, if it is one of those that blend."""
+    known = model.config.vocabulary  # a list, the name of a built-in one, or none
+    model.config.vocabulary = list(dict.fromkeys(names + (Vocabulary(known).labels if known else [])))
+    if trained := getattr(model.config.clip2sam_config, "trained_words", ()):
+        both = {*trained, *map(plain_name, names)}
+        model.clip2sam.config.trained_words = model.config.clip2sam_config.trained_words = sorted(both)
 
 
 def _fingerprint(data: SegmentationData, processes: int) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def describe(recipe: dict, stage: nn.Module, data, memory: Memory, processes: in
     if data.instances is not None:  # scenes are not repeated
         lines.append(f"  each image is used {optim['steps'] * samples * (1 - share) / data.pictures:.3g} times")
     if share:
-        lines.append(f"rehearsal: {share:.0%} of the samples are scenes of the pictograms of ovsam-tiny")
+        lines.append(f"rehearsal: {share:.0%} of the samples are scenes of EmojiScenes' pictograms")
     lines.append(
         f"memory of a process, about {_size(memory.total(batch))}: weights {_size(memory.weights)}, gradients "
         f"{_size(memory.gradients)}, Adam {_size(memory.optimiser)} (counted), activations {batch} x "

@@ -33,7 +33,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": False,
     },
     "eval": {"every": None, "data": None, "pictures": 64},
-    "rehearsal": {"share": 0.25, "scenes": {}},  # scenes: a SceneConfig
+    "rehearsal": {"share": 0.25, "scenes": {}},  # only where a recipe has the table; scenes: a SceneConfig
 }
 CALIBRATION = {"pictures": 60, "absent": 0.03, "temperature": True, "novel": 0}  # the [stage_args] of calibrate
 MAY_BE_ZERO = {"weight_decay", "warmup_steps", "share", "workers", "absent", "novel"}
@@ -95,8 +95,7 @@ def read_recipe(
         raise InputError(f"{path} has the stage {recipe['stage']!r}; choose one of {', '.join((*STAGES, CALIBRATE))}.")
     recipe.setdefault("stage_args", {})
     for name, defaults in SECTIONS.items():
-        always = {"optim": recipe["stage"] != CALIBRATE, "rehearsal": recipe["stage"] == "finetune"}
-        if name in recipe or always.get(name):
+        if name in recipe or (name == "optim" and recipe["stage"] != CALIBRATE):
             recipe[name] = _complete(path, name, recipe.get(name, {}), defaults, steps)
     if recipe["stage"] == CALIBRATE:
         recipe["stage_args"] = _complete(path, "stage_args", recipe["stage_args"], CALIBRATION, None)

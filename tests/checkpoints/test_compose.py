@@ -277,7 +277,7 @@ def test_photo_on_the_command_line(photo, tmp_path, monkeypatch, capsys):
         ["--everything", "--vocabulary", "words.txt", "--threshold", "0", "--json", "all.json"],
     ):
         assert ovsam_cli.main(["segment", "wide.png", *question, "--model", str(photo), "--device", "cpu"]) == 0
-        assert f"found ({photo})" in capsys.rea.errerr().out
+        assert f"found ({photo})" in capsys.readouterr().err
     coco = json.loads((tmp_path / "all.json").read_text())
     assert coco["info"]["model"] == str(photo) and coco["annotations"]
     for annotation in coco["annotations"]:

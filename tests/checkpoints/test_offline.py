@@ -140,7 +140,7 @@ def test_names(tmp_path, monkeypatch):
     (tmp_path / "a@b").mkdir()
     assert split_revision(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ovsam.InputError, match="There is no model 'photos': pass photo, photo-large, ovsam-tiny"):
+    with pytest.raises(ovsam.InputError, match="did you mean 'photo'. Pass photo, photo-large, ovsam-tiny"):
         ovsam.load("photos", "cpu")
     with pytest.raises(ovsam.InputError, match="neither a folder nor the id"):
         ovsam.load(tmp_path / "nothing" / "there", "cpu")

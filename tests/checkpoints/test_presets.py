@@ -96,14 +96,13 @@ def test_models_lists_every_preset(cached_photo, capsys):
     assert ovsam_cli.main(["models"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["preset", "parameters", "download", "here", "parts"]
-    photo, large, tiny, variant = (row.split() for row in rows)
+    photo, large, tiny = (row.split() for row in rows)
     assert photo[:6] == ["photo", "193.5", "M", "804", "MB", "cached"]
     assert " ".join(photo[6:]).startswith(
         "facebook/sam2.1-hiera-small (Apache-2.0) + google/owlv2-base-patch16-ensemble (Apache-2.0)"
     )
     assert large[:6] == ["photo-large", "654.5", "M", "2,650", "MB", "no"]
-    assert tiny[:6] == ["ovsam-tiny", "28.7", "M", "0", "MB", "embedded"]
-    assert variant[:5] == ["ovsam-tiny-clip", "27.8", "M", "0", "MB"] and variant[5] in ("checkout", "no")
+    assert tiny[:6] == ["ovsam-tiny", f"{PRESETS['ovsam-tiny'].parameters}", "M", "0", "MB", "embedded"]
 
 
 def test_auto_is_photo_where_it_is_cached(cached_photo, capsys):
@@ -118,8 +117,9 @@ def test_auto_is_photo_where_it_is_cached(cached_photo, capsys):
 def test_auto_is_embedded_where_nothing_else_is(cache, capsys):
     segmenter = ovsam.load(device="cpu")
     assert segmenter.name == "ovsam-tiny"
+    assert PRESETS["ovsam-tiny"].parameters == pytest.approx(count(segmenter.model), abs=0.1)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ovsam:")]
-    assert "using ovsam-tiny, which is trained on pictograms, not photographs" in line
+    assert "using ovsam-tiny, which is small and finds COCO's 80 words best" in line
 
 
 def test_auto_is_downloaded_once_where_the_hub_answers(cache, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """Publishing and downloading, against a Hub on this machine that speaks the real one's HTTP API (tests/fake_hub.py)."""
 
-import importlib.util
 import json
 import os
 import re
@@ -434,22 +433,7 @@ def test_cards_that_the_hub_would_refuse(card, problem, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def script(path: str):
-    """A module that is run and never imported, imported."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-PUBLISHED = ["hub/ovsam-tiny", "adapters/clip2sam-tiny", "adapters/concepts-tiny"]
-
-
-@pytest.mark.weights
-def test_mirrors_equal_their_parts():
-    """As `python hub/build.py --check` says."""
-    builder = script("hub/build.py")
-    assert builder.differences() == []
+PUBLISHED = ["hub/ovsam-tiny", "adapters/clip2sam-tiny", "adapters/concepts-tiny", "adapters/sam2clip-tiny"]
 
 
 @pytest.mark.weights
@@ -463,83 +447,37 @@ def test_a_mirror_is_sent_as_it_is(tmp_path, monkeypatch):
     assert all((built.folder / name).read_bytes() == (mirror / name).read_bytes() for name in built.files())
 
 
-@pytest.mark.weights
-def test_drift_is_found(tmp_path):
-    """Each kind by a sentence of its own."""
-    builder = script("hub/build.py")
-    mirror = copied(ROOT / "hub" / "ovsam-tiny", tmp_path / "mirror")
-    adapters = {name: copied(folder, tmp_path / name) for name, folder in builder.ADAPTERS.items()}
-    assert builder.differences(mirror, adapters) == []
-
-    (mirror / "README.md").write_text((mirror / "README.md").read_text() + "!")
-    (mirror / "failures.jpg").write_bytes(b"another")
-    (mirror / "modeling_ovsam.py").write_text("import os")
-    for path, old, new in (
-        (mirror / "config.json", '"max_locations": 300', '"max_locations": 299'),
-        (mirror / "config.json", '"dtype": "float32"', '"dtype": "float16"'),
-        (mirror / "config.json", '"modeling_ovsam.OVSamModel"', '"modeling_ovsam.Other"'),
-        (mirror / "processor_config.json", '"max_text_length": 64', '"max_text_length": 63'),
-        (mirror / "model.safetensors.index.json", '"concepts.detail', '"concepts.lost'),
-        (adapters["concepts"] / "config.json", '"width": 128', '"width": 127'),
-        (adapters["concepts"] / "README.md", "license: apache-2.0", "license: mit"),
-        (adapters["concepts"] / "README.md", "## Limits", "## No limits"),
-    ):
-        text = path.read_text()
-        assert old in text, old
-        path.write_text(text.replace(old, new))
-    weights = {name: tensor.clone() for name, tensor in load_file(adapters["clip2sam"] / "model.safetensors").items()}
-    weights["log_scale"] += 1
-    save_file(weights, adapters["clip2sam"] / "model.safetensors")
-
-    found = builder.differences(mirror, adapters)
-    for sentence in (
-        "README.md is not model_card.md",
-        "failures.jpg is not",
-        "modeling_ovsam.py is not the shim",
-        "config.json has another max_locations",
-        'lacks "dtype": "float32"',
-        "another auto_map",
-        "processor_config.json is not the processor",
-        "index.json does not list the tensors",
-        "config.json has another width",
-        "another license than model_card.md",
-        "does not end as model_card.md says",
-        "model.safetensors has other weights",
-    ):
-        assert sum(sentence in each for each in found) == 1, (sentence, found)
-
-
 @pytest.mark.parametrize("published", PUBLISHED)
 def test_published_cards(published):
-    """The Hub would take them, and their model-index holds the measured figures."""
+    """The Hub would take them, and what they measure is what model_card.md states."""
     folder = ROOT / published
     text = (folder / "README.md").read_text()
     check_card(text, folder)
     data = ModelCard(text).data
-    for key in ("license", "library_name", "pipeline_tag", "tags", "base_model", "datasets", "metrics", "language"):
+    for key in ("license", "library_name", "pipeline_tag", "tags", "base_model", "datasets", "language"):
         assert getattr(data, key), key
-    results = json.loads((ROOT / "adapters" / "clip2sam-tiny" / "results.json").read_text())
-    assert data.eval_results and data.model_name == folder.name
-    assert all(result.metric_value == results[result.metric_name] for result in data.eval_results)
-    assert {result.metric_type for result in data.eval_results} == set(data.metrics)
-    name, metrics = script("benchmarks/figures.py").CARDS.get(f"{published}/README.md", ("ovsam-tiny", None))
-    assert name == data.model_name
-    assert metrics is None or list(metrics) == [result.metric_name for result in data.eval_results]
+    source = ModelCard((ROOT / "model_card.md").read_text()).data.eval_results
+    measured = {result.metric_name: result.metric_value for result in source}
+    results = data.eval_results or []  # an adapter's card may leave its figures to the whole model's
+    assert {result.metric_name: result.metric_value for result in results}.items() <= measured.items()
+    assert {result.metric_type for result in results} == set(data.metrics or [])
+    assert measured and (data.model_name == folder.name or not results)
 
 
 @pytest.mark.slow
 @pytest.mark.weights
-@pytest.mark.parametrize(
-    "card", ["model_card.md", "adapters/clip2sam-tiny/README.md", "adapters/concepts-tiny/README.md"]
-)
+@pytest.mark.parametrize("card", ["model_card.md", *(f"{folder}/README.md" for folder in PUBLISHED[1:])])
 def test_code_of_the_cards_runs(card, tmp_path, monkeypatch, capsys):
-    shutil.copy(ROOT / "tests" / "data" / "emojiscenes-val" / "images" / "028.jpg", tmp_path / "scene.jpg")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / card).read_text(), re.S)
+    photo = ROOT / "tests" / "data" / "photos-val" / "images" / "000000116740.jpg"  # a street
+    for name in re.findall(r'"([\w-]+\.jpg)"', code):
+        shutil.copy(photo, tmp_path / name)
     (tmp_path / "adapters").symlink_to(ROOT / "adapters")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / card).read_text(), re.S)
     names = {}
     exec(code, names)
     if card == "model_card.md":
-        assert "dog face" in capsys.readouterr().out
+        assert len(names["found"]) > 0 and names["found"][0].label in capsys.readouterr().out
     else:
-        assert not names["adapter" if "clip2sam" in card else "head"].training
+        (adapter,) = (value for value in names.values() if isinstance(value, torch.nn.Module))
+        assert not adapter.training

@@ -33,7 +33,7 @@ def test_quality_by_hand():
     one = Panoptic(guess, {1: 1, 2: 1}), Panoptic(truth, {1: 1, 2: 1, 3: 5})
     found = panoptic_quality([one])
     assert found == pytest.approx({"PQ": (0.6 / 2 + 0) / 2, "SQ": 0.6 / 2, "RQ": (1 / 2 + 0) / 2})  # class 5 is missed
-    with pytest.raises(ValueError, match="segment 3"):
+    with pytest.raises(ValueError, match="Segment 3"):
         panoptic_quality([(one[0], Panoptic(truth, {1: 1, 2: 1}))])
 
 

@@ -100,7 +100,7 @@ class TestSamOverClip(StageTester):
         assert masks.shape[-1] == SIZE // 2
 
     def test_the_maps_of_an_encoder_that_learns_are_not_kept(self, words):
-        with pytest.raises(InputError, match="the maps of an encoder that learns change"):
+        with pytest.raises(InputError, match="the maps of a trained encoder change"):
             SamStage(towers(), cache=True)
         with pytest.raises(InputError, match="leave out cache or train_clip"):
             AdaptersStage(words, towers(), width=16, train_clip=True, cache=True)
@@ -619,7 +619,7 @@ def test_other_towers_keep_all_their_patches(kind, words):
 def test_patches_are_not_dropped_under_objects(words):
     with pytest.raises(InputError, match="whole"):
         ClipStage(words, towers(clip="clip"), patch_drop=0.5)
-    with pytest.raises(InputError, match="pictures is"):
+    with pytest.raises(InputError, match="images is"):
         ClipStage(words, towers(), pictures="crops")
 
 

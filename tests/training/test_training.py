@@ -18,6 +18,7 @@ from ovsam.evaluation.datasets import open_coco
 from ovsam.evaluation.evaluate import measure
 from ovsam.modeling.scoring import calibrated
 from ovsam.training import calibrate
+from ovsam.training.calibrate import best_f1
 from ovsam.training.engine import train_recipe
 from ovsam.training.recipe import read_recipe
 from ovsam.training.stages import text_embeddings as texts
@@ -85,6 +86,7 @@ def folder(tmp_path_factory):
 def base(folder):
     model = tiny_model()
     model.config.vocabulary = ["tree", "cat"]
+    model.config.clip2sam_config.trained_words = ["tree"]
     model.save_pretrained(folder / "base")
     tiny_processor().save_pretrained(folder / "base")
     return folder / "base"
@@ -119,6 +121,7 @@ def test_the_output_is_a_whole_model_and_its_adapters(base, tuned):
     changed = {name.split(".")[0] for name, t in whole.state_dict().items() if not t.equal(before.state_dict()[name])}
     assert changed == {"clip2sam", "concepts"}
     assert whole.config.vocabulary == ["cat", "dog", "moon", "tree"]  # what it was tuned for, and what it knew
+    assert whole.config.clip2sam_config.trained_words == ["cat", "dog", "moon", "tree"]
     for name, kind in (("clip2sam", ovsam.Clip2SamAdapter), ("concepts", ovsam.ConceptHead)):
         adapter = kind.from_pretrained(tuned / name)
         for key, tensor in adapter.state_dict().items():
@@ -137,7 +140,7 @@ def test_curves_and_samples_are_drawn(tuned):
 
 
 @pytest.mark.slow
-def test_rehearsal_is_on_by_default(folder, base, data, capsys):
+def test_a_table_of_rehearsal_mixes_in_a_quarter(folder, base, data, capsys):
     """And the small CLIP tower can learn too; the text tower stays as it is."""
     numbers = {"base": json.dumps(str(base)), "held_out": json.dumps(str(data[1])), "steps": 2, "share": 0.5}
     text = RECIPE.format(**numbers).replace("share = 0.5\n", "")
@@ -224,7 +227,7 @@ def test_calibrated_scores_keep_logits_and_order(base, data):
         before, after = (s.model(features=features, text_embeds=embeds, **question) for s in (segmenter, other))
         torch.testing.assert_close(after.logits, before.logits)
         torch.testing.assert_close(after.scores, calibrated(before.scores, pair))
-        assert after.scores.numel() and not after.scores.allclose(before.scores)
+        assert after.scores.numel() and not torch.equal(after.scores, before.scores)
 
 
 def test_a_calibration_that_turns_the_order_round_is_refused(base):
@@ -247,8 +250,18 @@ def test_models_without_a_trainable_part_are_refused(base):
     table = texts.WordTable(torch.eye(2, 32), torch.zeros(0, 32), none, torch.tensor([True, True]))
     with pytest.raises(InputError, match="nothing to fine-tune"):
         FinetuneStage(table, model)
-    with pytest.raises(InputError, match="train_clip needs the small CLIP tower"):
+    with pytest.raises(InputError, match="train_clip needs a CLIP side with a text tower"):
         FinetuneStage(table, tiny_model(clip="convnext"), train_clip=True)
+
+
+def test_a_model_of_one_backbone_learns_from_the_colours_that_it_is_given_in_use():
+    none = torch.zeros(1, 0, dtype=torch.bool)
+    table = texts.WordTable(torch.eye(1, 32), torch.zeros(0, 32), none, torch.tensor([True]))
+    model = tiny_model("clip")
+    model.clip.image_mean, model.clip.image_std = (0.25,) * 3, (0.5,) * 3
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    assert FinetuneStage(table, model).pixels(white).unique().tolist() == [1.5]
+    assert len(FinetuneStage(table, tiny_model()).pixels(white).unique()) == 3  # ImageNet's, of SAM and CLIP
 
 
 def test_a_word_table_counts_base_words_keywords_only():
@@ -265,3 +278,11 @@ def test_recipes_that_start_from_a_whole_model_have_known_options(name):
     recipe = read_recipe(Path(__file__).parents[2] / "adapters" / name / "recipe.toml")
     accepted = reader_keys(recipe["data"].get("format", "emojiscenes"))
     assert recipe["data"].keys() - {"format"} <= accepted.keys()
+    assert "rehearsal" not in recipe  # unless its table is there
+
+
+def test_the_threshold_with_the_best_f1():
+    found = [(0.9, True), (0.2, False), (0.8, False), (0.7, True)]
+    assert best_f1(found, objects=2) == (pytest.approx(0.8), 0.7)  # two of three right, both objects found
+    assert best_f1(found, objects=10) == (pytest.approx(4 / 13), 0.7)
+    assert best_f1([], objects=3) == (0.0, 0.0)

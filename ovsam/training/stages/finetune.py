@@ -67,14 +67,16 @@ class FinetuneStage(ConceptsStage):
             model.clip.requires_grad_(True)
             if getattr(model.clip, "text_model", None) is None or model.sam2clip is not None:
                 raise InputError(
-                    "train_clip needs the small CLIP tower of this project beside a SAM encoder, as in ovsam-tiny."
+                    "train_clip needs a CLIP side with a text tower, beside a SAM encoder; leave it out for this model."
                 )
             model.clip.text_model.requires_grad_(False)  # locked
             self.lit = LitLosses(words, label_smoothing, keyword_weight)
             nn.init.constant_(self.lit.log_scale, 4.0)  # the value at the end of the clip stage
         self.prompts, self.box_share = prompts, box_share
         self.word_weight, self.mask_locations, self.teacher_weight = word_weight, mask_locations, 0.0
-        self.pixels = Pixels(IMAGENET_MEAN, IMAGENET_STD)
+        clip = model.clip if model.config.composition == "clip" else None  # whose pixels are the model's, as in compose
+        mean, std = (clip.image_mean, clip.image_std) if clip is not None else (IMAGENET_MEAN, IMAGENET_STD)
+        self.pixels = Pixels(mean, std)
 
     @property
     def concepts(self) -> ConceptHead:  # type: ignore[override]

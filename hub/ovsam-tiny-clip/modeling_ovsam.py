@@ -1,1 +1,0 @@
-from ovsam import *  # noqa: F403
