@@ -2,11 +2,11 @@
 # make test   lint, types and the whole suite
 # make bench  what words, prompts and everything cost and find; a quarter of an hour on an idle machine
 # make tiny   trains ovsam-tiny's parts again, those that are not in runs/ yet; stopped at any moment, it goes on
-# All make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='cat "potted plant"' asks for other words.
+# All make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='person "sports ball"' asks for other words.
 
 PYTHON ?= python3
-TRY_IMAGE ?= 000000000599.jpg
-TRY_WORDS ?= cat remote couch
+TRY_IMAGE ?= 000000352257.jpg
+TRY_WORDS ?= person "tennis racket"
 
 .PHONY: try test bench tiny
 .DELETE_ON_ERROR:

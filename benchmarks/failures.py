@@ -26,7 +26,9 @@ def main() -> None:
         annotations = coco.loadAnns(coco.getAnnIds(image["id"], iscrowd=False))
         if not annotations:
             continue
-        boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
+        width, height = image["width"], image["height"]
+        corners = [(x, y, min(x + w, width), min(y + h, height)) for x, y, w, h in (a["bbox"] for a in annotations)]
+        boxes = [list(box) for box in corners]
         picture = segmenter.encode(PHOTOS / "images" / image["file_name"])
         found = segmenter.what(picture, boxes=boxes)
         wrong, rough = [], []

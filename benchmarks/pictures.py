@@ -11,9 +11,9 @@ import ovsam
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT / "tests" / "data" / "photos-val" / "images"
-WHAT = ("000000000599.jpg", [(300, 200)])
-WHERE = ("000000000599.jpg", ["cat", "remote", "couch"])
-EVERYTHING = "000000000599.jpg"
+WHAT = ("000000208901.jpg", [(265, 175)])
+WHERE = ("000000352257.jpg", ["person", "tennis racket"])
+EVERYTHING = "000000001993.jpg"
 HEIGHT = 320
 
 
