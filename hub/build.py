@@ -72,6 +72,7 @@ def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
         concepts_config=ConceptHeadConfig(**read),
         vocabulary="coco",
         prototype_weight=PROTOTYPE_WEIGHT,
+        exemplar_scale=1.0,  # class embeddings were trained to be text embeddings, so that an exemplar is like a word
         templates=("{}",),
         **thresholds,
     )

@@ -258,8 +258,8 @@ def test_a_client_gets_the_answers_of_the_library_and_of_the_page(page, client):
     assert_same(
         client.predict(picture, vocabulary="coco", api_name="/everything"), segmenter.everything(encoded, "coco")
     )
-    alike = client.predict(picture, exemplars=[box], score=0.001, api_name="/where")
-    assert_same(alike, segmenter.where(encoded, exemplars=[box], threshold=0.001))
+    alike = client.predict(picture, exemplars=[box], api_name="/where")
+    assert_same(alike, segmenter.where(encoded, exemplars=[box]))
     assert page.asked == ["encode", "where", "what", "what", "everything", "where"]
 
     request = app.gr.Request(session_hash="a page")
