@@ -116,7 +116,7 @@ def train_recipe(
     if optim["gradient_checkpointing"]:
         recompute_activations(stage)
     if hasattr(stage, "prepare"):  # features that a stage computes once for each image
-        if rehearsal is not None:
+        if rehearsal is not None and stage.cache:
             raise InputError(f"The stage {recipe['stage']} caches features of each image; remove [rehearsal].")
         data = stage.prepare(data, folder / "cache", json.dumps([recipe["data"], recipe["seed"]]))
     order = TrainingOrder(data, samples, recipe["seed"], source.pictures, rehearsal, share)

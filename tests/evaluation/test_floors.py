@@ -58,7 +58,8 @@ def test_figures(folder, ovsam_tiny):
         assert figures[figure] > floor, (figure, figures[figure])
     for figure, ceiling in CEILINGS[folder].items():
         assert figures[figure] < ceiling, (figure, figures[figure])
-    assert figures["three clicks: mean IoU"] > figures["click: mean IoU"]
+    if folder == PHOTOS:
+        assert figures["three clicks: mean IoU"] > figures["click: mean IoU"]
     assert figures["box: boundary IoU"] < figures["box: mean IoU"]
 
 

@@ -74,6 +74,7 @@ class FinetuneStage(ConceptsStage):
             nn.init.constant_(self.lit.log_scale, 4.0)  # the value at the end of the clip stage
         self.prompts, self.box_share = prompts, box_share
         self.word_weight, self.mask_locations, self.teacher_weight = word_weight, mask_locations, 0.0
+        self.cache, self.map_dropout = False, 0.0
         clip = model.clip if model.config.composition == "clip" else None  # whose pixels are the model's, as in compose
         mean, std = (clip.image_mean, clip.image_std) if clip is not None else (IMAGENET_MEAN, IMAGENET_STD)
         self.pixels = Pixels(mean, std)
