@@ -40,7 +40,8 @@ def test_a_person_filters_the_page(tmp_path):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((tmp_path / "report.html").as_uri())
 
-        def cards():
+        def cards():  # they are laid out a moment after the page has them
+            page.wait_for_function("[...document.querySelectorAll('figcaption')].every(one => one.innerText)")
             return [text.split("\n") for text in page.locator("figcaption").all_inner_texts()]
 
         assert cards() == [
