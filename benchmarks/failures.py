@@ -1,7 +1,7 @@
 """Draws the failures of the shipped checkpoint: `python benchmarks/failures.py`, for its card.
 
 Each object of the frozen photographs boxed: the wrong names with the highest scores (first row) and the masks with the
-lowest IoU (second row), one of an image at most, so that nobody chose them.
+lowest IoU (second row), at most one of each image; the selection is automatic.
 """
 
 from pathlib import Path

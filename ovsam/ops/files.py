@@ -81,7 +81,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def remove_leftovers(target: Path) -> None:
     """Remove the temporary files that `write_whole` left behind when it was killed: with this file's ending beside it,
-    or anywhere in this folder. Nobody may be writing there."""
+    or anywhere in this folder. No other process may write there at the same time."""
     found = target.rglob(".*") if target.is_dir() else target.parent.glob(f".*{target.suffix}")
     for path in list(found):
         if re.fullmatch(r"\.[0-9a-f]{16}(\.\w+)?", path.name):

@@ -184,7 +184,9 @@ def select(
         if nms is not None:
             overlap = mask_overlap(logits > 0)
             overlap = within(overlap, phrase_ids[order]) if per_word else overlap
-            decayed = NMS[nms](overlap, decayed, outputs.mask_nms_threshold or 1.0)
+            decayed = NMS[nms](
+                overlap, decayed, 1.0 if outputs.mask_nms_threshold is None else outputs.mask_nms_threshold
+            )
         keep = decayed.argsort(descending=True, stable=True)
         keep = keep[(decayed[keep] >= threshold) & (decayed[keep] > 0)]
         score = score * decayed / rank.clamp(min=1e-12)

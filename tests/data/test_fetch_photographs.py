@@ -40,7 +40,7 @@ def server(tmp_path):
             image = {"id": number, "width": 1024, "height": 512, "file_name": f"{number:012d}.jpg"}
             square = {"segmentation": [[100, 100, 300, 100, 300, 300, 100, 300]], "bbox": [100, 100, 200, 200]}
             one = square | {"id": number, "image_id": number, "category_id": 3, "iscrowd": 0, "area": 40000.0}
-            other = image | {"id": 1000}  # an image that nobody asked for
+            other = image | {"id": 1000}  # an image that is not in the list
             table = {"images": [image, other], "annotations": [one], "categories": categories}
             archive.writestr(f"annotations/instances_{split}.json", json.dumps(table))
             content = io.BytesIO()

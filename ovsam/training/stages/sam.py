@@ -44,6 +44,7 @@ from ovsam.training.stages.towers import Towers
 
 CELL = 16  # the stride of the image embedding
 AUX_STRIDE = 8
+MASK_STRIDE = 4.0  # of the decoder's masks and of the prototypes
 
 
 class SamStage(nn.Module):
@@ -304,10 +305,10 @@ def prompted_prototypes(concepts: ConceptOutput, points: Tensor, labels: Tensor)
         boxes = points.flatten(2)  # [B, P, 2, 2] -> [B, P, 4]
         index = boxed_locations(concepts, boxes)
     else:
-        index = pointed_locations(concepts, points, labels, AUX_STRIDE / 2)
+        index = pointed_locations(concepts, points, labels, MASK_STRIDE)
         boxes = take(concepts.boxes, index)
     coefficients = take(concepts.coefficients, index)  # [B, P, Q]
-    return crop(torch.einsum("bpq,bqhw->bphw", coefficients, concepts.prototypes), boxes / 4)
+    return crop(torch.einsum("bpq,bqhw->bphw", coefficients, concepts.prototypes), boxes / MASK_STRIDE)
 
 
 def going_on(out: DecodedMasks, weights: tuple[float, float]) -> Tensor:
