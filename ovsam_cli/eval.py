@@ -8,7 +8,7 @@ from ovsam_cli import arguments
 
 PHOTOS = "tests/data/photos-val"
 TASKS = ("prompts", "words", "everything", "time")
-VIDEO = "video"
+VIDEO, MOVING = "video", "moving"
 PARSER = {
     "description": "Measure masks, class names, text queries and everything; docs/evaluation.md defines the metrics.",
     "epilog": "examples:\n"
@@ -31,17 +31,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         nargs="+",
-        choices=(*TASKS, VIDEO),
+        choices=(*TASKS, VIDEO, MOVING),
         default=list(TASKS),
         dest="tasks",
         help="what to measure (default: all of a data set of images); video is for a folder in the layout of DAVIS or "
-        "a json of YouTube-VIS",
+        "a json of YouTube-VIS, moving for 20 scenes in which the objects of DATASET move",
     )
     parser.add_argument(
         "--tracker",
         choices=("auto", "memory", "propagation"),
         default="auto",
-        help="with --task video: what follows (default: auto)",
+        help="with --task video or moving: kind of tracker (default: auto)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, help="with --task moving: draw other scenes than the frozen ones"
     )
     parser.add_argument(
         "--absent",
@@ -68,15 +71,18 @@ def check(args: Namespace) -> None:
         raise InputError(
             f"There is no data set {args.dataset}; name a COCO or LVIS JSON file, or a folder with annotations.json."
         )
-    if VIDEO in args.tasks and len(args.tasks) > 1:
-        raise InputError("Videos are measured alone; give --task video without other tasks.")
-    if args.tracker != "auto" and VIDEO not in args.tasks:
-        raise InputError("--tracker goes with --task video.")
+    videos = {VIDEO, MOVING} & {*args.tasks}
+    if videos and len(args.tasks) > 1:
+        raise InputError("Videos are measured alone; give --task video or --task moving without other tasks.")
+    if args.tracker != "auto" and not videos:
+        raise InputError("--tracker needs --task video or --task moving.")
+    if args.seed is not None and MOVING not in args.tasks:
+        raise InputError("--seed needs --task moving.")
 
 
 def run(args: Namespace) -> int:
     """Print the figures of a model on a data set."""
-    if VIDEO in args.tasks:
+    if VIDEO in args.tasks or MOVING in args.tasks:
         from ovsam.evaluation.evaluate_video import run_video_eval
 
         run_video_eval(
@@ -88,6 +94,8 @@ def run(args: Namespace) -> int:
             baselines=args.baselines,
             tracker=args.tracker,
             device=args.device,
+            moving=MOVING in args.tasks,
+            seed=args.seed,
         )
         return 0
     from ovsam.evaluation.evaluate import run_eval

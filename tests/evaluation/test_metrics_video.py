@@ -8,11 +8,15 @@ from PIL import Image
 
 import ovsam
 from ovsam.errors import InputError
-from ovsam.evaluation.evaluate_video import measure_videos, open_videos, summarise_videos, table
-from ovsam.evaluation.metrics_video import boundary_accuracy, identity_switches, region_similarity
+from ovsam.evaluation.evaluate_video import measure_videos, summarise_videos, table
+from ovsam.evaluation.metrics_video import TrackOverlap, boundary_accuracy, region_similarity
+from ovsam.evaluation.videos import Video, moving_videos, open_videos
 from ovsam.ops import rle
-from tests.common import tiny_model, tiny_processor
+from ovsam.results.results import Results
+from tests.common import ROOT, tiny_model, tiny_processor
 from tests.inference.test_video import scene
+
+VAL = ROOT / "tests" / "data" / "photos-val"
 
 # J and F by db_eval_iou and f_measure of davis2017-evaluation (commit ac7c43f) on the masks of `masks(seed)`.
 PUBLISHED = [
@@ -63,9 +67,27 @@ def test_identity_switches():
         ({20: left}, objects),
         ({30: right}, {1: none, 2: right}),  # the second one again, by a third track; the first is not there
     ]
-    switches, covered = identity_switches(frames)
-    assert switches == {1: 1, 2: 2}
-    assert covered == {1: 1.0, 2: 0.75}
+    overlap = TrackOverlap()
+    for tracks, truth in frames:
+        overlap.add(tracks, truth)
+    assert overlap.covered() == {1: 1.0, 2: 0.75}
+    # The first object: track 10 once, 20 twice of three; the second: three tracks, once each of four.
+    assert overlap.objects() == {1: (True, 1), 2: (False, 2)}
+
+
+def test_overlap_of_tracks_over_time():
+    one, two, none = np.zeros((4, 8), bool), np.zeros((4, 8), bool), np.zeros((4, 8), bool)
+    one[:, :4], two[:, 2:6] = True, True
+    overlap = TrackOverlap()
+    overlap.add({7: one}, {1: one})
+    overlap.add({7: two}, {1: one})
+    overlap.add({7: one, 8: two}, {1: none, 2: two})
+    # Track 7 and object 1: 16 + 8 common pixels of 48 + 32 - 24.
+    np.testing.assert_allclose(overlap.iou([7, 8], [1, 2]), [[24 / 56, 8 / 56], [0, 1]])
+    assert overlap.iou([], [1]).shape == (0, 1)
+    wrong = TrackOverlap()
+    wrong.add({7: one}, {1: one}, allowed=lambda track, number: False)
+    assert wrong.objects() == {1: (False, 0)}
 
 
 def write_davis(folder, official: bool):
@@ -109,3 +131,34 @@ def test_a_json_of_youtube_vis(tmp_path):
 def test_a_folder_without_videos_is_refused(tmp_path):
     with pytest.raises(InputError, match="no video with masks"):
         open_videos(tmp_path)
+
+
+def test_moving_scenes_are_drawn_and_measured_with_class_names(monkeypatch):
+    (video,) = moving_videos(VAL, seed=4, count=1)
+    assert len(video.images) == 60 and set(video.truth(0)) == set(video.words)
+    segmenter = ovsam.Segmenter(tiny_model(), tiny_processor())
+    truth = {frame: video.truth(frame) for frame in range(5)}
+    names = list(video.words.values())
+
+    def where(encoded, words, **_):  # answers with the truth, except for the first object
+        assert set(words) == {*names, *video.absent}
+        frame = where.asked
+        where.asked += 1
+        shown = [(mask, video.words[number]) for number, mask in truth[frame].items() if number > 1]
+        found = np.array([mask for mask, _ in shown])
+        count = len(shown)
+        return Results.from_arrays(
+            found, [name for _, name in shown], [0] * count, [0.9] * count, [0.9] * count, ["q"] * count, "text",
+            size=found.shape[1:],
+        )  # fmt: skip
+
+    where.asked = 0
+    segmenter.where = where
+    short = Video("short", [video.images[n] for n in range(2)], truth.get, video.words, video.absent)
+    records = measure_videos(segmenter, [short], ["mask"], baselines=False)
+    figures = summarise_videos(records)["words"]
+    others = len(names) - 1
+    assert where.asked == 1  # the second frame is followed
+    assert figures["found"] == pytest.approx(others / len(names), abs=0.35) and figures["found"] < 1
+    assert figures["IL_MCC"] > 0 and 0 <= figures["cgF1"] <= figures["pmF1"]
+    assert "class names as text queries: found" in table(records)

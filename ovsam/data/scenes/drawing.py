@@ -38,7 +38,7 @@ class Scene:
     word_ids: list[int]
 
 
-def _background(rng: np.random.Generator, size: int) -> Image.Image:
+def draw_background(rng: np.random.Generator, size: int) -> Image.Image:
     """A gradient, soft noise, stripes, blobs or a checkerboard, in random colours."""
     colors = rng.integers(0, 256, (4, 3)).astype(np.float32)
     kind = rng.integers(5)
@@ -90,7 +90,7 @@ def draw_scene(seed: int, index: int, word_ids: np.ndarray, config: SceneConfig,
     visible. Objects are not placed where they would leave an earlier one less than `min_visible` of its pixels."""
     rng = np.random.default_rng((seed, index))
     size = config.canvas
-    image = _background(rng, size)
+    image = draw_background(rng, size)
     index_map = np.zeros((size, size), np.uint8)
     placed: list[int] = []
     full_area: list[int] = []  # pixels of each object before anything covered it

@@ -1,0 +1,132 @@
+"""Videos with true masks for evaluation: folders in the layout of DAVIS, a json of YouTube-VIS, moving scenes."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+from ovsam.data.scenes.moving import SCENES, SEED, MovingScene, open_moving
+from ovsam.errors import InputError
+from ovsam.ops import rle
+
+ABSENT = 3  # absent class names that are queried in a video of YouTube-VIS
+
+Masks = dict[int, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video with its true masks, read or drawn frame by frame.
+
+    Attributes:
+        images: one image for each frame, of any kind that `Segmenter` takes.
+        truth: function from the number of a frame to the masks [H, W] of its objects by id; None where the frame is not
+            annotated.
+        words: class name of each object, where the data set has names.
+        absent: class names of no object.
+    """
+
+    name: str
+    images: Sequence[Any]
+    truth: Callable[[int], Masks | None]
+    words: dict[int, str] = field(default_factory=dict)
+    absent: Sequence[str] = ()
+
+
+def open_videos(path: Path, images: Path | None = None) -> list[Video]:
+    """Return the sequences of a folder in DAVIS' layout (`JPEGImages/*/NAME`, `Annotations/*/NAME`), of a folder of
+    folders with images and masks of one name (`NAME/00000.jpg`, `NAME/00000.png`), or of a json of YouTube-VIS.
+
+    Raises:
+        InputError: there is no video with masks.
+    """
+    if path.is_file():
+        return _youtube_vis(path, images or path.parent)
+    found = []
+    official = sorted((path / "JPEGImages").glob("*/*/")) or sorted((path / "JPEGImages").glob("*/"))
+    for folder in official or sorted(path.glob("*/")):
+        masks_in = path / "Annotations" / folder.relative_to(path / "JPEGImages") if official else folder
+        frames = sorted(folder.glob("*.jpg"))
+        masks = [masks_in / f"{frame.stem}.png" for frame in frames]
+        if frames and masks[0].is_file():
+            found.append(Video(folder.name, frames, partial(_read_masks, masks)))
+    if not found:
+        raise InputError(
+            f"There is no video with masks in {path}; it must be DAVIS' JPEGImages and Annotations, or folders that "
+            "hold 00000.jpg and 00000.png and on."
+        )
+    return found
+
+
+def moving_videos(annotations: Path, images: Path | None = None, seed: int = SEED, count: int = SCENES) -> list[Video]:
+    """Return moving scenes of the objects of a COCO file, or of a folder with annotations.json."""
+    folder = annotations.parent if images is None else images
+    if annotations.is_dir():
+        folder, annotations = annotations if images is None else images, annotations / "annotations.json"
+        folder = folder / "images" if (folder / "images").is_dir() else folder
+    scenes = open_moving(annotations, folder, seed, count)
+    return [_moving(f"scene {number}", scene) for number, scene in enumerate(scenes)]
+
+
+def _moving(name: str, scene: MovingScene) -> Video:
+    def truth(frame: int) -> Masks:
+        numbers = scene.draw(frame)[1]
+        return {number: numbers == number for number in words if (numbers == number).any()}
+
+    words = dict(enumerate(scene.words, 1))
+    return Video(name, _Drawn(scene), truth, words, scene.absent)
+
+
+class _Drawn(Sequence):
+    """The images of a moving scene, each drawn when it is needed."""
+
+    def __init__(self, scene: MovingScene):
+        self.scene = scene
+
+    def __len__(self) -> int:
+        return len(self.scene)
+
+    def __getitem__(self, frame: Any) -> Any:
+        return self.scene.draw(range(len(self.scene))[frame])[0]
+
+
+def _read_masks(paths: Sequence[Path], frame: int) -> Masks | None:
+    if not paths[frame].is_file():
+        return None
+    with Image.open(paths[frame]) as image:
+        values = np.asarray(image if image.mode in ("P", "L", "1") else image.convert("L"))
+    ids = [int(value) for value in np.unique(values) if value]
+    return {1: values > 0} if len(ids) == 1 else {number: values == number for number in ids}
+
+
+def _youtube_vis(path: Path, images: Path) -> list[Video]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    names = {one["id"]: one["name"] for one in content.get("categories", ())}
+    found = []
+    for video in content["videos"]:
+        own = [one for one in content["annotations"] if one["video_id"] == video["id"]]
+        tracks = {
+            one["id"]: [None if s is None else _run_lengths(s, video) for s in one["segmentations"]] for one in own
+        }
+        words = {one["id"]: names[one["category_id"]] for one in own if one.get("category_id") in names}
+        others = sorted({*names.values()} - {*words.values()})
+        absent = np.random.default_rng(video["id"]).permutation(others)[:ABSENT].tolist() if words else []
+        frames = [images / name for name in video["file_names"]]
+        found.append(Video(str(video["id"]), frames, partial(_decode, tracks), words, absent))
+    return found
+
+
+def _decode(tracks: dict[int, list[dict | None]], frame: int) -> Masks:
+    return {number: rle.decode(each[frame]) for number, each in tracks.items() if each[frame] is not None}
+
+
+def _run_lengths(segmentation: dict, video: dict) -> dict:
+    if isinstance(segmentation["counts"], list):
+        return coco.frPyObjects(segmentation, video["height"], video["width"])
+    return segmentation
