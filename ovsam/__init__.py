@@ -5,8 +5,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, Auto
 from ovsam.checkpoints.compose import from_parts
 from ovsam.checkpoints.embedded import path
 from ovsam.errors import InputError
+from ovsam.inference.encoded import EncodedImage
+from ovsam.inference.loading import load
 from ovsam.inference.pipeline import TASK, OpenVocabularySegmentationPipeline, register_pipeline
-from ovsam.inference.segmenter import EncodedImage, Segmenter, load
+from ovsam.inference.segmenter import Segmenter
 from ovsam.inference.video import Prompt, VideoSegmenter, VideoStream, load_video
 from ovsam.modeling.adapters import (
     Clip2SamAdapter,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ovsam.evaluation.datasets import open_coco
 from ovsam.evaluation.evaluate import measure, write_json
-from ovsam.inference.segmenter import load
+from ovsam.inference.loading import load
 
 COMPARED = (
     "box: mean IoU",

@@ -22,7 +22,8 @@ from ovsam.evaluation.report import COLUMNS, columns, write_report
 from ovsam.evaluation.summary import Figures, summarise
 from ovsam.evaluation.tasks import Examiner
 from ovsam.evaluation.timing import measure_time
-from ovsam.inference.segmenter import Segmenter, load
+from ovsam.inference.loading import load
+from ovsam.inference.segmenter import Segmenter
 from ovsam.ops.files import write_text
 
 QUESTIONS = ("prompts", "words", "everything")

@@ -15,7 +15,9 @@ from ovsam.evaluation.evaluate import mode, write_json
 from ovsam.evaluation.metrics import concept_f1
 from ovsam.evaluation.metrics_video import TrackOverlap, boundary_accuracy, region_similarity
 from ovsam.evaluation.videos import Video, moving_videos, open_videos
-from ovsam.inference.segmenter import EncodedImage, Segmenter, load
+from ovsam.inference.encoded import EncodedImage
+from ovsam.inference.loading import load
+from ovsam.inference.segmenter import Segmenter
 from ovsam.inference.video import Prompt, VideoSegmenter
 from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes

@@ -20,7 +20,8 @@ from torch import Tensor
 from ovsam.errors import InputError
 from ovsam.evaluation.datasets import ABSENT_WORDS, COCO_IN_LVIS, EvalSet
 from ovsam.evaluation.metrics import boundary_iou, next_click, rank
-from ovsam.inference.segmenter import EncodedImage, Segmenter
+from ovsam.inference.encoded import EncodedImage
+from ovsam.inference.segmenter import Segmenter
 from ovsam.modeling.geometry import maps_to_clip
 from ovsam.modeling.scoring import calibrated
 from ovsam.ops import rle

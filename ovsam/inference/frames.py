@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ovsam.errors import InputError
-from ovsam.inference.segmenter import EncodedImage
+from ovsam.inference.encoded import EncodedImage
 from ovsam.processing.images import open_image
 
 DEFAULT_RATE = Fraction(25)  # frames a second of sources without a rate

@@ -1,131 +1,51 @@
-"""`ovsam.load(...)` -> Segmenter: text queries, prompts or everything in an image -> Results."""
+"""Segmenter: text queries, prompts or everything in an image -> Results."""
 
-import difflib
-import hashlib
-import inspect
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from ovsam.checkpoints.compose import compose
-from ovsam.checkpoints.embedded import CACHE, find_checkpoint
-from ovsam.checkpoints.model_folder import load_folder
-from ovsam.checkpoints.presets import PRESETS, announce_download, choose_auto
-from ovsam.checkpoints.weight_files import fetch
 from ovsam.errors import InputError
+from ovsam.inference.encoded import EncodedImage, OneImage, map_tensors
+from ovsam.inference.options import (
+    check_device,
+    check_dtype,
+    check_exemplars,
+    check_negative,
+    check_options,
+    check_proposer,
+    check_share,
+    check_tile,
+    names_of,
+)
 from ovsam.inference.proposers import (
     Proposer,
     Question,
-    check_name,
     decode_proposals,
     get_proposer,
     mask_boxes,
     text_inputs,
 )
+from ovsam.inference.text_embedder import TextEmbedder
 from ovsam.inference.tiling import segment_tiled
 from ovsam.modeling.fuse import fuse
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.ops.edges import edge_map
-from ovsam.ops.nms import NMS
 from ovsam.processing import arguments
-from ovsam.processing.images import Picture, open_image
+from ovsam.processing.images import open_image
 from ovsam.processing.processing_ovsam import OVSamProcessor
 from ovsam.processing.vocabulary import Vocabulary, to_vocabulary
 from ovsam.results.results import Results
 
 Words = Vocabulary | str | os.PathLike | Sequence[str] | Mapping[str, str]
 
-VOCABULARIES = 8  # whose embeddings a Segmenter keeps in memory
-MIN_TILE = 64  # px; smaller ones show nothing, and are very many
 BATCH = 4  # images of a list that are encoded in one pass
-
-
-def load(
-    model: str | os.PathLike = "auto", device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-) -> "Segmenter":
-    """A Segmenter for a preset, a folder or a Hub id.
-
-    Args:
-        model: "photo" or "photo-large", composed of released models that are downloaded once;
-            "ovsam-tiny", the small checkpoint inside the package, trained on photographs with COCO's names;
-            "auto": the value of the environment variable OVSAM_MODEL, else `photo` where it is in the cache or the Hub
-            answers, else `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME" or "ORG/NAME@REVISION".
-        device: "cpu", "cuda", ...; by default a GPU if there is one.
-        dtype: torch.bfloat16 or "bfloat16", "float16", "float32"; by default that of the checkpoint.
-
-    Raises:
-        InputError: unknown model, none available, or unknown device or dtype.
-    """
-    if not isinstance(model, str | os.PathLike):
-        raise InputError(f"The model is {arguments.short(model)}; it must be a preset, a folder or a Hub id.")
-    name = os.fspath(model)
-    if name == "auto":
-        name = os.environ.get("OVSAM_MODEL") or choose_auto()
-    target, dtype = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu")), _check_dtype(dtype)
-    if name in PRESETS and PRESETS[name].parts:
-        announce_download(name)
-        parts = PRESETS[name].parts
-        whole, processor = compose(sam=parts["sam"], clip=parts["clip"])
-        return Segmenter(whole.to(target, dtype), processor, name)
-    folder = find_checkpoint(name) if name in PRESETS else _fetch(name)
-    whole, processor = load_folder(folder, name)
-    return Segmenter(whole.to(target, dtype), processor, name)
-
-
-def _check_device(device: str | torch.device) -> torch.device:
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-        if target.type == "meta":
-            raise RuntimeError("it holds no values")
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        shown = arguments.short(device if isinstance(device, str) else str(device))
-        raise InputError(f"The device {shown} cannot be used here; `cpu` always works.") from error
-    return target
-
-
-def _check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in (torch.float32, torch.float16, torch.bfloat16):
-        raise InputError(f"The dtype is {dtype!r}; it must be float32, float16 or bfloat16.")
-    return found
-
-
-def _fetch(name: str) -> Path:
-    """The folder of a model that is no preset."""
-    if "/" not in name and not os.path.exists(name):
-        close = difflib.get_close_matches(name, PRESETS, n=1)
-        meant = f"did you mean {close[0]!r}? Pass" if close else "pass"
-        raise InputError(
-            f"There is no model {arguments.short(name)}: {meant} {', '.join(PRESETS)}, a folder, or a Hub id, ORG/NAME."
-        )
-    return fetch(name)
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An upright RGB image and the model's features of it; `Segmenter` takes it in place of the image."""
-
-    image: Image.Image
-    features: OVSamFeatures
-
-    def to(self, device: str | torch.device) -> "EncodedImage":
-        """A copy whose features are on another device."""
-        return EncodedImage(self.image, _map_tensors(lambda tensor: tensor.to(device), self.features))
-
-
-OneImage = Picture | EncodedImage
 
 
 @dataclass(frozen=True)
@@ -155,10 +75,8 @@ class Segmenter:
 
     def __init__(self, model: OVSamModel, processor: OVSamProcessor, name: str = ""):
         self.model, self.processor, self.name = model, processor, name
-        self._text_hash = ""
         self._proposers: dict[str, Proposer] = {}
-        self._embeds: OrderedDict[tuple, Tensor] = OrderedDict()  # the vocabularies used last
-        self._lock = threading.Lock()
+        self._texts = TextEmbedder(model, processor)
 
     def __repr__(self) -> str:
         config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
@@ -178,11 +96,10 @@ class Segmenter:
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Segmenter":
         """Move and cast the model in place; returns this Segmenter. Raises InputError: unknown device or dtype."""
-        target, dtype = _check_device(self.device if device is None else device), _check_dtype(dtype)
+        target, dtype = check_device(self.device if device is None else device), check_dtype(dtype)
         self.model.to(target, dtype)
         self._proposers.clear()  # they are loaded on the device of the model
-        self._embeds.clear()
-        self._text_hash = ""
+        self._texts.clear()
         return self
 
     def fuse(self) -> "Segmenter":
@@ -192,7 +109,7 @@ class Segmenter:
         saved afterwards.
         """
         fuse(self.model)
-        self._embeds.clear()
+        self._texts.clear()
         return self
 
     @overload
@@ -219,7 +136,7 @@ class Segmenter:
         if len(images) == 1:
             return [EncodedImage(images[0], features)]
         return [
-            EncodedImage(image, _map_tensors(partial(torch.narrow, dim=0, start=i, length=1), features))
+            EncodedImage(image, map_tensors(partial(torch.narrow, dim=0, start=i, length=1), features))
             for i, image in enumerate(images)
         ]
 
@@ -239,31 +156,9 @@ class Segmenter:
         encoded = (image for batch in self._batches(images) for image in batch)
         return [ask(place, image) for place, image in enumerate(encoded)]
 
-    @torch.no_grad()
     def embed(self, words: Words) -> tuple[Vocabulary, Tensor]:
         """The vocabulary and its text embeddings [K, D]; the last ones are kept in memory, long ones on disk."""
-        vocabulary = words if isinstance(words, Vocabulary) else Vocabulary(words)
-        # Weights that were changed in place have another version.
-        weights = sum(0 if one.is_inference() else one._version for one in self.model.clip.parameters())
-        templates = tuple(vocabulary.templates or self.model.config.templates)
-        key = (tuple(vocabulary.prompts), templates, id(self.model.clip), weights, self.device, self.dtype)
-        with self._lock:
-            if key in self._embeds:
-                self._embeds.move_to_end(key)
-                return vocabulary, self._embeds[key]
-        worth_keeping = len(vocabulary.prompts) > 256
-        embeds = vocabulary.embed(
-            self._encode_words,
-            templates=tuple(self.model.config.templates),
-            text_hash=self._hash_of_text_tower() if worth_keeping else "",
-            cache_dir=CACHE if worth_keeping else None,
-        )
-        embeds = embeds.to(self.device)
-        with self._lock:
-            self._embeds[key] = embeds
-            while len(self._embeds) > VOCABULARIES:
-                self._embeds.popitem(last=False)
-        return vocabulary, embeds
+        return self._texts.embed(words if isinstance(words, Vocabulary) else Vocabulary(words))
 
     def where(
         self,
@@ -304,17 +199,17 @@ class Segmenter:
             mask_threshold: minimum probability of a pixel, between 0 and 1.
             top_k: class names listed per instance.
         """
-        arguments.no_others("where", unknown, _names_of(Segmenter.where))
+        arguments.no_others("where", unknown, names_of(Segmenter.where))
         post = {"nms": nms, "per_word": per_word, "rescore": rescore, "exclusive": exclusive}
-        post = _check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k})
-        threshold, tile = _check_share("threshold", threshold), _check_tile(tile)
-        refine, proposer = arguments.flag("refine", refine), _check_proposer(proposer)
-        examples = _check_exemplars(exemplars)
+        post = check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k})
+        threshold, tile = check_share("threshold", threshold), check_tile(tile)
+        refine, proposer = arguments.flag("refine", refine), check_proposer(proposer)
+        examples = check_exemplars(exemplars)
         if words is None and not examples:
             raise InputError("Pass words, or exemplars: what to look for.")
         image = given = _listed(image)
         wanted = to_vocabulary(words) if words is not None else None
-        unwanted = _check_negative(negative)
+        unwanted = check_negative(negative)
         vocabulary, embeds = self.embed(wanted) if wanted is not None else (None, None)
         if examples:
             if not isinstance(image, list | tuple):
@@ -351,12 +246,12 @@ class Segmenter:
 
         The other arguments are those of `where`.
         """
-        arguments.no_others("everything", unknown, _names_of(Segmenter.everything))
+        arguments.no_others("everything", unknown, names_of(Segmenter.everything))
         post = {"nms": nms, "per_word": per_word, "rescore": rescore, "exclusive": exclusive}
-        post = _check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k})
-        threshold, objectness = _check_share("threshold", threshold), _check_share("objectness", objectness)
-        tile, image = _check_tile(tile), _listed(image)
-        refine, proposer = arguments.flag("refine", refine), _check_proposer(proposer)
+        post = check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k})
+        threshold, objectness = check_share("threshold", threshold), check_share("objectness", objectness)
+        tile, image = check_tile(tile), _listed(image)
+        refine, proposer = arguments.flag("refine", refine), check_proposer(proposer)
         question = _Asked("auto", *self._names(vocabulary), None, objectness, proposer, refine, post)
         found = self._propose(image, question, tile)
         found = _remember(found, image)
@@ -405,8 +300,8 @@ class Segmenter:
         exclusive, mask_threshold and top_k are those of `where`. Results are in the order of the prompts. With a list
         of images, points, labels, boxes and masks are lists with one entry an image.
         """
-        arguments.no_others("what", unknown, _names_of(Segmenter.what))
-        post = _check_options({"exclusive": exclusive, "mask_threshold": mask_threshold, "top_k": top_k})
+        arguments.no_others("what", unknown, names_of(Segmenter.what))
+        post = check_options({"exclusive": exclusive, "mask_threshold": mask_threshold, "top_k": top_k})
         image = _listed(image)
         if isinstance(image, list | tuple):
             every = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
@@ -575,24 +470,8 @@ class Segmenter:
     def _vocabulary(self, vocabulary: Words | None) -> Words | None:
         return vocabulary if vocabulary is not None else self.model.config.vocabulary
 
-    def _encode_words(self, phrases: list[str]) -> Tensor:
-        tokens = self._to_device(self.processor.tokenize(phrases))
-        return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
-
     def _to_device(self, inputs: Mapping) -> dict:
         return {k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-
-    def _hash_of_text_tower(self) -> str:
-        """Fingerprint of the text tower: the hash of its embeddings of a few fixed words."""
-        if not self._text_hash:
-            probe = self._encode_words(["dog", "a red ball", "zzyzx"]).float().cpu()
-            self._text_hash = hashlib.sha256((probe * 1e4).round().numpy().tobytes()).hexdigest()[:16]
-        return self._text_hash
-
-
-def _names_of(call: Callable) -> list[str]:
-    """The arguments that a method takes by name."""
-    return [name for name, one in inspect.signature(call).parameters.items() if name != "self" and one.kind != 4]
 
 
 def _listed(image: Any) -> Any:
@@ -609,75 +488,6 @@ def _remember(found: Any, image: Any) -> Any:
     elif not hasattr(image, "read"):  # a file that was read to its end shows nothing
         found.picture = image.image if isinstance(image, EncodedImage) else image
     return found
-
-
-def _check_options(post: dict[str, Any]) -> dict[str, Any]:
-    """Options of post-processing, returned once they are checked; raises InputError."""
-    if post.get("nms") is not None:
-        arguments.choice("NMS", post["nms"], NMS)
-    for name in ("per_word", "rescore", "exclusive"):
-        arguments.flag(name, post.get(name, False))
-    arguments.number("mask_threshold", post["mask_threshold"], 0, 1, inside=True)
-    arguments.whole("top_k", post["top_k"], 0)
-    return post
-
-
-def _check_share(name: str, value: Any) -> float | None:
-    return arguments.optional(arguments.number, name, value, 0, 1)
-
-
-def _check_tile(tile: Any) -> int | None:
-    return None if tile is None or tile is False or tile == 0 else arguments.whole("tile", tile, MIN_TILE)
-
-
-def _check_proposer(proposer: Any) -> str | Proposer | None:
-    if proposer is None or callable(proposer):
-        return proposer
-    if not isinstance(proposer, str):
-        raise InputError(f"The proposer is {arguments.short(proposer)}; it must be a name, a function or None.")
-    check_name(proposer)
-    return proposer
-
-
-def _check_negative(negative: Any) -> Vocabulary | None:
-    """The words that are not wanted; None for none."""
-    negative = arguments.plain(negative)
-    if negative is None or not isinstance(negative, Vocabulary) and negative in ("", (), []):
-        return None
-    return to_vocabulary(negative)
-
-
-def _check_exemplars(given: Any) -> dict[str, list[tuple[Any, list[float]]]]:
-    """Exemplars as a list of (image, box) for each label; the image is None where it is the one that is asked about."""
-    if given is None:
-        return {}
-    found: dict[str, list[tuple[Any, list[float]]]] = {}
-    for label, some in (given if isinstance(given, Mapping) else {"exemplar": given}).items():
-        if not isinstance(label, str) or not label.strip():
-            raise InputError(f"An exemplar's label is {arguments.short(label)}; it must be a word.")
-        some = arguments.plain(some)
-        if isinstance(some, tuple) and len(some) == 2 and not arguments.is_number(some[0]):
-            some = [some]  # one (image, box)
-        elif arguments.is_sequence(some) and some and all(arguments.is_number(one) for one in some):
-            some = [some]  # one box
-        if not arguments.is_sequence(some):
-            raise InputError(f"The exemplars are {arguments.short(some)}; they must be boxes, or pairs (image, box).")
-        pairs = []
-        for one in some:
-            on, box = one if arguments.is_sequence(one) and len(one) == 2 else (None, one)
-            if on is None and arguments.is_sequence(one) and len(one) == 2:
-                raise InputError("An exemplar (image, box) has None for its image; pass the box alone.")
-            boxes = arguments.boxes(box, "exemplars")
-            if len(boxes) != 1:
-                raise InputError(f"The exemplars hold {arguments.short(one)}; each is one box, or (image, box).")
-            pairs.append((on, boxes[0]))
-        if pairs:
-            found[label] = pairs
-    return found
-
-
-def _map_tensors(function: Callable[[Tensor], Tensor], features: OVSamFeatures) -> OVSamFeatures:
-    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, features)
 
 
 def _labels(words: Vocabulary | None) -> dict[str, str] | None:

@@ -101,8 +101,6 @@ class FusedNaming:
         if words is None:
             return None
         labels = [str(k) for k in range(len(words))] if labels is None else list(labels)
-        if len(labels) != len(words):
-            raise InputError(f"text_labels must hold one label for each of {len(words)} queries; got {len(labels)}.")
         names = list(dict.fromkeys(labels))
         place = {name: index for index, name in enumerate(names)}
         name_of = torch.tensor([place[label] for label in labels], device=words.device)  # [K]
@@ -173,10 +171,26 @@ class TextQuery:
 def word_mask(text_labels: Any) -> Tensor | None:
     """text_labels -> [B, K] bool: which text queries of the union over all images belong to each image; None if all
     images have the same."""
-    if not text_labels or isinstance(text_labels, Mapping) or isinstance(text_labels[0], str):
+    if not is_per_image(text_labels):
         return None
-    union = list(dict.fromkeys(phrase for words in text_labels for phrase in words))
+    union = all_phrases(text_labels)
     return torch.tensor([[phrase in words for phrase in union] for words in text_labels])
+
+
+def is_per_image(text_labels: Any) -> bool:
+    """Whether text_labels are given per image (a list of lists or of mappings), not once for all images."""
+    return (
+        isinstance(text_labels, list | tuple)
+        and bool(text_labels)
+        and isinstance(text_labels[0], list | tuple | Mapping)
+    )
+
+
+def all_phrases(text_labels: Any) -> list[str]:
+    """The phrases of all images, without repetition if they are given per image."""
+    if is_per_image(text_labels):
+        return list(dict.fromkeys(phrase for row in text_labels for phrase in row))
+    return list(text_labels)
 
 
 def row_labels(text_labels: Sequence | Mapping[str, str] | None) -> list[str] | None:
@@ -186,7 +200,7 @@ def row_labels(text_labels: Sequence | Mapping[str, str] | None) -> list[str] | 
         return None
     if isinstance(text_labels, Mapping):
         return list(text_labels.values())
-    if isinstance(text_labels[0], str):
+    if not is_per_image(text_labels):
         return list(text_labels)
     union: dict[str, str] = {}
     for words in text_labels:

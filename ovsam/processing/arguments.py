@@ -14,6 +14,8 @@ import numpy as np
 
 from ovsam.errors import InputError
 
+MIN_TILE = 64  # px; smaller tiles show too little, and are very many
+
 # Names of arguments in other libraries -> ours.
 HABITS = {
     "conf": "threshold",
@@ -156,17 +158,19 @@ def masks(value: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     return array
 
 
-def check_inside(size: tuple[int, int], points: Sequence[Sequence[float]] = (), boxes: Sequence = ()) -> None:
+def check_inside(
+    size: tuple[int, int], points: Sequence[Sequence[float]] = (), boxes: Sequence = (), image: str = "the image"
+) -> None:
     """Raise InputError unless points and boxes lie inside an image of `size` (width, height)."""
     width, height = size
     for x, y in points:
         if not (0 <= x < width and 0 <= y < height):
-            raise InputError(f"The point {x:g},{y:g} is outside the image, which is {width}x{height} pixels.")
+            raise InputError(f"The point {x:g},{y:g} is outside {image}, which is {width}x{height} pixels.")
     for x1, y1, x2, y2 in boxes:
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             raise InputError(
-                f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not left,top,right,bottom inside the image, which is "
-                f"{width}x{height} pixels."
+                f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not inside {image}, which is "
+                f"{width}x{height} pixels; it must be left,top,right,bottom."
             )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import OVSamOutput
+from ovsam.modeling.scoring import all_phrases, is_per_image
 from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.ops.masks import mask_overlap
@@ -114,22 +115,6 @@ class Selection:
             dropped=self.dropped,
             presence=self.presence,
         )
-
-
-def is_per_image(text_labels: Any) -> bool:
-    """Whether text_labels are given per image (a list of lists or of mappings), not once for all images."""
-    return (
-        isinstance(text_labels, list | tuple)
-        and bool(text_labels)
-        and isinstance(text_labels[0], list | tuple | Mapping)
-    )
-
-
-def all_phrases(text_labels: Any) -> list[str]:
-    """The phrases of all images, without repetition if they are given per image."""
-    if is_per_image(text_labels):
-        return list(dict.fromkeys(phrase for row in text_labels for phrase in row))
-    return list(text_labels)
 
 
 def select(

@@ -25,7 +25,9 @@ from ovsam.data.words import related
 from ovsam.errors import InputError
 from ovsam.evaluation.metrics import are_right, calibration_error
 from ovsam.evaluation.tasks import AP_FLOOR, ask
-from ovsam.inference.segmenter import EncodedImage, Segmenter, load
+from ovsam.inference.encoded import EncodedImage
+from ovsam.inference.loading import load
+from ovsam.inference.segmenter import Segmenter
 from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter
 from ovsam.modeling.adapters.concepts import ConceptHead
 from ovsam.modeling.locations import boxed_locations

@@ -25,7 +25,8 @@ from ovsam.checkpoints.text_tower import embed_texts
 from ovsam.data import SegmentationData, SharedWords
 from ovsam.data.words import Word
 from ovsam.errors import InputError
-from ovsam.inference.segmenter import Segmenter, load
+from ovsam.inference.loading import load
+from ovsam.inference.segmenter import Segmenter
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.scoring import plain_name
 from ovsam.ops.arguments import accepted_arguments

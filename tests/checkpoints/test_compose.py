@@ -318,7 +318,7 @@ def test_output_of_the_command(photo, parts, tmp_path, capsys):
 
 
 def test_vocabulary_of_a_composed_model_is_lvis(photo, monkeypatch, tmp_path):
-    monkeypatch.setattr("ovsam.inference.segmenter.CACHE", tmp_path)
+    monkeypatch.setattr("ovsam.inference.text_embedder.CACHE", tmp_path)
     segmenter = ovsam.load(photo, "cpu")
     segmenter.model.config.templates = ["{}"]  # this tokeniser takes every bracket for a word of its own
     found = segmenter.what(PICTURE, boxes=[[20, 10, 120, 70]])

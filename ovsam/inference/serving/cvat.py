@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from ovsam.errors import InputError
-from ovsam.inference.segmenter import Segmenter, load
+from ovsam.inference.loading import load
+from ovsam.inference.segmenter import Segmenter
 from ovsam.ops.polygons import to_polygon
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.results.formats.base import visible

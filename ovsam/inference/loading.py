@@ -1,0 +1,60 @@
+"""`ovsam.load(...)`: a preset, a folder or a Hub id -> Segmenter."""
+
+import difflib
+import os
+from pathlib import Path
+
+import torch
+
+from ovsam.checkpoints.compose import compose
+from ovsam.checkpoints.embedded import find_checkpoint
+from ovsam.checkpoints.model_folder import load_folder
+from ovsam.checkpoints.presets import PRESETS, announce_download, choose_auto
+from ovsam.checkpoints.weight_files import fetch
+from ovsam.errors import InputError
+from ovsam.inference.options import check_device, check_dtype
+from ovsam.inference.segmenter import Segmenter
+from ovsam.processing import arguments
+
+
+def load(
+    model: str | os.PathLike = "auto", device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> Segmenter:
+    """A Segmenter for a preset, a folder or a Hub id.
+
+    Args:
+        model: "photo" or "photo-large", composed of released models that are downloaded once;
+            "ovsam-tiny", the small checkpoint inside the package, trained on photographs with COCO's names;
+            "auto": the value of the environment variable OVSAM_MODEL, else `photo` where it is in the cache or the Hub
+            answers, else `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME" or "ORG/NAME@REVISION".
+        device: "cpu", "cuda", ...; by default a GPU if there is one.
+        dtype: torch.bfloat16 or "bfloat16", "float16", "float32"; by default that of the checkpoint.
+
+    Raises:
+        InputError: unknown model, none available, or unknown device or dtype.
+    """
+    if not isinstance(model, str | os.PathLike):
+        raise InputError(f"The model is {arguments.short(model)}; it must be a preset, a folder or a Hub id.")
+    name = os.fspath(model)
+    if name == "auto":
+        name = os.environ.get("OVSAM_MODEL") or choose_auto()
+    target, dtype = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu")), check_dtype(dtype)
+    if name in PRESETS and PRESETS[name].parts:
+        announce_download(name)
+        parts = PRESETS[name].parts
+        whole, processor = compose(sam=parts["sam"], clip=parts["clip"])
+        return Segmenter(whole.to(target, dtype), processor, name)
+    folder = find_checkpoint(name) if name in PRESETS else _fetch(name)
+    whole, processor = load_folder(folder, name)
+    return Segmenter(whole.to(target, dtype), processor, name)
+
+
+def _fetch(name: str) -> Path:
+    """The folder of a model that is no preset."""
+    if "/" not in name and not os.path.exists(name):
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        meant = f"did you mean {close[0]!r}? Pass" if close else "pass"
+        raise InputError(
+            f"There is no model {arguments.short(name)}: {meant} {', '.join(PRESETS)}, a folder, or a Hub id, ORG/NAME."
+        )
+    return fetch(name)

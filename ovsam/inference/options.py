@@ -1,0 +1,102 @@
+"""Checks of the arguments of `ovsam.load` and `Segmenter`; InputError states what would be right."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ovsam.errors import InputError
+from ovsam.inference.proposers import Proposer, check_name
+from ovsam.ops.nms import NMS
+from ovsam.processing import arguments
+from ovsam.processing.vocabulary import Vocabulary, to_vocabulary
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+        if target.type == "meta":
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        shown = arguments.short(device if isinstance(device, str) else str(device))
+        raise InputError(f"The device {shown} cannot be used here; `cpu` always works.") from error
+    return target
+
+
+def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(f"The dtype is {dtype!r}; it must be float32, float16 or bfloat16.")
+    return found
+
+
+def names_of(call: Callable) -> list[str]:
+    """The arguments that a method takes by name."""
+    return [name for name, one in inspect.signature(call).parameters.items() if name != "self" and one.kind != 4]
+
+
+def check_options(post: dict[str, Any]) -> dict[str, Any]:
+    """Options of post-processing, returned once they are checked; raises InputError."""
+    if post.get("nms") is not None:
+        arguments.choice("NMS", post["nms"], NMS)
+    for name in ("per_word", "rescore", "exclusive"):
+        arguments.flag(name, post.get(name, False))
+    arguments.number("mask_threshold", post["mask_threshold"], 0, 1, inside=True)
+    arguments.whole("top_k", post["top_k"], 0)
+    return post
+
+
+def check_share(name: str, value: Any) -> float | None:
+    return arguments.optional(arguments.number, name, value, 0, 1)
+
+
+def check_tile(tile: Any) -> int | None:
+    return None if tile is None or tile is False or tile == 0 else arguments.whole("tile", tile, arguments.MIN_TILE)
+
+
+def check_proposer(proposer: Any) -> str | Proposer | None:
+    if proposer is None or callable(proposer):
+        return proposer
+    if not isinstance(proposer, str):
+        raise InputError(f"The proposer is {arguments.short(proposer)}; it must be a name, a function or None.")
+    check_name(proposer)
+    return proposer
+
+
+def check_negative(negative: Any) -> Vocabulary | None:
+    """The words that are not wanted; None for none."""
+    negative = arguments.plain(negative)
+    if negative is None or not isinstance(negative, Vocabulary) and negative in ("", (), []):
+        return None
+    return to_vocabulary(negative)
+
+
+def check_exemplars(given: Any) -> dict[str, list[tuple[Any, list[float]]]]:
+    """Exemplars as a list of (image, box) for each label; the image is None where it is the one that is asked about."""
+    if given is None:
+        return {}
+    found: dict[str, list[tuple[Any, list[float]]]] = {}
+    for label, some in (given if isinstance(given, Mapping) else {"exemplar": given}).items():
+        if not isinstance(label, str) or not label.strip():
+            raise InputError(f"An exemplar's label is {arguments.short(label)}; it must be a word.")
+        some = arguments.plain(some)
+        if isinstance(some, tuple) and len(some) == 2 and not arguments.is_number(some[0]):
+            some = [some]  # one (image, box)
+        elif arguments.is_sequence(some) and some and all(arguments.is_number(one) for one in some):
+            some = [some]  # one box
+        if not arguments.is_sequence(some):
+            raise InputError(f"The exemplars are {arguments.short(some)}; they must be boxes, or pairs (image, box).")
+        pairs = []
+        for one in some:
+            on, box = one if arguments.is_sequence(one) and len(one) == 2 else (None, one)
+            if on is None and arguments.is_sequence(one) and len(one) == 2:
+                raise InputError("An exemplar (image, box) has None for its image; pass the box alone.")
+            boxes = arguments.boxes(box, "exemplars")
+            if len(boxes) != 1:
+                raise InputError(f"The exemplars hold {arguments.short(one)}; each is one box, or (image, box).")
+            pairs.append((on, boxes[0]))
+        if pairs:
+            found[label] = pairs
+    return found
