@@ -1,6 +1,7 @@
-"""Argument types that several commands share; errors state the right form."""
+"""Arguments and argument types that several commands share; errors state the right form."""
 
 import argparse
+from typing import Any
 
 
 def point(text: str) -> tuple[float, float, int]:
@@ -40,5 +41,50 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
 
 
-def add_device(parser) -> None:
-    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: a GPU if there is one)")
+WORDS: dict[str, Any] = {"metavar": "WORD", "nargs": "+", "action": "extend", "default": []}
+SHARED: dict[str, dict[str, Any]] = {
+    "--text": WORDS | {"help": "text queries to search for"},
+    "--not": WORDS
+    | {"dest": "negative", "help": "with --text: drop instances that match these negative queries better"},
+    "--point": {"metavar": "X,Y[,0|1]", "type": point, "action": "append", "default": [], "dest": "points"},
+    "--box": {"metavar": "X1,Y1,X2,Y2", "type": box, "action": "append", "default": [], "dest": "boxes"},
+    "--everything": {"action": "store_true", "help": "segment and classify all objects"},
+    "--vocabulary": {
+        "metavar": "NAME|FILE",
+        "help": "class names: coco, lvis, imagenet21k or a file with one a line (default: the model's own)",
+    },
+    "--threshold": {"metavar": "SCORE", "type": share, "help": "lowest score, 0 to 1 (default: the model's own)"},
+    "--objectness": {
+        "metavar": "SHARE",
+        "type": share,
+        "help": "with --everything: lowest objectness, 0 to 1 (default: the model's own)",
+    },
+    "--proposer": {
+        "metavar": "NAME",
+        "help": "proposer: concepts, clip-dense, grid, detector:ID or sam3:ID (default: the model's own)",
+    },
+    "--tile": {
+        "metavar": "PIXELS",
+        "type": count,
+        "help": "also search overlapping tiles of this side, for small objects in large images",
+    },
+    "--exclusive": {"action": "store_true", "help": "assign each pixel to one instance only"},
+    "--no-refine": {
+        "action": "store_false",
+        "dest": "refine",
+        "help": "keep the prototype masks, without the SAM decoder, which is faster",
+    },
+    "--model": {"metavar": "PRESET|PATH|ID", "default": "auto", "help": "default: %(default)s"},
+    "--device": {"help": "such as cpu, cuda or cuda:1 (default: a GPU if there is one)"},
+    "--tracker": {
+        "choices": ("auto", "memory", "propagation"),
+        "default": "auto",
+        "help": "kind of tracker (default: auto)",
+    },
+}
+
+
+def add(parser: argparse._ActionsContainer, *options: str, **changes: Any) -> None:
+    """Add options of `SHARED` to a parser or a group of it; `changes` replace keywords of `add_argument`."""
+    for option in options:
+        parser.add_argument(option, **SHARED[option] | changes)

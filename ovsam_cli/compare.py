@@ -12,7 +12,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the JSON file)")
     parser.add_argument("--json", metavar="OUT.json", help="also write the results of both models to this file")
     parser.add_argument("--limit", metavar="N", type=arguments.count, help="use only the first N images")
-    arguments.add_device(parser)
+    arguments.add(parser, "--device")
 
 
 def run(args: Namespace) -> int:

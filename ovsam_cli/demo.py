@@ -10,7 +10,7 @@ from ovsam_cli import arguments
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="PRESET|PATH|ID", default="auto", help="default: auto")
+    arguments.add(parser, "--model")
     parser.add_argument(
         "--host", metavar="ADDRESS", default="127.0.0.1", help="default: %(default)s, this machine only"
     )

@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="COCO or LVIS JSON file, or folder with annotations.json (default: %(default)s, in a checkout)",
     )
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the JSON file)")
-    parser.add_argument("--model", metavar="PRESET|PATH|ID", default="ovsam-tiny", help="default: %(default)s")
+    arguments.add(parser, "--model", default="ovsam-tiny")
     parser.add_argument(
         "--task",
         nargs="+",
@@ -37,12 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="what to measure (default: all of a data set of images); video is for a folder in the layout of DAVIS or "
         "a json of YouTube-VIS, moving for 20 scenes in which the objects of DATASET move",
     )
-    parser.add_argument(
-        "--tracker",
-        choices=("auto", "memory", "propagation"),
-        default="auto",
-        help="with --task video or moving: kind of tracker (default: auto)",
-    )
+    arguments.add(parser, "--tracker", help="with --task video or moving: kind of tracker (default: auto)")
     parser.add_argument(
         "--seed", metavar="N", type=int, help="with --task moving: draw other scenes than the frozen ones"
     )
@@ -62,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--output", metavar="DIR", help="folder for records, results and a page; an interrupted evaluation continues"
     )
     parser.add_argument("--json", metavar="OUT.json", help="also write the results to this file")
-    arguments.add_device(parser)
+    arguments.add(parser, "--device")
 
 
 def check(args: Namespace) -> None:

@@ -44,41 +44,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="an image, a folder, a pattern, a .txt, .csv or COCO .json list, a .zip or .tar, or an address",
     )
     question = parser.add_argument_group("the question")
-    question.add_argument(
-        "--text", metavar="WORD", nargs="+", action="extend", default=[], help="text queries to search for"
-    )
-    question.add_argument(
+    arguments.add(question, "--text")
+    arguments.add(
+        question,
         "--vocabulary",
-        metavar="NAME|FILE",
         help="search for these class names: coco, lvis, imagenet21k or a file with one a line",
     )
-    question.add_argument(
-        "--everything", action="store_true", help="label all objects with these class names (or the model's own)"
-    )
-    question.add_argument(
-        "--not",
-        metavar="WORD",
-        nargs="+",
-        action="extend",
-        default=[],
-        dest="negative",
-        help="drop instances of these negative queries",
-    )
-    question.add_argument(
-        "--threshold", metavar="SCORE", type=arguments.share, help="lowest score (default: the model's own)"
-    )
-    question.add_argument(
-        "--objectness", metavar="SHARE", type=arguments.share, help="with --everything: lowest objectness"
-    )
-    question.add_argument("--proposer", metavar="NAME", help="proposer; see `ovsam segment --help`")
-    question.add_argument("--tile", metavar="PIXELS", type=arguments.count, help="also search tiles of this side")
-    question.add_argument("--exclusive", action="store_true", help="assign each pixel to one instance only")
-    question.add_argument(
-        "--no-refine", action="store_false", dest="refine", help="keep the prototype masks, which is faster"
-    )
+    arguments.add(question, "--everything", help="label all objects with these class names (or the model's own)")
+    arguments.add(question, "--not", help="drop instances that match these negative queries better")
+    arguments.add(question, "--threshold", "--objectness", "--proposer", "--tile", "--exclusive", "--no-refine")
     model = parser.add_argument_group("the model")
-    model.add_argument("--model", metavar="PRESET|PATH|ID", default="auto", help="default: auto")
-    arguments.add_device(model)
+    arguments.add(model, "--model", "--device")
     output = parser.add_argument_group("the output")
     output.add_argument("-o", "--output", metavar="OUT", required=True, help="folder, created if it does not exist")
     output.add_argument(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.ops.files import STDOUT, check_output_folder, check_target, write_text, write_whole
+from ovsam.processing.arguments import MIN_TILE, check_inside
 from ovsam.processing.images import is_url, open_image
 from ovsam.processing.vocabulary import Vocabulary, split_words
 from ovsam.results.formats import FORMATS
@@ -30,58 +31,38 @@ one question at a time:
   ovsam segment photo.jpg --text dog "red ball" -o found.png      where are these objects?
   ovsam segment photo.jpg --point 210,140 --vocabulary lvis       what is this object?
   ovsam segment photo.jpg --box 40,60,300,280 --vocabulary my_words.txt
-  ovsam segment photo.jpg --exemplar 40,60,120,160                where is more of this?
+  ovsam segment photo.jpg --exemplar 40,60,120,160                where are similar objects?
   ovsam segment photos/ --everything --vocabulary coco -o overlays/ --json all.json
   ovsam segment 'photos/*.jpg' https://example.org/cat.jpg @list.txt --text cat -o labels/ --format yolo
 
 IMAGE is a file, a folder, a pattern, a URL, - (stdin), or @FILE, a text file with one of these a line. Coordinates are
-pixels from the top left corner. Pictures stand before the options. Commas separate words, unless they are in quotes of
-their own: --text '"salt, pepper"'. In a pipe the table has tabs and one header.
-Exit code: 0; 1 if some pictures failed; 2 if nothing could be done.
+pixels from the top left corner. Images come before the options. Commas separate text queries, unless they are quoted:
+--text '"salt, pepper"'. In a pipe the table has tabs and one header.
+Exit code: 0; 1 if some images failed; 2 if all failed or the command is invalid.
 """
 PARSER = {
     "usage": "ovsam segment IMAGE... (--text WORD... | --exemplar X1,Y1,X2,Y2 | --point X,Y | --box X1,Y1,X2,Y2 | "
     "--everything) [options]",
-    "description": "Print what is found in each picture: label, score, mask score, box (x1,y1,x2,y2) and area.",
+    "description": "Print the instances in each image: class name, score, mask score, box (x1,y1,x2,y2) and area.",
     "epilog": EXAMPLES,
 }
-MAX_PHRASE = 64  # words; no text tower reads more, and each says itself if it reads less
+MAX_PHRASE = 64  # words, more than any text tower takes; towers with a lower limit check it themselves
 OUTPUTS = ("overlay", "cutouts", "tsv", *FORMATS)
-MIN_TILE = 64  # as ovsam.inference.segmenter, which imports torch
 COLUMNS = ("image", "label", "score", "mask_score", "x1", "y1", "x2", "y2", "area")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="a picture; see below")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="an image; see below")
     question = parser.add_argument_group("the question")
-    question.add_argument(
-        "--text", metavar="WORD", nargs="+", action="extend", default=[], help="text queries to search for"
-    )
-    question.add_argument(
-        "--not",
-        metavar="WORD",
-        nargs="+",
-        action="extend",
-        default=[],
-        dest="negative",
-        help="with --text: drop instances that match these negative queries better",
-    )
-    question.add_argument(
+    arguments.add(question, "--text", "--not")
+    arguments.add(
+        question,
         "--point",
-        metavar="X,Y[,0|1]",
-        type=arguments.point,
-        action="append",
-        default=[],
-        dest="points",
         help="segment and classify this object; repeat for more points of the same object, 1 on it, 0 beside it",
     )
-    question.add_argument(
+    arguments.add(
+        question,
         "--box",
-        metavar="X1,Y1,X2,Y2",
-        type=arguments.box,
-        action="append",
-        default=[],
-        dest="boxes",
         help="segment and classify the object in this box; repeat for more objects; points correct a single one",
     )
     question.add_argument(
@@ -91,80 +72,62 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         dest="exemplars",
-        help="find what is like the thing in this box, alone or besides --text; may be repeated",
+        help="find objects similar to the one in this box, alone or besides --text; may be repeated",
     )
-    question.add_argument("--everything", action="store_true", help="segment and name all there is")
-    question.add_argument(
-        "--vocabulary",
-        metavar="NAME|FILE",
-        help="class names: coco, lvis, imagenet21k or a file with one a line (default: the model's own)",
-    )
-    question.add_argument(
+    arguments.add(question, "--everything", "--vocabulary")
+    arguments.add(
+        question,
         "--threshold",
-        metavar="SCORE",
-        type=arguments.share,
         help="with --text or --everything: lowest score, 0 to 1 (default: the model's own with --text, none with "
         "--everything)",
     )
-    question.add_argument(
-        "--objectness",
+    arguments.add(question, "--objectness")
+    search = parser.add_argument_group("search, with --text or --everything")
+    arguments.add(search, "--proposer", "--tile")
+    search.add_argument(
+        "--max", metavar="N", type=arguments.count, help="keep the N instances of highest score in each image"
+    )
+    search.add_argument(
+        "--iou",
         metavar="SHARE",
         type=arguments.share,
-        help="with --everything: lowest objectness, 0 to 1 (default: the model's own)",
+        help="keep the highest score among instances with a higher mask IoU",
     )
-    search = parser.add_argument_group("search, with --text or --everything")
-    search.add_argument(
-        "--proposer",
-        metavar="NAME",
-        help="proposer: concepts, clip-dense, grid, detector:ID or sam3:ID (default: the model's own)",
-    )
-    search.add_argument(
-        "--tile",
-        metavar="PIXELS",
-        type=arguments.count,
-        help="also search overlapping tiles of this side, for small objects in large images",
-    )
-    search.add_argument("--max", metavar="N", type=arguments.count, help="at most N things a picture, the best")
-    search.add_argument(
-        "--iou", metavar="SHARE", type=arguments.share, help="of things that overlap by more than this, only the best"
-    )
-    search.add_argument("--exclusive", action="store_true", help="give each pixel to one thing only")
-    search.add_argument(
-        "--no-refine", action="store_false", dest="refine", help="keep the prototype masks, without the SAM decoder"
-    )
+    arguments.add(search, "--exclusive", "--no-refine")
     model = parser.add_argument_group("the model")
-    model.add_argument("--model", metavar="PRESET|PATH|ID", default="auto", help="default: auto")
-    arguments.add_device(model)
+    arguments.add(model, "--model", "--device")
     model.add_argument("--half", action="store_true", help="16-bit weights: half the memory")
-    model.add_argument("--batch", metavar="N", type=arguments.count, default=1, help="pictures a pass (default: 1)")
+    model.add_argument("--batch", metavar="N", type=arguments.count, default=1, help="images in one pass (default: 1)")
     output = parser.add_argument_group("the output")
     output.add_argument(
         "-o",
         "--output",
         metavar="OUT",
-        help="what --format makes: a file, or a folder (made where it is missing) for several pictures; - is stdout",
+        help="output of --format: a file, or a folder (created if missing) for several images; - is stdout",
     )
     output.add_argument(
         "--format",
         choices=OUTPUTS,
         default="overlay",
-        help="what -o holds: masks and names drawn over the picture (overlay, the default), each thing cut out, the "
-        "table with tabs (tsv, also without -o), or the label files of a tool",
+        help="format of -o: masks and class names drawn over the image (overlay, the default), each instance cut out, "
+        "the table with tabs (tsv, also without -o), or the label files of a tool",
     )
-    output.add_argument("--json", metavar="OUT.json", help="write all pictures as one COCO data set; - is stdout")
-    output.add_argument("-q", "--quiet", action="store_true", help="no table, only mistakes")
-    output.add_argument("-v", "--verbose", action="store_true", help="also what the libraries report")
+    output.add_argument(
+        "--json", metavar="OUT.json", help="write the instances of all images as one COCO data set; - is stdout"
+    )
+    output.add_argument("-q", "--quiet", action="store_true", help="print errors only, no table")
+    output.add_argument("-v", "--verbose", action="store_true", help="also print messages of the libraries")
 
 
 def check(args: Namespace) -> None:
     """Raise InputError for invalid questions and targets, and report the images that cannot be read.
 
-    Sets `args.words`, the vocabulary or None, `args.negative`, `args.readable`, the pictures, and `args.failed`, how
-    many are not among them.
+    Sets `args.words`, the vocabulary or None, `args.negative`, `args.readable`, the images that can be read, and
+    `args.failed`, the number of the others.
     """
     args.words = _check_question(args)
     if args.half and args.proposer:
-        raise InputError("--half is for the model's own way to look; leave out --proposer.")
+        raise InputError("--half is for the model's own proposals; leave out --proposer.")
     named = list(dict.fromkeys(_pictures(args.images)))
     _check_output(args, named)
     if args.json:
@@ -173,7 +136,7 @@ def check(args: Namespace) -> None:
         raise InputError("--json - and -o - would both write to stdout; name a file for one of them.")
     if STDOUT in named:
         args.stdin = sys.stdin.buffer.read()
-    # Opened here to be checked and again below to be segmented: many pictures would not fit into memory.
+    # Opened here for the checks and again for segmentation, since many images would not fit into memory.
     args.readable = [name for name in named if _try_to_open(name, args)]
     args.failed = len(named) - len(args.readable)
     if not args.readable:
@@ -181,9 +144,9 @@ def check(args: Namespace) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Segment and name, print a table, write what was asked for.
+    """Segment and classify, print a table, write the output files.
 
-    A picture that cannot be read is reported on stderr, and the others go on. Returns 1 if there was one, else 0.
+    Images that cannot be read are reported on stderr. Returns 1 if there were any, 2 if there were no others, else 0.
     """
     import ovsam
     from ovsam.results.formats import write_coco, write_labels
@@ -198,7 +161,7 @@ def run(args: Namespace) -> int:
         found.append(results)
         printer.add(results)
         if args.output and args.format == "overlay":
-            zoom = max(1, round(256 / math.sqrt(image.width * image.height)))  # room for names on small pictures
+            zoom = max(1, round(256 / math.sqrt(image.width * image.height)))  # room for class names on small images
             drawn = results.overlay(image, zoom)
             _save(drawn, places[name])
             printer.say(f"overlay: {places[name]}")
@@ -219,10 +182,10 @@ def run(args: Namespace) -> int:
 
 
 class _Printer:
-    """The table: aligned for people on a terminal, with tabs for programs in a pipe."""
+    """The table: aligned on a terminal, with tabs in a pipe."""
 
     def __init__(self, args: Namespace):
-        used = STDOUT in (args.json, args.output)  # by what goes to stdout
+        used = STDOUT in (args.json, args.output)
         self.quiet, self.out = args.quiet, sys.stderr if used else sys.stdout
         self.people = args.format != "tsv" and self.out.isatty() or used
         if not self.people and not self.quiet and not (args.format == "tsv" and args.output):
@@ -258,7 +221,7 @@ def _rows(results: "Results") -> str:
 
 
 def _answers(segmenter: "Segmenter", args: Namespace) -> Iterator[tuple[str, Image.Image, "Results"]]:
-    """Each picture that can still be read with the answer about it."""
+    """Yield the name, the image and the results of each image that can still be read."""
     for start in range(0, len(args.readable), args.batch):
         names = args.readable[start : start + args.batch]
         opened = [(name, image) for name in names if (image := _try_to_open(name, args)) is not None]
@@ -290,7 +253,7 @@ def _ask(segmenter: "Segmenter", image: Any, args: Namespace) -> Any:
 
 
 def _thin(results: "Results", args: Namespace) -> "Results":
-    """What --iou and --max leave."""
+    """Apply --iou and --max."""
     if args.iou is not None:
         results = results.filter(nms="fast", nms_threshold=args.iou)
     return results[: args.max] if args.max else results
@@ -326,7 +289,7 @@ def _write_cutouts(results: "Results", image: Image.Image, folder: Path) -> Iter
 
 
 def _pictures(given: list[str], depth: int = 0) -> Iterator[str]:
-    """The names of pictures that files, folders, patterns, URLs, - and @lists stand for."""
+    """Yield the names of images: files, URLs and -, and those of folders, patterns and @lists."""
     for name in given:
         if name == STDOUT or is_url(name) or os.path.isfile(name):
             yield name
@@ -335,7 +298,7 @@ def _pictures(given: list[str], depth: int = 0) -> Iterator[str]:
         elif os.path.isdir(name):
             inside = sorted(str(path) for path in Path(name).rglob("*") if path.suffix.lower() in PICTURES)
             if not inside:
-                raise InputError(f"{name} is a folder without pictures; they end in {', '.join(PICTURES)}.")
+                raise InputError(f"{name} is a folder without images; they end in {', '.join(PICTURES)}.")
             yield from inside
         elif glob.has_magic(name):
             matches = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
@@ -352,39 +315,39 @@ def _read_list(path: str) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise InputError(
-            f"The list {path} cannot be read ({error}); it is a text file with a picture a line."
+            f"The list {path} cannot be read ({error}); it must be a text file with one image a line."
         ) from error
     named = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not named:
-        raise InputError(f"The list {path} is empty; it is a text file with a picture a line.")
+        raise InputError(f"The list {path} is empty; it must be a text file with one image a line.")
     return [line if is_url(line) else os.path.join(os.path.dirname(path), line) for line in named]
 
 
 def _check_question(args: Namespace) -> Vocabulary | None:
-    """Return the words to find or to name with, None for the model's own; raises InputError for an unclear question."""
+    """Return the text queries or the vocabulary, or None; raises InputError for an invalid question."""
     if not args.images:
         swallowed = [word for word in args.text + args.negative if os.path.isfile(word) or is_url(word)]
         if swallowed:
-            raise InputError(f"--text took {swallowed[0]} for a word; put the pictures before --text.")
-        raise InputError("The following arguments are required: IMAGE; pictures stand before the options.")
+            raise InputError(f"--text took {swallowed[0]} for a text query; put the images before --text.")
+        raise InputError("The following arguments are required: IMAGE; images come before the options.")
     args.text = [word for text in args.text for word in split_words(text) or [text]]
     args.negative = [word for text in args.negative for word in split_words(text) or [text]]
     text, prompts = bool(args.text or args.exemplars), bool(args.points or args.boxes)
     if text + prompts + args.everything == 0:
         raise InputError(
-            "Nothing was asked; give --text WORD..., --exemplar X1,Y1,X2,Y2, --point X,Y, --box X1,Y1,X2,Y2 or "
+            "There is no question; give --text WORD..., --exemplar X1,Y1,X2,Y2, --point X,Y, --box X1,Y1,X2,Y2 or "
             "--everything."
         )
     if text + prompts + args.everything > 1:
         raise InputError(
-            "--text, --point or --box, and --everything are three questions; give one of them; "
-            "the class names for points, boxes and everything are set by --vocabulary."
+            "--text, --point or --box, and --everything exclude each other; give one of them; "
+            "--vocabulary sets the class names for points, boxes and everything."
         )
     for option in ("proposer", "tile", "exclusive", "max", "iou"):
         if prompts and getattr(args, option):
             raise InputError(f"--{option} needs --text or --everything.")
     if text and args.vocabulary:
-        raise InputError("--text already gives the words; use --vocabulary with --point, --box or --everything.")
+        raise InputError("--text already gives the text queries; use --vocabulary with --point, --box or --everything.")
     if args.threshold is not None and prompts:
         raise InputError("--threshold needs --text or --everything; points and boxes always give a mask.")
     if args.objectness is not None and not args.everything:
@@ -392,7 +355,7 @@ def _check_question(args: Namespace) -> Vocabulary | None:
     if args.points and len(args.boxes) > 1:
         raise InputError("All points belong to one object; give at most one --box with --point.")
     if args.points and not args.boxes and not any(label for _, _, label in args.points):
-        raise InputError("All clicks are beside the object (X,Y,0); at least one must be on it (X,Y,1).")
+        raise InputError("All points are beside the object (X,Y,0); at least one must be on it (X,Y,1).")
     for x1, y1, x2, y2 in args.boxes + args.exemplars:
         if not (x1 < x2 and y1 < y2):
             raise InputError(
@@ -403,7 +366,7 @@ def _check_question(args: Namespace) -> Vocabulary | None:
         raise InputError(f"--tile {args.tile} is too small; take {MIN_TILE} pixels or more.")
     if not args.text:
         if args.negative:
-            raise InputError("--not goes with --text, which says what to find.")
+            raise InputError("--not needs --text; add the text queries to search for.")
         return Vocabulary(args.vocabulary) if args.vocabulary else None
 
     words = Vocabulary(args.text)
@@ -417,26 +380,26 @@ def _check_question(args: Namespace) -> Vocabulary | None:
 
 
 def _check_output(args: Namespace, named: list[str]) -> None:
-    """Raises InputError if -o cannot take what --format makes of these pictures."""
+    """Raise InputError if -o does not fit --format and the number of images."""
     output, kind = args.output, args.format
     if not output:
         if kind not in ("overlay", "tsv"):
-            raise InputError(f"--format {kind} needs -o, the {'file' if FORMATS.get(kind) else 'folder'} to write.")
+            raise InputError(f"--format {kind} needs -o, the output {'file' if FORMATS.get(kind) else 'folder'}.")
         return
     if kind == "tsv" or FORMATS.get(kind):
         check_target(output, "-o")
     elif kind != "overlay":
         if output == STDOUT:
-            raise InputError(f"--format {kind} is several files; name a folder with -o.")
+            raise InputError(f"--format {kind} writes several files; name a folder with -o.")
         check_output_folder(output, "-o")
     elif _is_folder(output, named):
         check_output_folder(output, "-o")
     else:
         if output != STDOUT and _kind(output) is None:
-            raise InputError(f"-o {output} is neither a picture file such as out.png nor a folder such as {output}/.")
+            raise InputError(f"-o {output} is neither an image file such as out.png nor a folder such as {output}/.")
         check_target(output, "-o")
         if os.path.exists(output) and os.path.isfile(named[0]) and os.path.samefile(output, named[0]):
-            raise InputError(f"-o {output} is the picture itself; write the overlay to another file.")
+            raise InputError(f"-o {output} is the image itself; write the overlay to another file.")
 
 
 def _is_folder(output: str, named: list[str]) -> bool:
@@ -445,7 +408,7 @@ def _is_folder(output: str, named: list[str]) -> bool:
 
 
 def _kind(output: str | os.PathLike[str]) -> str | None:
-    """Pillow's format for the ending of a file; PNG for what has no ending, such as stdout and devices."""
+    """Return Pillow's format for the ending of a file; PNG for stdout and devices, which have none."""
     suffix = Path(output).suffix.lower()
     if os.fspath(output) == STDOUT or not suffix and os.path.exists(output) and not os.path.isfile(output):
         return "PNG"
@@ -454,7 +417,7 @@ def _kind(output: str | os.PathLike[str]) -> str | None:
 
 
 def _names(args: Namespace) -> dict[str, Path]:
-    """Where the overlay, or the folder of cut-outs, of each picture goes."""
+    """Return the path of the overlay, or of the folder of cut-outs, of each image."""
     if not args.output or args.format not in ("overlay", "cutouts"):
         return {}
     if args.format == "overlay" and not _is_folder(args.output, args.readable + ["another"] * bool(args.failed)):
@@ -462,7 +425,7 @@ def _names(args: Namespace) -> dict[str, Path]:
     places, times = {}, Counter[str]()
     for name in args.readable:
         stem = "stdin" if name == STDOUT else Path(name).stem
-        times[stem] += 1  # pictures of one name may come from several folders
+        times[stem] += 1  # images of one name may be in several folders
         stem = f"{stem}-ovsam-{times[stem]}" if times[stem] > 1 else f"{stem}-ovsam"
         places[name] = Path(args.output) / (f"{stem}.png" if args.format == "overlay" else stem)
     return places
@@ -473,15 +436,7 @@ def _try_to_open(path: str, args: Namespace) -> Image.Image | None:
     None."""
     try:
         image = open_image(args.stdin if path == STDOUT else path)
-        width, height = image.size
-        for x, y, _ in args.points:
-            if not (0 <= x < width and 0 <= y < height):
-                raise InputError(f"The point {x:g},{y:g} is outside {path}, which is {width}x{height} pixels.")
-        for x1, y1, x2, y2 in args.boxes + args.exemplars:
-            if not (0 <= x1 and 0 <= y1 and x2 <= width and y2 <= height):
-                raise InputError(
-                    f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not inside {path}, which is {width}x{height} pixels."
-                )
+        check_inside(image.size, [point[:2] for point in args.points], args.boxes + args.exemplars, path)
     except InputError as error:
         print(f"ovsam: error: {error}", file=sys.stderr)
         return None

@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--steps", metavar="N", type=arguments.count, help="number of steps, instead of the recipe's")
-    arguments.add_device(parser)
+    arguments.add(parser, "--device")
 
 
 def run(args: Namespace) -> int:

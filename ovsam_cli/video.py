@@ -47,34 +47,19 @@ def on_frame(read: Callable[[str], Any]) -> Callable[[str], tuple[int, Any]]:
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("video", metavar="IN", help="video file, folder of images, number of a camera or address")
     what = parser.add_argument_group("objects to track")
-    what.add_argument(
-        "--text", metavar="WORD", nargs="+", action="extend", default=[], help="text queries to search for"
-    )
-    what.add_argument(
-        "--not",
-        metavar="WORD",
-        nargs="+",
-        action="extend",
-        default=[],
-        dest="negative",
-        help="with --text: drop instances that match these negative queries better",
-    )
-    what.add_argument(
+    arguments.add(what, "--text", "--not")
+    arguments.add(
+        what,
         "--point",
         metavar="FRAME:X,Y",
         type=on_frame(arguments.point),
-        action="append",
-        default=[],
-        dest="points",
         help="object at this point; repeat for more objects",
     )
-    what.add_argument(
+    arguments.add(
+        what,
         "--box",
         metavar="FRAME:X1,Y1,X2,Y2",
         type=on_frame(arguments.box),
-        action="append",
-        default=[],
-        dest="boxes",
         help="object in this box; repeat for more objects",
     )
     what.add_argument(
@@ -86,13 +71,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         dest="given",
         help="objects of a mask file: one for a binary image, one for each value except 0 for an id map, with that id",
     )
-    what.add_argument(
+    arguments.add(
+        what,
         "--vocabulary",
-        metavar="NAME|FILE",
         help="class names of selected objects: coco, lvis, imagenet21k or a file with one a line "
         "(default: the model's own)",
     )
-    what.add_argument("--threshold", metavar="SCORE", type=arguments.share, help="with --text: lowest score, 0 to 1")
+    arguments.add(what, "--threshold", help="with --text: lowest score, 0 to 1")
     how = parser.add_argument_group("tracking")
     how.add_argument(
         "--redetect-every",
@@ -109,12 +94,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="remove an object after N frames without it (default: 30)",
     )
     how.add_argument("--every", metavar="N", type=arguments.count, default=1, help="read every Nth frame (default: 1)")
-    how.add_argument(
-        "--tracker", choices=("auto", "memory", "propagation"), default="auto", help="kind of tracker (default: auto)"
-    )
+    arguments.add(how, "--tracker")
     model = parser.add_argument_group("the model")
-    model.add_argument("--model", metavar="PRESET|PATH|ID", default="auto", help="default: auto")
-    arguments.add_device(model)
+    arguments.add(model, "--model", "--device")
     output = parser.add_argument_group("the output")
     output.add_argument(
         "-o", "--output", metavar="OUT.mp4", help="video with masks, class names and numbers drawn over it"

@@ -12,12 +12,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ovsam.errors import InputError
+from ovsam.inference.encoded import EncodedImage
 from ovsam.inference.frames import Frame, FrameSource
-from ovsam.inference.segmenter import EncodedImage, Segmenter, Words, load
+from ovsam.inference.loading import load
+from ovsam.inference.segmenter import Segmenter, Words
 from ovsam.modeling.outputs import OVSamFeatures
 from ovsam.modeling.sam.propagation import cover, frame_keys
 from ovsam.modeling.tracking import OVSamVideoOutput, OVSamVideoSession, Tracker, VideoPrompt
 from ovsam.ops import rle
+from ovsam.processing.arguments import check_inside
 from ovsam.results.instance import Instance
 from ovsam.results.results import Results
 from ovsam.results.tracks import FrameResults
@@ -282,17 +285,10 @@ class VideoStream:
     def _point_prompt(self, prompt: Prompt, width: int, height: int) -> VideoPrompt:
         points = [[float(x), float(y)] for x, y in prompt.points or ()]
         labels = list(prompt.labels or [1] * len(points))
-        if prompt.box is not None:
-            x1, y1, x2, y2 = map(float, prompt.box)
-            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-                raise InputError(
-                    f"The box {x1:g},{y1:g},{x2:g},{y2:g} is not left,top,right,bottom inside the frame, which is "
-                    f"{width}x{height} pixels."
-                )
+        boxes = [] if prompt.box is None else [[float(side) for side in prompt.box]]
+        check_inside((width, height), points, boxes, "the frame")
+        for x1, y1, x2, y2 in boxes:
             points, labels = [[x1, y1], [x2, y2], *points], [2, 3, *labels]
-        for x, y in points:
-            if not (0 <= x <= width and 0 <= y <= height):
-                raise InputError(f"The point {x:g},{y:g} is outside the frame, which is {width}x{height} pixels.")
         inputs = self.segmenter.processor(
             original_sizes=[(height, width)], input_points=[[points]], input_labels=[[labels]]
         )

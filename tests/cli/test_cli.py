@@ -126,7 +126,7 @@ def test_clicks_boxes_everything(folder, loaded, capsys):
         ("what", [[5, 6]], [0], [[1, 2, 30, 40]], None),
         ("everything", 80, 0.5),
     ]
-    assert len(loaded) == 4  # once a command, not once a picture
+    assert len(loaded) == 4  # once a command, not once an image
     assert "a.png: 0 found (fake)" in capsys.readouterr().err
 
 
@@ -166,24 +166,24 @@ def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
         ("segment a.png --box 3,5,65,20", "box 3,5,65,20 is not inside a.png"),
         ("segment a.png --box 3,5,20", "'3,5,20' is not X1,Y1,X2,Y2"),
         (["segment", "a.png", "--text", " "], "empty"),
-        ("segment --text dog a.png", "--text took a.png for a word"),
+        ("segment --text dog a.png", "--text took a.png for a text query"),
         ("segment a.png --text dog --tile 8", "--tile 8 is too small"),
         ("segment a.png --text dog --format yolo", "--format yolo needs -o"),
-        ("segment a.png --text dog --format yolo -o -", "is several files; name a folder"),
+        ("segment a.png --text dog --format yolo -o -", "writes several files; name a folder"),
         ("segment a.png --text dog --json - -o -", "would both write to stdout"),
         ("segment @missing.txt --text dog", "The list missing.txt cannot be read"),
         ("segment *.webp --text dog", "There is no file like *.webp"),
-        ("segment out --text dog", "out is a folder without pictures"),
+        ("segment out --text dog", "out is a folder without images"),
         ("segment a.png --exemplar 3,5,3,20", "is reversed or empty"),
         ("segment a.png --box 3,5,20,20 --max 3", "--max needs --text or --everything"),
         (["segment", "a.png", "--text", "dog", "--not", ""], "empty"),
         (["segment", "a.png", "--text", "dog " * 500], "has 500 words"),
         ("segment a.png --text dog --not dog", "'dog' is in --text and in --not"),
-        ("segment a.png --everything --not dog", "--not goes with --text"),
+        ("segment a.png --everything --not dog", "--not needs --text"),
         ("segment a.png --everything --vocabulary nonsense", "nonsense"),
-        ("segment a.png --text dog --vocabulary coco", "--text already gives the words"),
-        ("segment a.png", "Nothing was asked"),
-        ("segment a.png --vocabulary coco", "Nothing was asked"),
+        ("segment a.png --text dog --vocabulary coco", "--text already gives the text queries"),
+        ("segment a.png", "There is no question"),
+        ("segment a.png --vocabulary coco", "There is no question"),
         ("segment a.png --point 5,5 --everything", "give one of them"),
         ("segment a.png --text dog --box 1,1,9,9", "give one of them"),
         ("segment a.png --point 5,5 --box 1,1,9,9 --box 2,2,9,9", "at most one --box"),
@@ -191,8 +191,8 @@ def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
         ("segment a.png --text dog --objectness 0.5", "--objectness needs --everything"),
         ("segment a.png --text dog --threshold 1.5", "'1.5' is not a number from 0 to 1"),
         ("segment a.png --text dog -o a.png/out.png", "a part of the path is a file"),
-        ("segment a.png --text dog -o nowhere", "neither a picture file"),
-        ("segment a.png --text dog -o a.png", "is the picture itself"),
+        ("segment a.png --text dog -o nowhere", "neither an image file"),
+        ("segment a.png --text dog -o a.png", "is the image itself"),
         ("segment a.png b.jpg --text dog -o text.png", "a part of the path is a file"),
         ("segment a.png --text dog --json a.png/out.json", "a part of the path is a file"),
         (["segment", "a.png", "--text", "dog", "--json", "j" * 300 + ".json"], "the name is too long"),
@@ -205,7 +205,7 @@ def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
         ("train recipe.toml --steps 0", "'0' is not a whole number above 0"),
     ],
 )
-def test_mistakes_are_one_line_before_a_model_is_loaded(folder, loaded, capsys, command, message):
+def test_errors_are_one_line_before_a_model_is_loaded(folder, loaded, capsys, command, message):
     before = sorted(folder.rglob("*"))
     assert run(command) == 2
     out, err = capsys.readouterr()
@@ -213,7 +213,7 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(folder, loaded, capsys, 
     assert not loaded and not out and sorted(folder.rglob("*")) == before
 
 
-def test_refusals_of_the_model_are_one_line_too(folder, monkeypatch, capsys):
+def test_an_unknown_model_is_an_error_of_one_line(folder, monkeypatch, capsys):
     def load(model, device):
         raise InputError(f"There is no model {model!r}.")
 

@@ -172,7 +172,7 @@ def test_the_best_of_synonyms_counts(segmenter, scene):
         ({}, "Pass points, boxes"),
         ({"points": [[128, 5]]}, "point 128,5 is outside the .*, which is 128x128"),
         ({"points": [[-1, 5]]}, "point -1,5 is outside"),
-        ({"boxes": [[50, 5, 10, 60]]}, "box 50,5,10,60 is not left,top,right,bottom"),
+        ({"boxes": [[50, 5, 10, 60]]}, "box 50,5,10,60 is not inside .*; it must be left,top,right,bottom"),
         ({"boxes": [[0, 0, SIZE + 1, 60]]}, "inside the "),
         ({"points": [[5, 5]], "labels": [1, 0]}, "2 labels for 1 points"),
         ({"points": [[5, 5]], "boxes": [[0, 0, 5, 5], [5, 5, 9, 9]]}, "one box"),
@@ -334,9 +334,9 @@ def test_device_and_dtype(tiny_folder, scene):
 
 
 def test_embeddings_of_the_last_vocabularies_stay_in_memory(segmenter, monkeypatch):
-    encoded, own = [], segmenter._encode_words
-    monkeypatch.setattr(segmenter, "_encode_words", lambda phrases: (encoded.append(phrases), own(phrases))[1])
-    segmenter._embeds.clear()
+    encoded, own = [], segmenter._texts.encode
+    monkeypatch.setattr(segmenter._texts, "encode", lambda phrases: (encoded.append(phrases), own(phrases))[1])
+    segmenter._texts.kept.clear()
     _, embeds = segmenter.embed(["cat", "dog"])
     assert segmenter.embed(["cat", "dog"])[1] is embeds and len(encoded) == 1
     vocabulary, again = segmenter.embed({"cat": "vehicle", "dog": "animal"})
@@ -344,7 +344,7 @@ def test_embeddings_of_the_last_vocabularies_stay_in_memory(segmenter, monkeypat
     for number in range(8):
         segmenter.embed([f"word {number}"])
     segmenter.embed(["cat", "dog"])
-    assert len(encoded) == 10 and len(segmenter._embeds) == 8
+    assert len(encoded) == 10 and len(segmenter._texts.kept) == 8
     with torch.no_grad():
         next(segmenter.model.clip.parameters()).mul_(1)
     segmenter.embed(["cat", "dog"])
@@ -352,7 +352,7 @@ def test_embeddings_of_the_last_vocabularies_stay_in_memory(segmenter, monkeypat
 
 
 def test_long_vocabularies_are_cached_on_disk_by_tower(tmp_path, monkeypatch):
-    monkeypatch.setattr(ovsam.inference.segmenter, "CACHE", tmp_path)
+    monkeypatch.setattr(ovsam.inference.text_embedder, "CACHE", tmp_path)
     many = [f"{one} {other} {third}" for one in WORDS for other in WORDS for third in WORDS]
     plain = Segmenter(tiny_model(), tiny_processor())
     _, embeds = plain.embed(many)
