@@ -36,11 +36,10 @@ HUB_FILE = "sentence-transformers/all-MiniLM-L6-v2/resolve/c9745ed1d9f207416be6d
 PREFIX = "clip.text_model."  # where the tower sits in OVSamModel
 UNUSED = ("pooler.", "embeddings.position_ids")  # the tower is mean-pooled; position_ids is a buffer, not a weight
 
-# The tracked shards of the checkpoint, and the adapters inside the second, which `build_adapters` writes to
-# adapters/NAME-tiny as models of their own.
+# The tracked shards of the checkpoint; `build_adapters` writes the adapters inside the second to adapters/NAME-tiny, as
+# models of their own.
 VISION_SHARD = "vision_model.safetensors"
 DECODER_SHARD = "decoder_model.safetensors"
-ADAPTERS = ("clip2sam", "concepts", "sam2clip")
 REMEDY = "check it out again (`git checkout`), then run `python hatch_build.py`"
 
 
@@ -155,8 +154,8 @@ def build_text_shard(
 
 
 def build_adapters(root: Path) -> list[Path]:
-    """Write the adapters inside the embedded checkpoint to their own folders, and return these. Files that are right
-    already are left as they are. Raises ShardError."""
+    """Write the adapters inside the embedded checkpoint to their own folders, which hold their configurations, and
+    return these. Files that are right already are left as they are. Raises ShardError."""
     source = root / CHECKPOINT / DECODER_SHARD
     try:
         tensors = read_safetensors(source.read_bytes())
@@ -164,15 +163,15 @@ def build_adapters(root: Path) -> list[Path]:
         raise ShardError(
             f"The adapters could not be built: {source} is no whole safetensors file ({error}); {REMEDY}."
         ) from error
-    folders = []
-    for adapter in ADAPTERS:
-        own = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{adapter}.")}
-        content = to_safetensors({name.removeprefix(f"{adapter}."): own[name] for name in sorted(own)})
-        target = root / "adapters" / f"{adapter}-tiny" / "model.safetensors"
+    folders = [config.parent for config in sorted(root.glob("adapters/*-tiny/config.json"))]
+    for folder in folders:
+        prefix = folder.name.removesuffix("tiny").replace("-", ".")  # sam2clip-tiny holds the tensors sam2clip.*
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        content = to_safetensors({name.removeprefix(prefix): own[name] for name in sorted(own)})
+        target = folder / "model.safetensors"
         if not target.is_file() or target.read_bytes() != content:
             with _partial(target) as partial:
                 partial.write_bytes(content)
-        folders.append(target.parent)
     return folders
 
 

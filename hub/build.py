@@ -33,6 +33,7 @@ from ovsam.checkpoints.embedded import TEXT_SHARD  # noqa: E402
 from ovsam.checkpoints.push import CARD, full_precision, write_json  # noqa: E402
 from ovsam.data.scenes.words import all_words  # noqa: E402
 from ovsam.errors import InputError  # noqa: E402
+from ovsam.modeling import adapters  # noqa: E402
 from ovsam.modeling.adapters.clip2sam import Clip2SamConfig  # noqa: E402
 from ovsam.modeling.adapters.concepts import ConceptHeadConfig  # noqa: E402
 from ovsam.modeling.adapters.sam2clip import Sam2ClipConfig  # noqa: E402
@@ -46,7 +47,7 @@ DECODER_SHARD = hatch_build.DECODER_SHARD
 TRUNK = [24, 48, 120, 352]  # its channels at strides 4, 8, 16, 32
 CHANNELS = [24, 48, 120, 1280]  # of the maps that adapters read; the last is the one that the classifier pools
 MIRROR = ROOT / "hub" / "ovsam-tiny"
-ADAPTERS = {name: ROOT / "adapters" / f"{name}-tiny" for name in hatch_build.ADAPTERS}
+ADAPTERS = {name: ROOT / "adapters" / f"{name}-tiny" for name in adapters.ADAPTERS}
 SOURCE = ROOT / "model_card.md"
 SHARED = ("Training data and licences", "Limits")  # its sections that adapters' cards end with
 FROM_SOURCE = "<!-- from model_card.md -->\n"

@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 import hatch_build
 import ovsam
-from hatch_build import ADAPTERS, CHECKPOINT, DECODER_SHARD, ShardError, build_adapters
+from hatch_build import CHECKPOINT, DECODER_SHARD, ShardError, build_adapters
+from ovsam.modeling.adapters import ADAPTERS
 
 
 def script(path: str):
@@ -39,14 +40,15 @@ def tree(tmp_path):
     save_file(tensors, tmp_path / CHECKPOINT / DECODER_SHARD)
     for name in ADAPTERS:
         (tmp_path / "adapters" / f"{name}-tiny").mkdir(parents=True)
+        (tmp_path / "adapters" / f"{name}-tiny" / "config.json").write_text("{}")
     return tmp_path
 
 
 def test_each_adapter_gets_its_own_tensors_and_no_others(tree):
     whole = load_file(tree / CHECKPOINT / DECODER_SHARD)
     folders = build_adapters(tree)
-    assert folders == [tree / "adapters" / f"{name}-tiny" for name in ADAPTERS]
-    for name, folder in zip(ADAPTERS, folders, strict=True):
+    assert folders == [tree / "adapters" / f"{name}-tiny" for name in sorted(ADAPTERS)]
+    for name, folder in zip(sorted(ADAPTERS), folders, strict=True):
         own = load_file(folder / "model.safetensors")
         assert own.keys() == {"out.weight", "detail.weight", "scale"}
         for key, tensor in own.items():
@@ -62,7 +64,7 @@ def test_right_files_are_left_alone_and_others_are_replaced(tree):
     first.write_bytes(right[:-1])
     build_adapters(tree)
     assert first.read_bytes() == right and [path.stat().st_mtime_ns for path in others] == before[1:]
-    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    assert sorted(path.name for path in first.parent.iterdir()) == ["config.json", first.name]
 
 
 @pytest.mark.parametrize("broken", ["cut", "page", "gone"])
@@ -78,7 +80,7 @@ def test_a_broken_shard_is_refused_in_one_sentence(tree, broken):
         build_adapters(tree)
     assert str(shard) in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).endswith("then run `python hatch_build.py`.")
-    assert not list(tree.glob("adapters/*/*"))
+    assert not list(tree.glob("adapters/*/*.safetensors"))
 
 
 @pytest.mark.parametrize(("version", "built"), [("editable", True), ("standard", False)])

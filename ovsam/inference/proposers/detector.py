@@ -1,40 +1,20 @@
 """`detector:ID`: boxes for text queries by any zero-shot object detector of transformers (OWLv2, Grounding DINO,
 OmDet)."""
 
-from dataclasses import dataclass
-from typing import Any, Self
-
 import torch
-from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers import AutoModelForZeroShotObjectDetection
 
-from ovsam.checkpoints.weight_files import fetch
 from ovsam.errors import InputError
 from ovsam.inference.proposers.base import Proposals, Question
+from ovsam.inference.proposers.loaded import LoadedProposer, one_word_each
 
 # Detectors whose text tower reads all words as one sentence: they run word by word, so that class names do not merge.
 ONE_BY_ONE = ("grounding-dino", "mm-grounding-dino")
 
 
-@dataclass
-class Detector:
-    """A detector and its processor; minimum score 0.05, since the segmenter has its own threshold."""
-
-    model: Any
-    processor: Any
-    least_score: float = 0.05
-
-    @classmethod
-    def from_pretrained(cls, model_id: str, device: str = "cpu") -> Self:
-        """model_id: a folder, "ORG/NAME" or "ORG/NAME@REVISION". Raises InputError: no such detector in reach."""
-        folder = fetch(model_id)
-        try:
-            model = AutoModelForZeroShotObjectDetection.from_pretrained(folder)
-            return cls(model.to(device).eval(), AutoProcessor.from_pretrained(folder))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{model_id!r} cannot be loaded as a zero-shot object detector; "
-                "google/owlv2-base-patch16-ensemble is one."
-            ) from error
+class Detector(LoadedProposer):
+    model_class = AutoModelForZeroShotObjectDetection
+    kind = "a zero-shot object detector; google/owlv2-base-patch16-ensemble is one"
 
     @torch.no_grad()
     def __call__(self, question: Question) -> Proposals:
@@ -56,9 +36,8 @@ class Detector:
             scores.append(found["scores"])
             labels += [words.index(asked[0] if alone else label) for label in found["text_labels"]]
         best = torch.cat(scores).float()
-        word_scores = torch.zeros(len(best), len(words), device=best.device)
-        word_scores[torch.arange(len(best)), torch.tensor(labels, dtype=torch.long)] = best
+        word_scores = one_word_each(best, labels, len(words))
         limit = torch.tensor([question.image.width, question.image.height] * 2, device=best.device)
-        places = torch.minimum(torch.cat(boxes).float().clamp(min=0), limit)
-        real = (places[:, 2:] - places[:, :2] > 1).all(1)
-        return Proposals(boxes=places[real], scores=best[real], word_scores=word_scores[real])
+        inside = torch.minimum(torch.cat(boxes).float().clamp(min=0), limit)
+        real = (inside[:, 2:] - inside[:, :2] > 1).all(1)
+        return Proposals(boxes=inside[real], scores=best[real], word_scores=word_scores[real])

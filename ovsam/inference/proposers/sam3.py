@@ -1,34 +1,18 @@
 """`sam3:ID`: instances of text queries by transformers' Sam3Model, whose masks are taken as they are."""
 
-from dataclasses import dataclass
-from typing import Any, Self
-
 import torch
-from transformers import AutoProcessor, Sam3Model
+from transformers import Sam3Model
 
-from ovsam.checkpoints.weight_files import fetch
 from ovsam.errors import InputError
 from ovsam.inference.proposers.base import Proposals, Question
+from ovsam.inference.proposers.loaded import LoadedProposer, one_word_each
 
 
-@dataclass
-class Sam3:
-    """SAM 3 and its processor. One phrase per pass, over one encoding of the image."""
+class Sam3(LoadedProposer):
+    """One phrase per pass, over one encoding of the image."""
 
-    model: Any
-    processor: Any
-    least_score: float = 0.05
-
-    @classmethod
-    def from_pretrained(cls, model_id: str, device: str = "cpu") -> Self:
-        """model_id: a folder, "ORG/NAME" or "ORG/NAME@REVISION". Raises InputError: no such model in reach."""
-        folder = fetch(model_id)
-        try:
-            return cls(Sam3Model.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{model_id!r} cannot be loaded as a SAM 3; facebook/sam3 is one, for users with access to it."
-            ) from error
+    model_class = Sam3Model
+    kind = "a SAM 3; facebook/sam3 is one, for users with access to it"
 
     @torch.no_grad()
     def __call__(self, question: Question) -> Proposals:
@@ -50,6 +34,5 @@ class Sam3:
             scores.append(found["scores"].float())
             words += [index] * len(found["scores"])
         best = torch.cat(scores)
-        word_scores = torch.zeros(len(best), len(question.words), device=device)
-        word_scores[torch.arange(len(best)), torch.tensor(words, dtype=torch.long)] = best
+        word_scores = one_word_each(best, words, len(question.words))
         return Proposals(masks=torch.cat(masks), scores=best, word_scores=word_scores)

@@ -13,20 +13,27 @@ from ovsam.modeling.clip.base import ClipSide, boxes_to_masks, mask_pool
 from ovsam.modeling.outputs import ClipFeatures
 
 
-class DualEncoderConfig(PreTrainedConfig):
-    """`architecture` is a timm name; its maps at `out_indices` must have strides 4, 8, 16 and 32."""
+class SentenceClipConfig(PreTrainedConfig):
+    """An image tower of timm, `architecture`, beside a sentence encoder, `text_config`."""
 
-    model_type = "ovsam_dual_encoder"
     sub_configs_defaults = {"text_config": BertConfig}
 
-    architecture: str = "mobilenetv4_conv_small"
-    out_indices: list | tuple = (1, 2, 3, 4)
+    architecture: str = ""
     text_config: dict | PreTrainedConfig | None = None
     embed_dim: int = 384
     image_size: int = 512
     image_mean: list | tuple = (0.485, 0.456, 0.406)
     image_std: list | tuple = (0.229, 0.224, 0.225)
     max_text_length: int = 64
+
+
+class DualEncoderConfig(SentenceClipConfig):
+    """The maps of `architecture` at `out_indices` must have strides 4, 8, 16 and 32."""
+
+    model_type = "ovsam_dual_encoder"
+
+    architecture: str = "mobilenetv4_conv_small"
+    out_indices: list | tuple = (1, 2, 3, 4)
 
 
 class DualEncoderSide(ClipSide):

@@ -13,30 +13,22 @@ import torch
 import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, PreTrainedConfig
+from transformers import BertModel
 
 from ovsam.errors import InputError
 from ovsam.modeling.clip.base import MAX_SEQUENCES, ClipSide, map_blocks, region_pool
-from ovsam.modeling.clip.dual_encoder import DualEncoderSide
+from ovsam.modeling.clip.dual_encoder import DualEncoderSide, SentenceClipConfig
 from ovsam.modeling.outputs import ClipFeatures
 
 
-class ImageNetConfig(PreTrainedConfig):
-    """`architecture` is a timm name, `num_classes` its number of classes, `top` the number of classes that are
-    averaged."""
+class ImageNetConfig(SentenceClipConfig):
+    """`num_classes` is the number of classes of `architecture`, `top` the number of classes that are averaged."""
 
     model_type = "ovsam_imagenet"
-    sub_configs_defaults = {"text_config": BertConfig}
 
     architecture: str = "tf_efficientnet_lite2"
     num_classes: int = 1000
     top: int = 10
-    text_config: dict | PreTrainedConfig | None = None
-    embed_dim: int = 384
-    image_size: int = 512
-    image_mean: list | tuple = (0.485, 0.456, 0.406)
-    image_std: list | tuple = (0.229, 0.224, 0.225)
-    max_text_length: int = 64
 
 
 class ImageNetSide(ClipSide):

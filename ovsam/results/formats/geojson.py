@@ -11,15 +11,7 @@ import numpy as np
 from ovsam.errors import InputError
 from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, parts
-from ovsam.results.formats.base import (
-    Labelled,
-    LabelledImage,
-    Numbers,
-    Stems,
-    files_below,
-    load_json,
-    visible,
-)
+from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, load_json, visible
 
 PIXELS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 

@@ -17,15 +17,7 @@ from ovsam.ops import rle
 from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, to_polygon
 from ovsam.processing.images import open_file
-from ovsam.results.formats.base import (
-    Labelled,
-    LabelledImage,
-    Numbers,
-    Stems,
-    files_below,
-    load_json,
-    visible,
-)
+from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, load_json, visible
 
 
 def to_labelme(result: Labelled, shape: str = "polygon", tolerance: float = 0.0) -> dict[str, Any]:

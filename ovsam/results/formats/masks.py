@@ -12,15 +12,7 @@ from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.files import write_text, write_whole
 from ovsam.processing.images import Picture, open_file, open_image
-from ovsam.results.formats.base import (
-    Labelled,
-    LabelledImage,
-    Numbers,
-    Stems,
-    files_below,
-    load_json,
-    visible,
-)
+from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, load_json, visible
 
 
 def id_map(result: Labelled) -> np.ndarray:
