@@ -1,8 +1,8 @@
 """Puts measured figures into the documents: `python benchmarks/figures.py RESULTS.json`, from `ovsam eval --json`.
 
 model_card.md has a `<!-- figures -->` line; the table after it is replaced. The model-index in its front matter and in
-that of the adapters' cards, which the Hub reads, is replaced as well. So no figure is typed by hand.
-`python hub/build.py --cards` then brings the cards to where they are published.
+that of the adapters' cards, which the Hub reads, is replaced as well. `python hub/build.py --cards` then writes the
+cards that are published.
 """
 
 import json
@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCard
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("model_card.md",)
 SIZES = ("small", "medium", "large")
-# What is shown: the row's text, the figure's name in the results, as a percentage or as it is, and the targets.
-PHOTOGRAPHS = (
+# Rows: text, names of the figures in the results, format, targets.
+ROWS = (
     ("box prompt: mean IoU of the mask", "box: mean IoU", "share", ">= 0.62, aim 0.75"),
     ("... small / medium / large", tuple(f"box: mean IoU, {s}" for s in SIZES), "share", ""),
     ("... mean boundary IoU", "box: boundary IoU", "share", ">= 0.50, aim 0.62"),
@@ -62,41 +62,6 @@ PHOTOGRAPHS = (
     ("a picture with 10 words, two CPU cores", "seconds per picture with 10 words", "seconds", "<= 0.5 s, aim 0.3 s"),
     ("20,000 cached words / 1 word, model time", "20,000 words / 1 word, model time", "ratio", "<= 1.5, aim 1.1"),
 )
-SCENES = (
-    ("box prompt: mean IoU of the mask", "box: mean IoU", "share", ">= 0.90"),
-    ("... mean boundary IoU", "box: boundary IoU", "share", ">= 0.75"),
-    ("... boxes of base / novel words", ("box: mean IoU, base", "box: mean IoU, novel"), "share", ""),
-    ("... small / medium / large", tuple(f"box: mean IoU, {s}" for s in ("small", "medium", "large")), "share", ""),
-    ("one click: mean IoU", "click: mean IoU", "share", ">= 0.78"),
-    ("... small / medium / large", tuple(f"click: mean IoU, {s}" for s in ("small", "medium", "large")), "share", ""),
-    ("three clicks: mean IoU", "three clicks: mean IoU", "share", ">= 0.86"),
-    ("name of a boxed mask, base words: top-1 of 1,373", "name (box): top-1, base", "share", ">= 0.88"),
-    ("... feature-crop baseline, no adapter", "name (feature-crop): top-1, base", "share", ""),
-    ("name of a boxed mask, novel words: top-5 of 1,373", "name (box): top-5, novel", "share", ">= 0.15"),
-    ("... feature-crop baseline, no adapter", "name (feature-crop): top-5, novel", "share", ""),
-    ("words -> masks: AP50, 20 absent words asked as well", "words -> masks: AP50", "share", ">= 0.75"),
-    ("... base / novel words", ("words -> masks: AP50, base", "words -> masks: AP50, novel"), "share", ""),
-    ("words -> masks: AP (0.50:0.95)", "words -> masks: AP", "share", ">= 0.55"),
-    ("absent words that return anything", "absent words that return anything", "percent", "<= 4 %"),
-    (
-        "calibration error of scores: words -> masks / names of boxed masks",
-        ("words -> masks: calibration error", "name (box): calibration error"),
-        "error",
-        "<= 0.05",
-    ),
-    ("a style never trained on (OpenMoji): name, base words: top-1", "openmoji: name (box): top-1, base", "share", ""),
-    ("... words -> masks: AP50", "openmoji: words -> masks: AP50", "share", ""),
-    (
-        "... box prompt / three clicks: mean IoU",
-        ("openmoji: box: mean IoU", "openmoji: three clicks: mean IoU"),
-        "share",
-        "",
-    ),
-    ("synonyms that find their object", "synonyms that find their object", "percent", ">= 50 %, aim 75 %"),
-    ("a picture with 10 words, two CPU cores", "seconds per picture with 10 words", "seconds", "<= 0.4 s, aim 0.2 s"),
-    ("20,000 cached words / 1 word, model time", "20,000 words / 1 word, model time", "ratio", "<= 1.5, aim 1.2"),
-    ("... naming everything: the same instances", "20,000 words / 1 word, naming everything", "ratio", ""),
-)
 TABLE = re.compile(r"(<!-- figures -->\n)(\n?\|.*\n)*")  # the line that marks it, and the table after it
 FORMATS = {"share": "{:.2f}", "error": "{:.3f}", "percent": "{:.1%}", "seconds": "{:.2f} s", "ratio": "{:.2f} x"}
 
@@ -118,9 +83,9 @@ def read(results: Path) -> dict[str, float]:
 
 
 def table(figures: dict[str, float]) -> str:
-    """Of the photographs, where everything was measured too, or of the scenes; what was not measured is left out."""
+    """The table of the figures that were measured."""
     lines = ["| figure | measured | target |", "|---|---|---|"]
-    for text, names, kind, target in PHOTOGRAPHS if "everything: recall" in figures else SCENES:
+    for text, names, kind, target in ROWS:
         names = (names,) if isinstance(names, str) else names
         if not set(names) <= figures.keys():
             continue
@@ -134,12 +99,11 @@ def with_index(card: str, name: str, metrics: dict[str, str], figures: dict[str,
     made = ModelCard(card)
     made.data.model_name = name
     made.data.metrics = sorted(set(metrics.values()))
-    photographs = "everything: recall" in figures
     made.data.eval_results = [
         EvalResult(
             task_type="image-segmentation",
-            dataset_type="coco" if photographs else "emojiscenes",
-            dataset_name="60 photographs of COCO" if photographs else "EmojiScenes, held-out scenes",
+            dataset_type="coco",
+            dataset_name="60 photographs of COCO",
             dataset_split="test",
             metric_type=metric,
             metric_name=figure,

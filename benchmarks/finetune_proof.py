@@ -1,9 +1,9 @@
-"""Does fine-tuning on 50 pictures teach ovsam-tiny new words, and what does it forget?
+"""The effect of fine-tuning ovsam-tiny on 50 images of new class names, on these and on other class names.
 
-`python benchmarks/finetune_proof.py` draws two miniature COCO sets of pictograms that ovsam-tiny was never trained on
-(novel words of EmojiScenes, by seeds of their own): one to train on, one held out. It fine-tunes as `ovsam train
+`python benchmarks/finetune_proof.py` draws two small COCO sets of pictograms on which ovsam-tiny was not trained (novel
+words of EmojiScenes, with other seeds): one for training, one held out. It fine-tunes as `ovsam train
 adapters/finetune/recipe.toml --data coco.json --images DIR` does, and prints figures before and after on both sets and
-on the frozen one. Killed, it goes on when it is called again.
+on the frozen one. An interrupted run continues when it is called again.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from ovsam.evaluation.evaluate import measure
 from ovsam.training.engine import train_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-SEEDS = {"train": 700_001, "held-out": 700_002}  # neither any recipe's nor the frozen set's
+SEEDS = {"train": 700_001, "held-out": 700_002}  # used by no recipe and not by the frozen set
 SCENE = SceneConfig(min_objects=4, max_objects=8, min_size=48.0)
 FROZEN = ROOT / "tests" / "data" / "emojiscenes-val"
 ALSO_FROZEN = ("name (box): top-1, base", "words -> masks: AP50, base", "words -> masks: AP50, novel")
 
 
 def draw_set(folder: Path, pictures: int, seed: int, word_ids: list[int]) -> Path:
-    """A COCO json of scenes of these words, and its pictures beside it; returns the json's path."""
+    """Write a COCO json of scenes of these words, and its images beside it; returns the path of the json."""
     words, images, annotations = all_words(), [], []
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(pictures):
@@ -59,11 +59,11 @@ def draw_set(folder: Path, pictures: int, seed: int, word_ids: list[int]) -> Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=50, help="annotated pictures to train on")
-    parser.add_argument("--held-out", type=int, default=25, help="pictures of the same words to measure on")
+    parser.add_argument("--pictures", type=int, default=50, help="number of annotated training images")
+    parser.add_argument("--held-out", type=int, default=25, help="number of held-out images of the same words")
     parser.add_argument("--words", type=int, default=20)
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--limit", type=int, help="measure on the first N pictures of each set only")
+    parser.add_argument("--steps", type=int, help="number of steps, instead of the recipe's")
+    parser.add_argument("--limit", type=int, help="measure only the first N images of each set")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "finetune-proof")
     arguments = parser.parse_args()
 
@@ -83,7 +83,7 @@ def main() -> None:
 
     lines = ["| set | figure | before | after |", "|---|---|---|---|"]
     models = [ovsam.load("ovsam-tiny"), ovsam.load(tuned)]
-    titles = {"train": "the training pictures", "held-out": "new words, other pictures", "frozen": "frozen scenes"}
+    titles = {"train": "the training images", "held-out": "new class names, other images", "frozen": "frozen scenes"}
     for name, path in {**sets, "frozen": FROZEN / "annotations.json"}.items():
         coco = open_coco(path)
         before, after = (measure(model, coco, path.parent, arguments.limit) for model in models)

@@ -1,12 +1,12 @@
-"""What `ovsam label` costs beside the bare model: throughput on the same images, and memory as a job goes on.
+"""Cost of `ovsam label` relative to the bare model: throughput on the same images, and memory during a job.
 
     python benchmarks/labelling.py throughput [--images 40] [--threads 2]
     python benchmarks/labelling.py memory [--images 5000]
 
 Throughput: decoded images through `Segmenter.where` in batches of 4, against the whole of a job: listing, decoding,
 model, journal and COCO file, both after one batch to warm up, in turns, the best of `--rounds` each. Memory: a job of
-copies of one photograph with a stand-in for the model that finds five masks at once, since the model's own memory hides
-what a job adds; resident memory at image 100 and at the last one.
+copies of one photograph with a stub that returns five masks in place of the model, whose memory would hide that of the
+job; resident memory at image 100 and at the last one.
 """
 
 import argparse

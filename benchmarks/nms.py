@@ -1,12 +1,11 @@
-"""Which non-maximum suppression finds most: each kind of `ovsam.ops.nms.NMS` on the same proposals.
+"""Comparison of non-maximum suppression: each kind of `ovsam.ops.nms.NMS` on the same proposals.
 
     python benchmarks/nms.py [--model ovsam-tiny] [--data tests/data/emojiscenes-val] [--crowded 25] [--loose 0.9]
 
-Every image is asked for its words and its absent words, as in `ovsam eval`, and the kinds are compared by mask AP.
-`--crowded N` takes the N most crowded images only: by the mean over their objects of the highest box IoU with another
-object. The model suppresses proposals before it refines them, by thresholds of its own; beside these rows, others show
-the same with both thresholds at `--loose`, so that more of the objects that cover each other, and more duplicates,
-reach post-processing.
+Every image is queried for its words and its absent words, as in `ovsam eval`, and the kinds are compared by mask AP.
+`--crowded N` takes only the N most crowded images, by the mean over their objects of the highest box IoU with another
+object. The model suppresses proposals before it refines them, by its own thresholds; further rows have both thresholds
+at `--loose`, so that more overlapping objects, and more duplicates, reach post-processing.
 """
 
 import argparse

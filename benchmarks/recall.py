@@ -1,9 +1,9 @@
-"""What ovsam-tiny finds, in ways that `ovsam eval` does not measure: by fewer locations, by other proposers, by an
-exemplar, small things in large pictures; and the memory that takes.
+"""Recall of ovsam-tiny beyond `ovsam eval`: fewer locations, other proposers, exemplars, small objects in large images;
+and the memory of large images.
 
     python benchmarks/recall.py [--scenes 30] [--only locations proposers exemplars tiles memory]
 
-Recall is the share of objects that some returned mask overlaps by an IoU over one half.
+Recall is the fraction of objects that a returned mask overlaps with an IoU over one half.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from ovsam.ops import rle
 from ovsam.ops.masks import mask_overlap
 
 FROZEN = Path(__file__).resolve().parents[1] / "tests" / "data" / "emojiscenes-val"
-SEED = 810_000  # of the large pictures: no recipe's, nor the frozen set's
+SEED = 810_000  # of the large images: used by no recipe and not by the frozen set
 BASE = np.array([i for i, word in enumerate(all_words()) if word.split == "base"])
 
 
@@ -103,11 +103,11 @@ def proposers(segmenter: ovsam.Segmenter, frozen: Frozen) -> None:
             times.append(seconds)
     for name, (recalled, counts, times) in found.items():
         print(f"everything by {name:<50} recall {np.mean(recalled):.3f}, {np.mean(counts):5.1f} masks, "
-              f"{np.median(times):.2f} s a picture")  # fmt: skip
+              f"{np.median(times):.2f} s an image")  # fmt: skip
 
 
 def exemplars(segmenter: ovsam.Segmenter) -> None:
-    """A box around a thing in one scene finds its kind in others, and not where there is none. Scenes of 60 words."""
+    """Search with the box of an object in one scene, in scenes with and without that word. Scenes of 60 words."""
     scenes = [draw_scene(SEED + 2, index, BASE[::20], SceneConfig(min_size=48)) for index in range(24)]
     encoded = [segmenter.encode(scene.image) for scene in scenes]
     found, false = [], []
@@ -121,12 +121,12 @@ def exemplars(segmenter: ovsam.Segmenter) -> None:
             found += hits(segmenter.where(picture, exemplars=[example]).masks, own).tolist()
         for _, picture in [pair for pair in others if word not in pair[0].word_ids][:4]:
             false.append(len(segmenter.where(picture, exemplars=[example])) > 0)
-    print(f"an exemplar of another picture: recall {np.mean(found):.3f} ({len(found)} objects), "
-          f"pictures without the thing that return anything: {np.mean(false):.3f} ({len(false)})")  # fmt: skip
+    print(f"an exemplar of another image: recall {np.mean(found):.3f} ({len(found)} objects), "
+          f"images without the object that return anything: {np.mean(false):.3f} ({len(false)})")  # fmt: skip
 
 
 def tiles(segmenter: ovsam.Segmenter) -> None:
-    """Things of 16 to 32 pixels in pictures of 2,048."""
+    """Objects of 16 to 32 pixels in images of 2,048."""
     config = SceneConfig(canvas=2048, min_objects=60, max_objects=80, min_size=16, max_size=32)
     for tile in (None, 512, 256):
         recalled, doubled, start = [], 0, time.perf_counter()
@@ -138,7 +138,7 @@ def tiles(segmenter: ovsam.Segmenter) -> None:
             recalled += (overlap.max(0) > 0.5).tolist()
             doubled += int(((overlap > 0.5).sum(0) > 1).sum())
         print(f"16-32 px in 2,048 px, tile {tile}: recall {np.mean(recalled):.3f} of {len(recalled)}, "
-              f"{doubled} found twice, {(time.perf_counter() - start) / 3:.1f} s a picture")  # fmt: skip
+              f"{doubled} found twice, {(time.perf_counter() - start) / 3:.1f} s an image")  # fmt: skip
 
 
 def memory(segmenter: ovsam.Segmenter) -> None:
@@ -148,7 +148,7 @@ def memory(segmenter: ovsam.Segmenter) -> None:
     for place in range(12):
         scene = draw_scene(SEED + 1, place, BASE, config)
         image.paste(scene.image, (place % 4 * 1000, place // 4 * 1000))
-    segmenter.everything(image.resize((512, 512)))  # what the first call allocates belongs to the model
+    segmenter.everything(image.resize((512, 512)))  # allocations of the first call count as the model's
     for tile in (None, 512):
         peak = Peak()
         with peak:
@@ -158,7 +158,7 @@ def memory(segmenter: ovsam.Segmenter) -> None:
 
 
 class Peak:
-    """The most resident memory above that at the start, in MB, looked at every 10 ms."""
+    """The highest resident memory above that at the start, in MB, sampled every 10 ms."""
 
     def __enter__(self):
         self.start, self.highest, self.stop = self._resident(), 0, threading.Event()

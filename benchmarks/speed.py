@@ -1,7 +1,7 @@
-"""What words, everything and refinement cost beside one encoding of the image, on SAM 2-tiny shapes at 1024 px.
+"""Cost of text queries, everything and refinement relative to one encoding of the image, at the shapes of SAM 2-tiny.
 
-Weights are random, since time does not depend on them; everything runs in this one process, so that ratios can be
-trusted where seconds cannot. The embedded checkpoint's own ratios are printed beside.
+Weights are random, since time does not depend on them. All runs take turns in one process, so that ratios are
+reliable on a busy machine even if seconds are not. The ratios of ovsam-tiny are printed too.
 
     python benchmarks/speed.py [--threads 2] [--repeats 5] [--skip-pipeline]
 """
@@ -22,7 +22,7 @@ from ovsam.checkpoints.text_tower import text_config
 from ovsam.modeling.clip import DualEncoderConfig
 
 WORD_COUNTS = (1, 100, 1203, 21841)
-INSTANCES = 20  # whatever the words: what is found is refined, and that is not what the words cost
+INSTANCES = 20  # a fixed number, since the cost of refinement is not that of the text queries
 OBJECTS = 100
 
 
@@ -36,7 +36,7 @@ def random_model() -> ovsam.OVSamModel:
         clip_config=DualEncoderConfig(text_config=text_config(), embed_dim=384),
         clip2sam_config=ovsam.Clip2SamConfig(**adapter),
         concepts_config=ovsam.ConceptHeadConfig(**adapter),
-        nms_threshold=1.0,  # random proposals overlap at random; as many as are asked for shall stay
+        nms_threshold=1.0,  # random proposals overlap at random; none is suppressed
         mask_nms_threshold=1.0,
         max_detections=INSTANCES,
     )
@@ -44,7 +44,7 @@ def random_model() -> ovsam.OVSamModel:
 
 
 def compare(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turns, so that a busy moment of the machine meets all of them."""
+    """Seconds of each run, taken in turns, so that load of the machine affects all of them."""
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -57,7 +57,7 @@ def compare(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, li
 
 
 def report(times: dict[str, list[float]], base: str) -> None:
-    """Median seconds, and the ratio to `base`, round by round: median, least and most."""
+    """Median seconds, and the ratio to `base`, round by round: median, minimum and maximum."""
     for name, seconds in times.items():
         ratios = np.array(seconds) / np.array(times[base])
         spread = f"({ratios.min():.3f}-{ratios.max():.3f})"
@@ -120,8 +120,8 @@ def fusing(repeats: int) -> None:
 
 @torch.no_grad()
 def against_pipeline(model: ovsam.OVSamModel, size: int) -> None:
-    """transformers' mask-generation over its own Sam2Model with the same weights, once: it takes minutes. Random masks
-    do not pass its thresholds, which spares it the work after the decoder."""
+    """transformers' mask-generation over its own Sam2Model with the same weights, once, since it takes minutes. Random
+    masks do not pass its thresholds, so that its work after the decoder is not included."""
     stock = Sam2Model(model.config.sam_config).eval()
     stock.load_state_dict(model.sam.model.state_dict())
     processor = Sam2Processor(Sam2ImageProcessor(size={"height": size, "width": size}))

@@ -1,10 +1,10 @@
-"""What video costs: memory over many frames, time for more objects, and time beside transformers' own tracker.
+"""Cost of video: memory over many frames, time for more objects, and time beside transformers' own tracker.
 
     python benchmarks/video.py memory [--frames 10000] [--objects 5]
     python benchmarks/video.py speed [--model ovsam-tiny] [--threads 2]
     python benchmarks/video.py transformers [--frames 6] [--objects 5] [--threads 2]
 
-`memory` and `transformers` run on random weights, since neither depends on them.
+`memory` and `transformers` run on random weights, since their results do not depend on the weights.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def resident() -> float:
 
 
 def squares(count: int, size: int) -> list[torch.Tensor]:
-    """Masks [size, size] of so many squares."""
+    """Masks [size, size] of squares."""
     side, masks = size // 6, []
     for number in range(count):
         mask = torch.zeros(size, size, dtype=torch.bool)
@@ -51,7 +51,7 @@ def squares(count: int, size: int) -> list[torch.Tensor]:
 
 
 def measure_memory(frames: int, objects: int) -> None:
-    """Resident memory at frame 200 and at the last frame, with either tracker."""
+    """Resident memory at frame 200 and at the last frame, with each tracker."""
     for tracker in ("memory", "propagation"):
         model = tiny_video_model(adapters=False)
         session, early = OVSamVideoSession(tracker=tracker), 0.0
@@ -80,7 +80,7 @@ def measure_speed(model: str, repeats: int) -> None:
             sessions[count].add_prompt(number, 0, VideoPrompt(mask=mask))
     times = {count: [] for count in sessions}
     for frame in range(repeats + 4):
-        for count, session in sessions.items():  # in turns, so that a busy moment meets all
+        for count, session in sessions.items():  # in turns, so that load of the machine affects all
             start = time.perf_counter()
             tracker(session, frame, segmenter.encode(image).features)
             if frame >= 4:  # the references are complete
@@ -106,7 +106,9 @@ def measure_transformers(frames: int, objects: int) -> None:
         session.add_prompt(number, 0, VideoPrompt(mask=mask))
     theirs.obj_with_new_inputs = list(range(1, objects + 1))
     seconds = {"transformers": [], "ours": []}
-    tracker = Tracker(SimpleNamespace(sam=side, device=torch.device("cpu")))  # of a model, its SAM side alone
+    tracker = Tracker(
+        SimpleNamespace(sam=side, device=torch.device("cpu"))
+    )  # the tracker reads nothing else of a model
     for frame in range(frames):
         start = time.perf_counter()
         one = stock(theirs, frame_idx=frame)
