@@ -44,7 +44,7 @@ REMEDY = "check it out again (`git checkout`), then run `python hatch_build.py`"
 
 
 class ShardError(RuntimeError):
-    """Weights could not be built; the message says why and what to do."""
+    """Weights could not be built; the message states the reason and a remedy."""
 
 
 def weights_from_package() -> bytes:
@@ -72,8 +72,7 @@ def weights_from_hub() -> bytes:
 def to_text_shard(weights: bytes) -> bytes:
     """Turn the original float32 safetensors file into the shard: float16, our names, unused tensors dropped.
 
-    The result depends on the tensors alone, not on their order in the file. Raises ValueError for anything that is
-    not a safetensors file.
+    The result depends on the tensors only, not on their order in the file. Raises ValueError for other files.
     """
     tensors = read_safetensors(weights)
     kept = {}
@@ -88,7 +87,7 @@ Tensors = dict[str, tuple[str, list[int], bytes]]  # by name: dtype, shape and v
 
 
 def read_safetensors(content: bytes) -> Tensors:
-    """The tensors of a safetensors file. Raises ValueError for anything else, a file that was cut off among it."""
+    """Return the tensors of a safetensors file. Raises ValueError for other files and truncated ones."""
     # The format: 8 bytes of header length, a JSON header with dtype, shape and byte range of each tensor, the data.
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
@@ -103,7 +102,7 @@ def read_safetensors(content: bytes) -> Tensors:
 
 
 def to_safetensors(tensors: Tensors) -> bytes:
-    """A safetensors file with the tensors in the order they are given in."""
+    """Return a safetensors file with the tensors in the given order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape, values) in tensors.items():
@@ -123,10 +122,10 @@ SOURCES: dict[str, Callable[[], bytes]] = {
 def build_text_shard(
     folder: Path, sources: Mapping[str, Callable[[], bytes]] = SOURCES, sha256: str = SHARD_SHA256
 ) -> Path:
-    """Make sure that the folder holds the right text shard, and return its path.
+    """Build the text shard in a folder unless it exists, and return its path.
 
-    A shard with the pinned sha256 is left as it is. Otherwise the sources are tried in turn until one gives weights
-    that convert to exactly the pinned bytes. Raises ShardError, with the folder untouched, if none does.
+    A shard with the pinned sha256 is kept. Otherwise the sources are tried in turn until one has weights that convert
+    to the pinned bytes. Raises ShardError, and leaves the folder unchanged, if none has.
     """
     shard = folder / SHARD
     if shard.is_file() and hashlib.sha256(shard.read_bytes()).hexdigest() == sha256:
@@ -183,7 +182,7 @@ def build_all(root: Path) -> list[Path]:
 
 @contextmanager
 def _partial(target: Path) -> Iterator[Path]:
-    """A path to write to, which becomes the target if that goes well, and is gone if it does not."""
+    """Yield a path to write to; it replaces the target on success and is deleted on failure."""
     partial = target.with_name(f"{target.stem}.{os.getpid()}{target.suffix}")
     try:
         yield partial

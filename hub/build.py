@@ -1,6 +1,6 @@
 """Builds the Hub folders from trained parts: `python hub/build.py`. Run after the recipes of adapters/.
 
-`--cards` writes the cards alone, from model_card.md; `--check` says where a mirror has drifted from what it is made of.
+`--cards` writes the cards alone, from model_card.md; `--check` lists the differences between a mirror and its sources.
 
 It merges runs/*/model.safetensors into hub/ovsam-tiny/ (config, processor, tokenizer, weights, shim, card). Matrices
 are stored in half precision, vectors in full; everything loads as float32. The text tower and the folders of adapters
@@ -56,7 +56,7 @@ NOT_COMPARED = ("transformers_version", "architectures", "auto_map", "_name_or_p
 SHARDS = (VISION_SHARD, DECODER_SHARD, TEXT_SHARD)
 CONSE = {"clip_scale": 9.06, "clip_shift": -0.885}  # logistic regression of ConSE's cosines on training pictures
 COCO = json.loads((ROOT / "tests" / "data" / "photos-val" / "annotations.json").read_text())
-CALIBRATED = ("_threshold", "_calibration")  # how the names end of what the stage `calibrate` chooses
+CALIBRATED = ("_threshold", "_calibration")  # suffixes of the options that the stage `calibrate` sets
 PARTS = ("tower", "concepts-tiny", "sam2clip-tiny")
 
 
@@ -106,7 +106,7 @@ def names_in(shard: Path) -> set[str]:
 
 
 def check_whole(config: ovsam.OVSamConfig, names: set[str]) -> None:
-    """Every tensor of the model has to be in the shards, and nothing else."""
+    """Exit unless the shards contain exactly the tensors of the model."""
     with torch.device("meta"):
         wanted = set(ovsam.OVSamModel(config).state_dict())
     if wanted != names:
@@ -144,7 +144,7 @@ def mirror_card() -> tuple[str, dict[str, Path]]:
 
 
 def derived_card(folder: Path) -> str:
-    """The card of an adapter or of the variant: its own words, then what holds for all of them, by model_card.md."""
+    """Return the card of an adapter: its own text, then the sections of model_card.md that all share."""
     source = SOURCE.read_text()
     sections = [re.search(rf"^## {title}\n.*?(?=^## |\Z)", source, re.M | re.S).group(0).strip() for title in SHARED]
     own, _, _ = (folder / CARD).read_text().partition(FROM_SOURCE)
@@ -161,8 +161,8 @@ def write_cards(folder: Path) -> None:
 
 
 def differences(folder: Path = MIRROR, adapters: dict[str, Path] = ADAPTERS) -> list[str]:
-    """Where the published folders of ovsam-tiny are not what they are made of, a sentence each. The text tower, which
-    git does not track, is not looked at: hatch_build.py has its hash."""
+    """Return the differences between the published folders of ovsam-tiny and their sources, a sentence each. The text
+    tower, which git does not track, is not compared: hatch_build.py has its hash."""
     found = []
     card, pictures = mirror_card()
     if (folder / CARD).read_text() != card:
@@ -179,7 +179,7 @@ def differences(folder: Path = MIRROR, adapters: dict[str, Path] = ADAPTERS) -> 
 
 
 def _front_matter_differences(folders: list[Path]) -> list[str]:
-    """Cards that the Hub would not take, or that contradict model_card.md."""
+    """Return cards that the Hub would reject, or that contradict model_card.md."""
     found = []
     ours = ModelCard(SOURCE.read_text()).data.to_dict()
     for published in folders:
@@ -196,13 +196,13 @@ def _front_matter_differences(folders: list[Path]) -> list[str]:
 
 
 def _calibrated(folder: Path) -> dict:
-    """What `calibrate` has chosen."""
+    """Return the options that the stage `calibrate` has set."""
     config = AutoConfig.from_pretrained(folder).to_dict()
     return {name: value for name, value in config.items() if name.endswith(CALIBRATED)}
 
 
 def _beside_differences(folder: Path, wanted: ovsam.OVSamConfig) -> list[str]:
-    """The configuration and the processor are what this file would write today, but for what is calibrated."""
+    """Compare the configuration and the processor with those that this file writes, calibration apart."""
     found = _config_differences(folder, wanted)
     content = json.loads((folder / "config.json").read_text())
     if content != full_precision(content):
@@ -243,7 +243,7 @@ def _weight_differences(folder: Path, wanted: ovsam.OVSamConfig, adapters: dict[
 
 
 def _config_differences(folder: Path, wanted) -> list[str]:
-    """Compared as what they are once loaded: a field at its default may be missing from the file."""
+    """Compare configurations after loading, since fields at their defaults may be missing in a file."""
     ours, theirs = wanted.to_dict(), AutoConfig.from_pretrained(folder).to_dict()
     keys = sorted((ours.keys() | theirs.keys()) - set(NOT_COMPARED))
     unlike = [key for key in keys if _compared(ours.get(key)) != _compared(theirs.get(key))]
@@ -251,7 +251,7 @@ def _config_differences(folder: Path, wanted) -> list[str]:
 
 
 def _compared(value):
-    """Without what depends on the version of transformers or on how the file was written."""
+    """Return a value without the entries that depend on the version of transformers or on the writer."""
     if isinstance(value, dict):
         return {key: _compared(each) for key, each in value.items() if key not in NOT_COMPARED}
     return [_compared(each) for each in value] if isinstance(value, list | tuple) else value
@@ -259,10 +259,10 @@ def _compared(value):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where `ovsam train` wrote the parts")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="output folder of `ovsam train`")
     parser.add_argument("--folder", type=Path, default=MIRROR)
-    parser.add_argument("--cards", action="store_true", help="write the cards alone")
-    parser.add_argument("--check", action="store_true", help="change nothing, and fail where a mirror has drifted")
+    parser.add_argument("--cards", action="store_true", help="write only the cards")
+    parser.add_argument("--check", action="store_true", help="change nothing, and fail if a mirror differs from its sources")
     arguments = parser.parse_args()
     if arguments.check:
         sys.exit("\n".join(differences(arguments.folder)) or None)

@@ -25,7 +25,7 @@ def build_space(repo: str, wheel: Path, output: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repo", metavar="ORG/NAME", help="the Space")
-    parser.add_argument("--wheel", type=Path, required=True, help="what `pip wheel . --no-deps` built")
+    parser.add_argument("--wheel", type=Path, required=True, help="the output of `pip wheel . --no-deps`")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a folder that is new or empty")
     arguments = parser.parse_args()
     build_space(arguments.repo, arguments.wheel, arguments.output)

@@ -14,13 +14,13 @@ from ovsam.processing.images import Picture
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An upright RGB image and the model's features of it; `Segmenter` takes it in place of the image."""
+    """An upright RGB image and its features; `Segmenter` takes it in place of an image."""
 
     image: Image.Image
     features: OVSamFeatures
 
     def to(self, device: str | torch.device) -> "EncodedImage":
-        """A copy whose features are on another device."""
+        """Return a copy with its features on another device."""
         return EncodedImage(self.image, map_tensors(lambda tensor: tensor.to(device), self.features))
 
 

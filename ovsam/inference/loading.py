@@ -20,7 +20,7 @@ from ovsam.processing import arguments
 def load(
     model: str | os.PathLike = "auto", device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> Segmenter:
-    """A Segmenter for a preset, a folder or a Hub id.
+    """Load a Segmenter for a preset, a folder or a Hub id.
 
     Args:
         model: "photo" or "photo-large", composed of released models that are downloaded once;
@@ -50,7 +50,7 @@ def load(
 
 
 def _fetch(name: str) -> Path:
-    """The folder of a model that is no preset."""
+    """Return the folder of a model that is not a preset."""
     if "/" not in name and not os.path.exists(name):
         close = difflib.get_close_matches(name, PRESETS, n=1)
         meant = f"did you mean {close[0]!r}? Pass" if close else "pass"

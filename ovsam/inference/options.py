@@ -38,7 +38,7 @@ def names_of(call: Callable) -> list[str]:
 
 
 def check_options(post: dict[str, Any]) -> dict[str, Any]:
-    """Options of post-processing, returned once they are checked; raises InputError."""
+    """Check and return the options of post-processing; raises InputError."""
     if post.get("nms") is not None:
         arguments.choice("NMS", post["nms"], NMS)
     for name in ("per_word", "rescore", "exclusive"):
@@ -66,7 +66,7 @@ def check_proposer(proposer: Any) -> str | Proposer | None:
 
 
 def check_negative(negative: Any) -> Vocabulary | None:
-    """The words that are not wanted; None for none."""
+    """The negative queries; None for none."""
     negative = arguments.plain(negative)
     if negative is None or not isinstance(negative, Vocabulary) and negative in ("", (), []):
         return None
@@ -74,13 +74,13 @@ def check_negative(negative: Any) -> Vocabulary | None:
 
 
 def check_exemplars(given: Any) -> dict[str, list[tuple[Any, list[float]]]]:
-    """Exemplars as a list of (image, box) for each label; the image is None where it is the one that is asked about."""
+    """Exemplars as a list of (image, box) for each label; the image is None if it is the one that is searched."""
     if given is None:
         return {}
     found: dict[str, list[tuple[Any, list[float]]]] = {}
     for label, some in (given if isinstance(given, Mapping) else {"exemplar": given}).items():
         if not isinstance(label, str) or not label.strip():
-            raise InputError(f"An exemplar's label is {arguments.short(label)}; it must be a word.")
+            raise InputError(f"An exemplar's label is {arguments.short(label)}; it must be a non-empty string.")
         some = arguments.plain(some)
         if isinstance(some, tuple) and len(some) == 2 and not arguments.is_number(some[0]):
             some = [some]  # one (image, box)
@@ -92,10 +92,10 @@ def check_exemplars(given: Any) -> dict[str, list[tuple[Any, list[float]]]]:
         for one in some:
             on, box = one if arguments.is_sequence(one) and len(one) == 2 else (None, one)
             if on is None and arguments.is_sequence(one) and len(one) == 2:
-                raise InputError("An exemplar (image, box) has None for its image; pass the box alone.")
+                raise InputError("The image of an exemplar (image, box) is None; pass the box alone.")
             boxes = arguments.boxes(box, "exemplars")
             if len(boxes) != 1:
-                raise InputError(f"The exemplars hold {arguments.short(one)}; each is one box, or (image, box).")
+                raise InputError(f"The exemplars hold {arguments.short(one)}; each must be one box, or (image, box).")
             pairs.append((on, boxes[0]))
         if pairs:
             found[label] = pairs

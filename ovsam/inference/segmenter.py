@@ -119,9 +119,9 @@ class Segmenter:
     def encode(self, image: list[OneImage] | tuple[OneImage, ...], batch_size: int = BATCH) -> list[EncodedImage]: ...
 
     def encode(self, image, batch_size=BATCH):
-        """The features of an image, to ask about it several times: pass the result in place of the image.
+        """Encode an image once for several questions: pass the result in place of the image.
 
-        Of a list of images, `batch_size` are encoded in one pass.
+        Images of a list are encoded `batch_size` at a time.
         """
         image = _listed(image)
         if isinstance(image, list | tuple):
@@ -152,9 +152,9 @@ class Segmenter:
             yield [image if isinstance(image, EncodedImage) else next(encoded) for image in batch]
 
     def _each(self, images: Sequence[OneImage], ask: Callable[[int, EncodedImage], Any]) -> list:
-        """Ask about each image of a list: ask(its place in the list, the encoded image)."""
+        """Return ask(index, encoded image) for each image of a list."""
         encoded = (image for batch in self._batches(images) for image in batch)
-        return [ask(place, image) for place, image in enumerate(encoded)]
+        return [ask(index, image) for index, image in enumerate(encoded)]
 
     def embed(self, words: Words) -> tuple[Vocabulary, Tensor]:
         """The vocabulary and its text embeddings [K, D]; the last ones are kept in memory, long ones on disk."""
@@ -206,7 +206,7 @@ class Segmenter:
         refine, proposer = arguments.flag("refine", refine), check_proposer(proposer)
         examples = check_exemplars(exemplars)
         if words is None and not examples:
-            raise InputError("Pass words, or exemplars: what to look for.")
+            raise InputError("There is no question; pass words or exemplars.")
         image = given = _listed(image)
         wanted = to_vocabulary(words) if words is not None else None
         unwanted = check_negative(negative)
@@ -309,7 +309,7 @@ class Segmenter:
             for name, given in per_image.items():
                 if not hasattr(given, "__len__") or len(given) != len(image):
                     raise InputError(
-                        f"With a list of {len(image)} images, {name} are a list with one entry an image; "
+                        f"With a list of {len(image)} images, {name} must be a list with one entry for each; "
                         f"got {arguments.short(given)}."
                     )
             words = self._vocabulary(vocabulary)
@@ -320,11 +320,11 @@ class Segmenter:
         points, boxes = arguments.points(points), arguments.boxes(boxes)
         labels = arguments.point_labels(labels, len(points)) if points or labels is not None else None
         if not points and not boxes and masks is None:
-            raise InputError("Pass points, boxes or masks: what to name.")
+            raise InputError("There is no prompt; pass points, boxes or masks.")
         masks = None if masks is None else torch.from_numpy(arguments.masks(masks))
         for name, several in (("box", boxes), ("mask", masks)):
             if points and several is not None and len(several) > 1:
-                raise InputError(f"Points are on one object, so that they go with one {name}, not with {len(several)}.")
+                raise InputError(f"All points belong to one object; pass one {name} with them, not {len(several)}.")
         if boxes and masks is not None and len(boxes) != len(masks):
             raise InputError(f"There are {len(boxes)} boxes for {len(masks)} masks; each object takes one of each.")
         encoded = self.encode(image)
@@ -369,7 +369,9 @@ class Segmenter:
             return self._each(image, lambda _, one: self._propose(one, asked, None))
         if tile:
             if isinstance(image, EncodedImage):
-                raise InputError("Tiles of an image are encoded one by one: with tile, pass the image itself.")
+                raise InputError(
+                    "With tile, pass the image itself instead of an EncodedImage; tiles are encoded one by one."
+                )
             return segment_tiled(lambda part: self._propose(part, asked, None), open_image(image), tile, tile // 4)
         encoded = self.encode(image)
         picture, features = encoded.image, encoded.features
@@ -424,7 +426,7 @@ class Segmenter:
             for number, (on, box) in enumerate(boxes, 1):
                 on = image if on is None else on
                 if isinstance(on, list | tuple):
-                    raise InputError("With a list of images, an exemplar is (image, box), not a box alone.")
+                    raise InputError("With a list of images, an exemplar must be (image, box), not a box alone.")
                 found = self._prompt(self.encode(on), boxes=[box])
                 rows.append(found.class_embeds[0].float() * self.model.config.exemplar_scale)
                 labels[f"{label} as in exemplar {number}"] = label
@@ -480,16 +482,16 @@ def _listed(image: Any) -> Any:
 
 
 def _remember(found: Any, image: Any) -> Any:
-    """Let results know their image: by its file, or as the object that the user has in memory anyway."""
+    """Store the image of results: its file name, or the object that the user has in memory anyway."""
     if isinstance(found, list):
         return [_remember(results, one) for results, one in zip(found, image, strict=True)]
     if isinstance(image, str | os.PathLike):
         found.file_name = os.fspath(image)
-    elif not hasattr(image, "read"):  # a file that was read to its end shows nothing
+    elif not hasattr(image, "read"):  # an open file was read to its end
         found.picture = image.image if isinstance(image, EncodedImage) else image
     return found
 
 
 def _labels(words: Vocabulary | None) -> dict[str, str] | None:
-    """The words as the processor takes them."""
+    """Words in the form of the processor: phrases to class names."""
     return None if words is None else words.as_mapping()

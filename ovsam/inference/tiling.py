@@ -24,7 +24,7 @@ SAME = 0.5  # minimum IoU, within the overlap of two tiles, of two masks of one 
 INSIDE = 0.8  # minimum share of a mask inside another one of the same class for it to be a part of it
 DUPLICATE = 0.6  # minimum IoU of two whole objects at which the lower score is dropped
 QUICK = 8  # tiles; more have a bar on a terminal
-MAX_TILES = 2_000  # of one picture
+MAX_TILES = 2_000  # of one image
 EDGE = 2  # px; a mask that comes this close to the edge of its tile is cut by it
 
 
@@ -95,7 +95,7 @@ def segment_tiled(
     overview: list[Instance] = []
     if whole:
         scale = tile / max(size)
-        # A picture much narrower than it is long stays wide enough to be segmented.
+        # A very narrow image stays wide enough to be segmented.
         small = image.resize([max(MIN_SIDE, round(side * scale)) for side in image.size])
         # Objects that fit into the overlap are whole, and larger, in a tile.
         overview = [_grow(one, size) for one in ask(small) if max(one.bbox[2:]) > overlap * scale]

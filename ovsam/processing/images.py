@@ -95,9 +95,9 @@ def _open(picture: Picture) -> tuple[str, Image.Image]:
     if isinstance(picture, np.ndarray):
         return "The array", _from_array(picture)
     if isinstance(picture, Image.Image):
-        return "The picture", picture
+        return "The image", picture
     if isinstance(picture, bytes | bytearray | memoryview):
-        return "The picture", _decode("The picture", io.BytesIO(picture))
+        return "The image", _decode("The image", io.BytesIO(picture))
     if is_url(picture):
         return str(picture), _decode(str(picture), io.BytesIO(_download(str(picture))))
     if isinstance(picture, str | os.PathLike):
@@ -111,7 +111,7 @@ def _open(picture: Picture) -> tuple[str, Image.Image]:
             raise InputError(f"The image cannot be read from the open file ({error}).") from error
         if not isinstance(content, bytes):
             raise InputError("The file is open in text mode; open the image in binary mode, open(path, 'rb').")
-        return "The picture", _decode("The picture", io.BytesIO(content))
+        return "The image", _decode("The image", io.BytesIO(content))
     raise InputError(
         "An image must be a path, a URL, bytes, an open file, a PIL image, an array or a tensor, or a list of these; "
         f"got {type(picture).__name__}."

@@ -15,7 +15,7 @@ from ovsam.processing.vocabulary import Vocabulary, split_words
 
 
 def open_pictures(images: Any) -> Any:
-    """Pictures as the image processor takes them: whatever else can be opened becomes RGB."""
+    """Images in the forms that the image processor takes; all others are opened and converted to RGB."""
     if images is None:
         return None
     if not isinstance(images, list | tuple):
@@ -35,7 +35,7 @@ def _open_picture(image: Any) -> Any:
     if isinstance(image, Tensor | np.ndarray) and image.ndim in (3, 4):
         array = np.asarray(image.detach().cpu().float() if isinstance(image, Tensor) else image)
         if array.dtype.kind not in "iuf" or not array.size or not np.isfinite(array).all():
-            raise InputError("An image holds values that are no finite numbers; pass uint8, or floats in [0, 1].")
+            raise InputError("An image contains values that are not finite; pass uint8, or floats in [0, 1].")
         if array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1:
             array = unit_to_uint8(array, "The image")
         return torch.from_numpy(array) if isinstance(image, Tensor) else array
@@ -53,7 +53,7 @@ def check_sizes(original_sizes: Any) -> list[list[int]] | None:
 
 
 def check_prompts(images, sizes, points, labels, boxes, padding: int) -> None:
-    """Prompts are one entry an image, and labels one a point."""
+    """Raise InputError unless prompts have one entry for each image, and labels one for each point."""
     if images is None and sizes is None and any(given is not None for given in (points, labels, boxes)):
         raise InputError("Prompts are in pixels of an image; pass images, or their original_sizes.")
     count = len(images) if isinstance(images, list) else len(sizes) if images is None and sizes is not None else None
@@ -76,7 +76,7 @@ def check_prompts(images, sizes, points, labels, boxes, padding: int) -> None:
 
 
 def split_queries(text: Any) -> Any:
-    """Words as a list or a mapping, or a list of those for each image; a text is split as people write words."""
+    """Text queries as a list or a mapping, or one of these for each image; a string is split at its commas."""
     if isinstance(text, str):
         return split_words(text) or [text]
     if isinstance(text, Vocabulary):
@@ -85,14 +85,18 @@ def split_queries(text: Any) -> Any:
         return dict(text)
     text = arguments.plain(text)
     if not isinstance(text, Iterable) or isinstance(text, bytes):
-        raise InputError(f"The words are {arguments.short(text)}; they must be a list of words, or one for each image.")
+        raise InputError(
+            f"The text is {arguments.short(text)}; it must be a list of text queries, or one for each image."
+        )
     words = list(text)
     if any(isinstance(one, str) for one in words):
         return [one for one in words if not isinstance(one, str) or one.strip()] or words
     rows = [list(one) if isinstance(one, tuple) else one for one in words]
     for one in rows:
         if not isinstance(one, list | Mapping) or not all(isinstance(word, str) for word in one):
-            raise InputError(f"The words hold {arguments.short(one)}; each must be a word, or a list of words.")
+            raise InputError(
+                f"The text contains {arguments.short(one)}; each entry must be a text query, or a list of them."
+            )
     return rows
 
 

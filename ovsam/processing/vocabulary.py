@@ -185,7 +185,7 @@ def split_words(text: str) -> list[str]:
 
 
 def to_vocabulary(words: "Vocabulary | Sequence[str] | Mapping[str, str] | str | os.PathLike") -> Vocabulary:
-    """Words to look for. A text is what it says, as `split_words` takes it apart, unless it is the name of a built-in
+    """A vocabulary of text queries. A string is split by `split_words`, unless it is the name of a built-in
     vocabulary or ends like a vocabulary file."""
     if isinstance(words, Vocabulary):
         return words

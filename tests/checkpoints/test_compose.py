@@ -406,7 +406,7 @@ def test_a_model_that_names_nothing(parts):
     image = segmenter.encode(PICTURE)
     assert segmenter.what(image, boxes=[[20, 10, 120, 70]])[0].label == "object"
     assert {one.label for one in segmenter.everything(image, objectness=0.0)} <= {"object"}
-    with pytest.raises(ovsam.InputError, match="names nothing .* a proposer that knows them, such as detector:"):
+    with pytest.raises(ovsam.InputError, match="cannot classify; text queries need a proposer that scores them, such as detector:"):
         segmenter.where(image, ["cat", "red ball"])
 
 

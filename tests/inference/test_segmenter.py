@@ -274,7 +274,7 @@ def test_a_list_of_images_gives_a_list_of_results(segmenter, scene, path, monkey
     listed = segmenter.where([scene], exemplars=[(scene, BOXES[0])], **LOW)[0]
     same(listed, segmenter.where(scene, exemplars=boxes[0], **LOW))
     assert segmenter.where([], ["cat"]) == [] and len(segmenter.edges([scene, WIDE])) == 2
-    with pytest.raises(InputError, match="a list of 2 images, boxes are a list with one entry an image"):
+    with pytest.raises(InputError, match="a list of 2 images, boxes must be a list with one entry for each"):
         segmenter.what([scene, WIDE], boxes=boxes[:1])
     with pytest.raises(InputError, match="an exemplar is \\(image, box\\)"):
         segmenter.where([scene, WIDE], exemplars=boxes[0])

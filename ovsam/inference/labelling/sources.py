@@ -52,7 +52,7 @@ class Item:
         try:
             return open_image(content)
         except InputError as error:
-            raise InputError(str(error).replace("The picture", self.name, 1)) from error
+            raise InputError(str(error).replace("The image", self.name, 1)) from error
 
     @property
     def name(self) -> str:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class Question:
     """The input of a proposer, for one image.
 
-    words: K phrases, empty in everything mode without a vocabulary; text_embeds [K, D] of them;
-    everything: all objects are wanted, and the words only name them; features: of the image, by `model`; labels: the
-    words as the processor takes them, such as a mapping of phrases to class names.
+    words: K phrases, empty in everything mode without a vocabulary; text_embeds: their embeddings [K, D]; everything:
+    whether all objects are proposed and the words only classify them; features: those of the image, by `model`; labels:
+    the words in the form of the processor, such as a mapping of phrases to class names.
     """
 
     image: Image.Image
@@ -51,8 +51,8 @@ class Question:
         namers = self.model.clip2sam, self.features.clip, self.features.concepts
         if self.words and not self.everything and all(namer is None for namer in namers):
             raise InputError(
-                "This model names nothing (it has no CLIP image tower, ConceptHead or Clip2SamAdapter), so words need "
-                "a proposer that knows them, such as detector:google/owlv2-base-patch16-ensemble."
+                "This model has no CLIP image tower, ConceptHead or Clip2SamAdapter, so it cannot classify; text "
+                "queries need a proposer that scores them, such as detector:google/owlv2-base-patch16-ensemble."
             )
 
     def boxes_from_clip(self, boxes: Tensor) -> Tensor:
@@ -118,8 +118,8 @@ def text_inputs(
 def decode_proposals(
     question: Question, proposals: Proposals, negatives: tuple[list[str], Tensor] | None = None
 ) -> "OVSamOutput":
-    """Proposals -> the model's output for them: masks by the SAM side (or as proposed), names by the model (or as
-    proposed), objectness as proposed. One picture, B = 1.
+    """Proposals -> the model's output for them: masks by the SAM side (or as proposed), class scores by the model (or
+    as proposed), objectness as proposed. One image, B = 1.
 
     Raises:
         InputError: the proposer gave neither boxes, points nor masks, or tensors that do not agree.
@@ -143,7 +143,7 @@ def decode_proposals(
     if proposals.masks is not None and len(proposals):
         masks = question.processor.mask_prompts(proposals.masks, model.sam.image_size)
         prompts |= {"input_masks": masks, "input_boxes": mask_boxes(masks)}
-    if not len(proposals):  # a prompt that post-processing drops again
+    if not len(proposals):  # a prompt that post-processing removes
         prompts = {"input_boxes": torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])}
     outputs = model(
         features=question.features,
