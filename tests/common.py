@@ -88,7 +88,7 @@ def timm_trunk(architecture="test_efficientnet", **args) -> dict:
 
 
 _CHANNELS = {"sam2": [64, 32, 16, 8], "edgetam": [64, 48, 32, 24]}  # of the image encoder's maps, coarsest first
-SAM_CONFIGS = {  # family -> class of its configuration, and what its vision_config holds
+SAM_CONFIGS = {  # family -> class of its configuration, and content of its vision_config
     "sam": (SamConfig, VIT),
     "sam_hq": (SamHQConfig, VIT),
     "efficienttam": (EfficientTamConfig, VIT),
@@ -215,7 +215,7 @@ def tiny_model(*args, **kwargs) -> ovsam.OVSamModel:
 
 
 def tiny_video_model(kind="edgetam_video", adapters=True) -> ovsam.OVSamVideoModel:
-    """A tracker with random weights, whose objects are in every picture unless the test says otherwise."""
+    """A tracker with random weights, whose objects are in every frame unless a test changes it."""
     torch.manual_seed(0)
     config = tiny_config(adapters=False)
     config.sam_config = _sam_video(kind)

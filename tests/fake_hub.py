@@ -68,7 +68,7 @@ class FakeHub(ThreadingHTTPServer):
         return self.repos[repo].commits[self.repos[repo].refs[revision]]
 
     def put(self, repo: str, files: dict[str, bytes]) -> None:
-        """A public repository with these files, as if somebody else had published it."""
+        """A public repository of another user with these files."""
         made = {name: File(content, name.endswith(".safetensors")) for name, content in files.items()}
         self.repos.setdefault(repo, Repo(private=False)).add("main", made)
 

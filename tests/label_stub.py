@@ -19,7 +19,7 @@ from ovsam.results.formats.base import LabelledImage  # noqa: E402
 
 
 class FakeSegmenter:
-    """Finds a box of each word whose place and score depend on the pixels, and on what an image was batched with."""
+    """Returns a box for each word; its position and score depend on the pixels and on the batch of the image."""
 
     name = "fake"
 

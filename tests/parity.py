@@ -46,7 +46,7 @@ def resize_sam(keys: dict[str, list[int]], side: int) -> dict[str, list[int]]:
     for key, shape in keys.items():
         if key == "image_encoder.pos_embed":
             small[key] = [1, grid, grid, shape[3]]
-        elif "rel_pos" in key and shape[0] == 127:  # of the blocks that see the whole image
+        elif "rel_pos" in key and shape[0] == 127:  # of the blocks with global attention
             small[key] = [2 * grid - 1, shape[1]]
     return small
 
@@ -93,7 +93,7 @@ def draw_prompts(side: int) -> dict[str, dict]:
 
 
 def sample(masks: Tensor, iou: Tensor) -> dict[str, Tensor]:
-    """Low-resolution masks [M, h, w] and predicted IoU [M] -> what is kept of them."""
+    """Low-resolution masks [M, h, w] and predicted IoU [M] -> the values that are compared."""
     return {
         "masks": masks[:, :: masks.shape[1] // KEPT, :: masks.shape[2] // KEPT].contiguous(),
         "statistics": torch.stack([masks.mean((1, 2)), masks.std((1, 2))]),
@@ -103,7 +103,7 @@ def sample(masks: Tensor, iou: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def masks_of_folder(folder: Path, name: str) -> dict[str, Tensor]:
-    """What a converted folder answers, sampled like the record."""
+    """The outputs of a converted folder, sampled like the record."""
     family = name.split("_")[0]
     processor = (SamProcessor if family == "sam" else Sam2Processor).from_pretrained(folder)
     picture = draw_picture(SIDES[name], SIDES[name] * 3 // 4 if family == "sam" else None)
@@ -142,7 +142,7 @@ def masks_of_folder(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def draw_memory() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Input of what only the tracker has: features and a mask to encode, and tokens that attend to a memory."""
+    """Input of the parts of the tracker only: features and a mask to encode, and tokens that attend to a memory."""
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((16, 16, 256), dtype=np.float32))
     tokens, memory = noise.view(256, 1, 256), noise.view(1024, 1, 64)
     return noise.permute(2, 0, 1)[None], noise.view(1, 1, 256, 256), tokens, memory
@@ -168,7 +168,7 @@ def memory_of_original(model) -> dict[str, Tensor]:
 
 
 def masks_of_original(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """What the original code answers for these weights."""
+    """The outputs of the original code for these weights."""
     first = name.startswith("sam_")
     side = SIDES[name]
     predictor = _original_sam(weights, name, side) if first else _original_sam2(weights, name, side)
@@ -198,7 +198,9 @@ def _original_sam2(weights: dict[str, Tensor], name: str, side: int):
     model = build_sam2(config, device="cpu", hydra_overrides_extra=[f"++model.image_size={side}"])
     model.load_state_dict(weights, strict=True)
     predictor = SAM2ImagePredictor(model)
-    predictor._bb_feat_sizes = [(side // stride, side // stride) for stride in (4, 8, 16)]  # it knows 1024 pixels only
+    predictor._bb_feat_sizes = [
+        (side // stride, side // stride) for stride in (4, 8, 16)
+    ]  # it supports 1024 pixels only
     return predictor
 
 

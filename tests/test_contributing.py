@@ -38,6 +38,6 @@ def line():
         yield
 
 
-def test_the_example_is_as_short_as_it_says():
+def test_the_example_is_short():
     assert len(example("line").splitlines()) == 1
     assert len(example("test").splitlines()) <= 15

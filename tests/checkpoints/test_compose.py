@@ -45,7 +45,7 @@ def parts(sam_folder, clip_folder):
 
 @pytest.fixture(scope="module")
 def photo(parts, tmp_path_factory):
-    """SAM 2 + OWLv2, as the command line writes it; and what it printed."""
+    """SAM 2 + OWLv2, written by the command line, and its output."""
     folder = tmp_path_factory.mktemp("composed") / "photo"
     assert ovsam_cli.main(["compose", "--sam", parts["sam2"], "--clip", parts["owlv2"], "-o", str(folder)]) == 0
     return folder
@@ -60,8 +60,8 @@ def own_owlv2(folder):
 
 
 @torch.no_grad()
-def test_sam1_gets_the_padding_of_its_own_processor(parts):
-    """Boxes and clicks on a picture that is no square: the masks of transformers' own pipeline, in its pixels."""
+def test_sam1_gets_the_padding_of_its_processor(parts):
+    """Boxes and clicks on an image that is not square: the masks of transformers' pipeline, in pixels of the image."""
     model, processor = compose(parts["sam"], parts["clip"], vocabulary=list(WORDS))
     segmenter = ovsam.Segmenter(model, processor)
     own, own_processor = SamModel.from_pretrained(parts["sam"]).eval(), SamProcessor.from_pretrained(parts["sam"])
@@ -147,7 +147,7 @@ def test_the_layout_of_open_clip(parts, tmp_path):
     saved = load_file(Path(parts["convnext"], "open_clip_model.safetensors"))
     for name, tensor in model.clip.model.state_dict().items():
         assert torch.equal(tensor, saved[name]), name
-    # A tower with stages sees as many pixels as SAM does, in its own colours.
+    # The input of a tower with stages has the size of SAM's, with its own normalisation.
     assert processor.clip_images["size"] == {"height": SIZE, "width": SIZE}
     assert processor.clip_images["image_mean"] == list(model.clip.image_mean) != processor.image_processor.image_mean
 
@@ -215,8 +215,8 @@ def test_adapters_on_a_plain_transformer_work_in_half_precision(parts):
 
 
 @torch.no_grad()
-def test_photo_finds_what_owlv2_finds(photo, parts, monkeypatch):
-    """Boxes and scores of OWLv2's own post-processing, in pixels of a picture that is no square; one encoding each."""
+def test_photo_equals_owlv2(photo, parts, monkeypatch):
+    """Boxes and scores of OWLv2's own post-processing, in pixels of an image that is not square; one encoding each."""
     segmenter = ovsam.load(photo, "cpu")
     encodings = []
     for name, tower in (
@@ -326,7 +326,7 @@ def test_vocabulary_of_a_composed_model_is_lvis(photo, monkeypatch, tmp_path):
     assert list(tmp_path.glob("*.safetensors"))  # embedded once
 
 
-# ------------------------------------------------------------------------------------------------ what does not fit
+# ------------------------------------------------------------------------------------------------ parts that do not fit
 
 
 WRONG = {
@@ -367,7 +367,7 @@ def test_a_stand_in_gives_as_many_maps_as_the_decoder_reads(parts):
         ovsam.from_parts(parts["sam"], parts["clip"], sam2clip=adapter)
 
 
-def test_wrong_parts_are_refused_in_one_sentence(parts, tiny_folder, tmp_path):
+def test_wrong_parts_raise_an_error(parts, tiny_folder, tmp_path):
     head = ovsam.ConceptHead(ovsam.ConceptHeadConfig(in_channels=CHANNELS["clip"], embed_dim=D, **HEADS))
     head.save_pretrained(tmp_path / "head")
     damaged = tmp_path / "damaged"
@@ -400,13 +400,15 @@ def test_wrong_parts_are_refused_in_one_sentence(parts, tiny_folder, tmp_path):
         compose_model(str(damaged), clip)
 
 
-def test_a_model_that_names_nothing(parts):
+def test_a_model_without_any_classifier(parts):
     """Of SAM alone, without adapters, there are masks but no names."""
     segmenter = ovsam.Segmenter(*compose(parts["sam"], parts["clip"], composition="sam", vocabulary=list(WORDS)))
     image = segmenter.encode(PICTURE)
     assert segmenter.what(image, boxes=[[20, 10, 120, 70]])[0].label == "object"
     assert {one.label for one in segmenter.everything(image, objectness=0.0)} <= {"object"}
-    with pytest.raises(ovsam.InputError, match="cannot classify; text queries need a proposer that scores them, such as detector:"):
+    with pytest.raises(
+        ovsam.InputError, match="cannot classify; text queries need a proposer that scores them, such as detector:"
+    ):
         segmenter.where(image, ["cat", "red ball"])
 
 

@@ -1,4 +1,4 @@
-"""Conversions: masks of the authors' own code, every key of every official checkpoint, and what stops a conversion."""
+"""Conversions: masks of the authors' own code, every key of every official checkpoint, and errors."""
 
 import re
 import shutil
@@ -179,7 +179,7 @@ def test_each_half_of_the_new_tensors_of_sam_2_1_needs_the_other():
         assert config.enable_occlusion_spatial_embedding and config.enable_temporal_pos_encoding_for_object_pointers
 
 
-def test_files_of_an_unknown_kind_are_refused(folder):
+def test_files_of_an_unknown_kind_raise_an_error(folder):
     stop(folder, {"encoder.weight": torch.ones(2)}, "of an unknown kind.*'encoder.weight'.*SAM 2 or 2.1.*EdgeTAM")
     stop(folder, {"model": {}}, "no state dict")
     stop(folder, torch.ones(3), "no state dict")

@@ -1,4 +1,4 @@
-"""hub/ovsam-tiny and the adapters inside it: what hatch_build.py and hub/build.py make, and how drift is found."""
+"""hub/ovsam-tiny and the adapters inside it: output of hatch_build.py and hub/build.py, and the check of mirrors."""
 
 import importlib.util
 import shutil
@@ -55,7 +55,7 @@ def test_each_adapter_gets_its_own_tensors_and_no_others(tree):
             assert torch.equal(tensor, whole[f"{name}.{key}"]) and tensor.dtype == whole[f"{name}.{key}"].dtype
 
 
-def test_right_files_are_left_alone_and_others_are_replaced(tree):
+def test_correct_files_are_kept_and_others_replaced(tree):
     first, *others = (folder / "model.safetensors" for folder in build_adapters(tree))
     before = [path.stat().st_mtime_ns for path in (first, *others)]
     build_adapters(tree)
@@ -68,7 +68,7 @@ def test_right_files_are_left_alone_and_others_are_replaced(tree):
 
 
 @pytest.mark.parametrize("broken", ["cut", "page", "gone"])
-def test_a_broken_shard_is_refused_in_one_sentence(tree, broken):
+def test_a_broken_shard_raises_an_error(tree, broken):
     shard = tree / CHECKPOINT / DECODER_SHARD
     damage = {
         "cut": lambda: shard.write_bytes(shard.read_bytes()[:-1]),
@@ -95,7 +95,7 @@ def test_an_editable_install_builds_them(tree, monkeypatch, version, built):
 # ---- hub/build.py
 
 
-def test_parts_that_do_not_make_the_whole_are_refused():
+def test_parts_that_do_not_make_the_whole_raise_an_error():
     builder = script("hub/build.py")
     config = builder.tiny_config({})
     with torch.device("meta"):
@@ -117,7 +117,7 @@ def test_a_published_adapter_loads_whole(name):
 
 @pytest.mark.weights
 def test_mirrors_equal_their_parts():
-    """As `python hub/build.py --check` says."""
+    """The check of `python hub/build.py --check`."""
     builder = script("hub/build.py")
     assert builder.differences() == []
 

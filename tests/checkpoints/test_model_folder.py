@@ -72,13 +72,13 @@ def test_a_hostile_configuration(folder, settings):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "[" * 100_000, "{", "\ud800".encode("utf-8", "surrogatepass")])
-def test_a_configuration_that_is_none(folder, content):
+def test_an_invalid_configuration(folder, content):
     (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match="config.json of"):
         ovsam.load(folder, "cpu")
 
 
-def test_code_of_a_folder_is_refused_and_never_runs(folder, tmp_path):
+def test_code_of_a_folder_never_runs(folder, tmp_path):
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom ovsam import OVSamProcessor as X\n")
     change(folder / "processor_config.json", auto_map={"AutoProcessor": "evil.X"}, processor_class="X")
     with pytest.raises(InputError, match="asks for Python code of its own"):

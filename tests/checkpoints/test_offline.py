@@ -1,4 +1,4 @@
-"""No network: what is in the cache works as ever, what is not is one sentence that says how to fetch it, and soon."""
+"""No network: cached models work, and others raise an error of one sentence without a long wait."""
 
 import http.server
 import os
@@ -26,7 +26,7 @@ SECONDS = 5.0
 
 @pytest.fixture(scope="module")
 def silent():
-    """The address of a server that takes every connection and never says a word."""
+    """The address of a server that accepts connections and sends nothing."""
     server = socket.create_server(("127.0.0.1", 0), backlog=64)
     yield f"http://127.0.0.1:{server.getsockname()[1]}"
     server.close()
@@ -54,7 +54,7 @@ ASKING = {
 
 
 @pytest.mark.slow
-def test_an_empty_cache_is_refused_in_one_sentence(cut_off):
+def test_an_empty_cache_raises_an_error(cut_off):
     for ask in ASKING.values():
         for name, command in (("org/name", "org/name"), ("org/name@v1.0", "org/name --revision v1.0")):
             start = time.perf_counter()

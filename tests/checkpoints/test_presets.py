@@ -1,4 +1,4 @@
-"""Presets: what they are made of, how large that is, and which one `auto` is."""
+"""Presets: their parts and sizes, and the choice of `auto`."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def put_into_cache(cache, name, save, commit="c" * 40, ref="main"):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, and a Hub that nobody can ask."""
+    """An empty cache, and a Hub that cannot be reached."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.setattr(constants, name, str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -105,7 +105,7 @@ def test_models_lists_every_preset(cached_photo, capsys):
     assert tiny[:6] == ["ovsam-tiny", f"{PRESETS['ovsam-tiny'].parameters}", "M", "0", "MB", "embedded"]
 
 
-def test_auto_is_photo_where_it_is_cached(cached_photo, capsys):
+def test_auto_is_photo_if_it_is_cached(cached_photo, capsys):
     segmenter = ovsam.load(device="cpu")
     assert segmenter.name == "photo" and not capsys.readouterr().err.count("ovsam:")
     assert segmenter.model.config.sam_config.model_type == "sam2"
@@ -114,7 +114,7 @@ def test_auto_is_photo_where_it_is_cached(cached_photo, capsys):
 
 
 @pytest.mark.weights
-def test_auto_is_embedded_where_nothing_else_is(cache, capsys):
+def test_auto_is_embedded_without_cache_and_hub(cache, capsys):
     segmenter = ovsam.load(device="cpu")
     assert segmenter.name == "ovsam-tiny"
     assert PRESETS["ovsam-tiny"].parameters == pytest.approx(count(segmenter.model), abs=0.1)
@@ -122,8 +122,8 @@ def test_auto_is_embedded_where_nothing_else_is(cache, capsys):
     assert "using ovsam-tiny, which is small and finds COCO's 80 words best" in line
 
 
-def test_auto_is_downloaded_once_where_the_hub_answers(cache, tmp_path, monkeypatch, capsys):
-    """Whole repositories, of which only what is needed is fetched; also one in the layout of open_clip."""
+def test_auto_is_downloaded_once_if_the_hub_responds(cache, tmp_path, monkeypatch, capsys):
+    """Whole repositories, of which only the required files are fetched; also one in the layout of open_clip."""
     hub = FakeHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
@@ -151,7 +151,7 @@ def test_auto_is_downloaded_once_where_the_hub_answers(cache, tmp_path, monkeypa
 def test_the_environment_chooses(cached_photo, monkeypatch):
     monkeypatch.setenv("OVSAM_MODEL", "ovsam-tiny")
     assert ovsam.load(device="cpu").name == "ovsam-tiny"
-    assert ovsam.load("photo", device="cpu").name == "photo"  # what is named is named
+    assert ovsam.load("photo", device="cpu").name == "photo"  # the preset that was named
 
 
 @pytest.mark.parametrize("partly", ["sam", "clip"])

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CARD = "---\nlicense: apache-2.0\nlibrary_name: ovsam\ntags: [tiny]\n---\n# Tiny\n"
 
 # A process of its own for all that talks to the Hub: HF_ENDPOINT is read once, when huggingface_hub is imported. It
-# runs one line of Python after another and answers with what that prints, or with its InputError.
+# runs lines of Python one by one and returns their output, or their InputError.
 CLIENT = """
 import contextlib, io, sys, time
 sys.path[:0] = sys.argv[1:]
@@ -104,7 +104,7 @@ def reset(hub):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A whole tiny model in two shards, with what else a run leaves in its folder."""
+    """A whole tiny model in two shards, with the other files of a run in its folder."""
     folder = tmp_path_factory.mktemp("source")
     tiny_model().save_pretrained(folder, max_shard_size="1MB")
     tiny_processor().save_pretrained(folder)
@@ -229,7 +229,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, client, head):
 def test_broken_upload(hub, client, head):
     """Nothing is committed, the error is one sentence, and the same call then succeeds."""
     hub.cut_uploads = 1000
-    hub.objects.clear()  # what it has it does not ask for
+    hub.objects.clear()  # files on the Hub are not uploaded again
     call = f"print(upload(Built(Path({str(head)!r})), 'tester/broken'))"
     said = client.run(call)
     assert re.fullmatch(r"InputError: tester/broken was not published \(.+\); run the same command again .+\.\n", said)
@@ -319,7 +319,7 @@ def test_a_wrong_header(lie, head, tmp_path):
 
 @pytest.mark.slow
 def test_a_downloaded_wrong_header(hub, client, source, tmp_path):
-    """ovsam.load refuses it in a sentence, before any memory is taken for what it promises."""
+    """ovsam.load raises an error of one sentence before memory is allocated."""
     folder = copied(source, tmp_path / "liar")
     shard = sorted(folder.glob("*.safetensors"))[0]
     wrong_header(shard, header={"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}})
@@ -328,7 +328,7 @@ def test_a_downloaded_wrong_header(hub, client, source, tmp_path):
     assert re.fullmatch(rf"InputError: .+{shard.name} is not a complete safetensors file \(.+\): .+\.\n", said), said
 
 
-def test_mistakes_are_found_before_anything_is_sent(source, head, tmp_path, monkeypatch, capsys):
+def test_errors_are_found_before_anything_is_sent(source, head, tmp_path, monkeypatch, capsys):
     """One sentence each, exit code 2, and nothing of the Hub is touched."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(pushing, "get_token", lambda: None)
@@ -383,7 +383,7 @@ def test_mistakes_are_found_before_anything_is_sent(source, head, tmp_path, monk
 
 
 def test_a_model_of_other_outputs_is_not_sent(head, tmp_path, monkeypatch):
-    """The folder is compared with its source by what it answers, and nothing comes after a difference."""
+    """The outputs of the folder are compared with those of its source; a difference stops the upload."""
     model, _ = pushing.open_source(head)
     pushing.save_file(pushing.answers(model), tmp_path / "reference")
     pushing.compare(model, None, str(tmp_path / "reference"), "here")
@@ -427,7 +427,7 @@ def test_a_dry_run_lists_the_files(head, tmp_path, monkeypatch, capsys):
         (CARD + "[out](../README.md)\n", "README.md"),
     ],
 )
-def test_cards_that_the_hub_would_refuse(card, problem, tmp_path):
+def test_cards_that_the_hub_rejects(card, problem, tmp_path):
     with pytest.raises(InputError, match=problem) as caught:
         check_card(card, tmp_path)
     assert "\n" not in str(caught.value)
@@ -438,7 +438,7 @@ PUBLISHED = ["hub/ovsam-tiny", "adapters/clip2sam-tiny", "adapters/concepts-tiny
 
 @pytest.mark.weights
 def test_a_mirror_is_sent_as_it_is(tmp_path, monkeypatch):
-    """To the byte, so that --check speaks of what is on the Hub too."""
+    """To the byte, so that --check holds for the files on the Hub too."""
     monkeypatch.setattr(pushing, "answers", lambda *a: {})
     monkeypatch.setattr(pushing, "load_back", lambda *a, **k: None)
     mirror = ROOT / "hub" / "ovsam-tiny"
@@ -449,7 +449,7 @@ def test_a_mirror_is_sent_as_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("published", PUBLISHED)
 def test_published_cards(published):
-    """The Hub would take them, and what they measure is what model_card.md states."""
+    """The Hub accepts them, and their figures are those of model_card.md."""
     folder = ROOT / published
     text = (folder / "README.md").read_text()
     check_card(text, folder)

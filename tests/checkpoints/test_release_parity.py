@@ -135,7 +135,7 @@ def test_neck(source, model, features, attention):
     assert distance(adapter(features.maps).embedding, expected) < TOLERANCE
 
 
-def test_neck_refuses_another_size(model):
+def test_neck_raises_an_error_for_another_size(model):
     with pytest.raises(ovsam.InputError, match="takes square images of 256 x 256 pixels; got 128 x 256"):
         model.encode(torch.zeros(1, 3, 128, 256))
 
@@ -225,7 +225,7 @@ def test_head(model, features, numbers, kind):
 
 @torch.no_grad()
 def test_head_on_boxes_at_the_edges(model, features, numbers):
-    """At the borders of the levels, without area, outside the picture."""
+    """At the borders of the levels, without area, outside the image."""
     head, boxes = model.clip2sam, numbers["roi_probe.boxes"]
     size, finest = head.config.roi_size, head.config.finest_size
     assert torch.equal(box_levels(boxes, finest, 4), numbers["roi_probe.level"])
@@ -274,8 +274,8 @@ def test_fused(model, features, numbers, kind):
 
 
 @torch.no_grad()
-def test_fused_where_a_mask_vanishes_for_clip(model, features, numbers):
-    """Masks that vanish at stride 32 are named by the adapter alone, which here sees the first box's mask each time."""
+def test_fusion_of_a_mask_that_is_too_small_for_clip(model, features, numbers):
+    """Masks that vanish at stride 32 are classified by the adapter alone, which gets the mask of the first box here."""
     masks, boxes = numbers["fuse_probe.masks"][:, 0][None], numbers["fuse_probe.boxes"][None]
     texts, roles = numbers["text_embed"][:, 0], numbers["base_novel_indicator"]
     naming = model.clip2sam.name(features, masks, boxes, None, model.clip)
@@ -380,7 +380,7 @@ def test_tokenizer_is_clips(processor):
 
 @KINDS
 @torch.no_grad()
-def test_click_and_box_are_named_as_in_the_release(model, processor, picture, numbers, kind, monkeypatch):
+def test_click_and_box_have_the_class_names_of_the_release(model, processor, picture, numbers, kind, monkeypatch):
     """From the masks of the official decoder to names, scores and the final masks."""
     masks = numbers[f"{kind}.low_res_masks"]
     decoded = DecodedMasks(masks=masks[None], tokens=torch.zeros(1, len(masks), 1, 256))
@@ -410,7 +410,7 @@ def test_click_and_box_are_named_as_in_the_release(model, processor, picture, nu
     assert (found["masks"].flatten(1).sum(1) - numbers[f"{kind}.mask_area"]).abs().max() <= 2
 
 
-def test_the_segmenter_passes_on_which_words_were_trained_on(model, processor, picture, features):
+def test_the_segmenter_passes_on_the_trained_words(model, processor, picture, features):
     segmenter, words, box = ovsam.Segmenter(model, processor), ["person", "bus"], [22.0, 30.0, 80.0, 95.0]
     found = segmenter.what(ovsam.EncodedImage(picture, features), boxes=[box], vocabulary=words)
     with torch.no_grad():
@@ -421,7 +421,7 @@ def test_the_segmenter_passes_on_which_words_were_trained_on(model, processor, p
 
 
 @torch.no_grad()
-def test_folder_answers_saves_and_reloads(model, processor, picture, numbers, tmp_path):
+def test_folder_runs_saves_and_reloads(model, processor, picture, numbers, tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again, its_processor = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
@@ -445,7 +445,7 @@ def test_parts_load_from_the_folder(converted, model):
         assert all(torch.equal(tensor, whole[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_adapters_load_alone(model, features, numbers, tmp_path):
+def test_adapters_load_by_themselves(model, features, numbers, tmp_path):
     for name in ("sam2clip", "clip2sam"):
         getattr(model, name).save_pretrained(tmp_path / name)
         loaded = AutoModel.from_pretrained(tmp_path / name)
@@ -502,7 +502,7 @@ def test_every_key_of_the_full_size_release_is_accounted_for():
         assert reasons[start] in reason
     used = [key for key in tensors if key not in unused]
     assert len(used) + len(unused) == len(tensors)
-    # One of ours is two names of one thing, the position code.
+    # The position code has two names in our model.
     assert len(used) == len(mapped) - 1
 
     numbers = config.sam2clip_config

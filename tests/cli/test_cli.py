@@ -1,4 +1,4 @@
-"""The command line, with a stand-in for the model: what it asks, what it writes, and what it refuses before loading."""
+"""The command line with a stub of the model: questions, outputs, and errors before loading."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from ovsam.results.results import Results
 
 
 class FakeSegmenter:
-    """Finds the upper half of any picture, and remembers what it was asked."""
+    """Returns the upper half of any image, and records the questions."""
 
     def __init__(self):
         self.asked = []
@@ -61,7 +61,7 @@ def loaded(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with pictures a.png and b.jpg of 64x48 and three broken ones, as the current directory."""
+    """A folder with images a.png and b.jpg of 64x48 and three broken ones, as the current directory."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 48), (10, 90, 50)).save("a.png")
     Image.new("RGB", (64, 48), (90, 10, 50)).save("b.jpg")
@@ -286,7 +286,7 @@ def test_compare_fails_unless_the_tuned_model_is_better(monkeypatch):
         ["demo", "--port", "99999"],
     ],
 )
-def test_help_and_mistakes_do_not_wait_for_torch(arguments):
+def test_help_and_errors_do_not_import_torch(arguments):
     """Importing torch and transformers takes seconds, help and mistakes must take none."""
     program = (
         "import sys, ovsam_cli\n"
@@ -306,7 +306,7 @@ def test_help_and_mistakes_do_not_wait_for_torch(arguments):
         (["--text", "cat " * 20], "tokens; this model takes at most 12"),
     ],
 )
-def test_mistakes_that_only_the_model_finds_are_one_line_too(folder, tiny_folder, capsys, arguments, sentence):
+def test_errors_of_the_model_are_one_line(folder, tiny_folder, capsys, arguments, sentence):
     model = [] if "--model" in arguments else ["--model", str(tiny_folder)]
     assert run(["segment", "a.png", *arguments, *model]) == 2
     error = capsys.readouterr().err
@@ -344,7 +344,7 @@ def test_labels_of_one_tool_become_those_of_another(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_many_pictures_at_once(folder, loaded, capsys, monkeypatch):
+def test_many_images_at_once(folder, loaded, capsys, monkeypatch):
     (folder / "in").mkdir()
     for name in ("c.png", "d.jpg", "note.txt"):
         (folder / "in" / name).write_bytes((folder / "a.png").read_bytes())
@@ -362,7 +362,7 @@ def test_many_pictures_at_once(folder, loaded, capsys, monkeypatch):
         assert [row.split("\t")[0] for row in rows] == names
 
 
-def test_a_new_folder_takes_what_the_format_makes(folder, loaded, capsys):
+def test_output_of_each_format_in_a_new_folder(folder, loaded, capsys):
     question = ["a.png", "b.jpg", "--text", "dog"]
     assert run(["segment", *question, "-o", "new/overlays/"]) == 0
     assert sorted(os.listdir("new/overlays")) == ["a-ovsam.png", "b-ovsam.png"]

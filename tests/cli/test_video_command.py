@@ -1,4 +1,4 @@
-"""`ovsam video`: what it writes, and what it refuses."""
+"""`ovsam video`: outputs and errors."""
 
 import json
 
@@ -96,14 +96,14 @@ def test_an_interruption_closes_both_files(model, clip, monkeypatch):
         (["{clip}", "--text", "dog", "--vocabulary", "coco", "-o", "out.mp4"], "already gives the text queries"),
     ],
 )
-def test_what_cannot_work_is_refused_before_a_model_is_loaded(clip, capsys, arguments, message):
+def test_invalid_arguments_raise_an_error_before_a_model_is_loaded(clip, capsys, arguments, message):
     path = str(clip[0] / "clip.mp4")
     assert ovsam_cli.main(["video", *(one.replace("{clip}", path) for one in arguments)]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["10,20", "x:10,20", "0:10", "-1:10,20"])
-def test_a_prompt_without_a_frame_is_refused(clip, capsys, value):
+def test_a_prompt_without_a_frame_raises_an_error(clip, capsys, value):
     with pytest.raises(SystemExit):
         ovsam_cli.main(["video", str(clip[0] / "clip.mp4"), "--point", value, "-o", "out.mp4"])
     assert value.removeprefix("0:") in capsys.readouterr().err

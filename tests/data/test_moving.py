@@ -22,7 +22,7 @@ def masks_of(scene: MovingScene) -> np.ndarray:
     return np.stack([scene.draw(frame)[1] == numbers for frame in range(0, len(scene), 4)])
 
 
-def test_a_scene_depends_on_its_seed_and_number_alone(pieces):
+def test_a_scene_depends_only_on_its_seed_and_number(pieces):
     one, again, other = (MovingScene(pieces, 3, number) for number in (1, 1, 2))
     for frame in (0, 30):
         for drawn, same in zip(one.draw(frame), again.draw(frame), strict=True):
@@ -69,6 +69,6 @@ def test_the_background_shows_no_word_of_the_scene(pieces):
     assert min(pieces.background(rng, everything, 300).size) >= 300  # no photograph is left: a pattern
 
 
-def test_data_without_an_object_to_cut_out_are_refused():
+def test_data_without_an_object_to_cut_out_raise_an_error():
     with pytest.raises(InputError, match="no object to cut out"):
         Pieces(Coco(PHOTOS / "annotations.json", PHOTOS / "images"), min_area=10**6)

@@ -1,4 +1,4 @@
-"""The COCO reader and pictures that are annotated for some words only, as LVIS writes it."""
+"""The COCO reader and images that are annotated for some words only, in the form of LVIS."""
 
 import json
 
@@ -13,7 +13,7 @@ CATEGORIES = [{"id": 7, "name": "cup"}, {"id": 3, "name": "pen"}, {"id": 5, "nam
 
 
 def write_set(folder, *partial, categories=CATEGORIES):
-    """A cup in each picture; `partial` holds what each picture says beside its size."""
+    """A cup in each image; `partial` has the further fields of each image."""
     images, annotations = [], []
     for number, more in enumerate(partial, 1):
         Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(folder / f"{number}.png")
@@ -29,7 +29,7 @@ def known(data, index):
     return {word.name for word, is_known in zip(data.words, data[index]["known"].tolist(), strict=True) if is_known}
 
 
-def test_pictures_of_both_kinds_in_one_json(tmp_path):
+def test_images_of_both_kinds_in_one_json(tmp_path):
     data = open_data(
         write_set(
             tmp_path,
@@ -45,14 +45,14 @@ def test_pictures_of_both_kinds_in_one_json(tmp_path):
     assert known(data, 3) == {"cup"}
 
 
-def test_categories_with_frequencies_are_read_where_pictures_name_their_files(tmp_path):
+def test_categories_with_frequencies_and_images_with_file_names(tmp_path):
     categories = [category | {"frequency": "f", "synonyms": []} for category in CATEGORIES]
     config = write_set(tmp_path, {"neg_category_ids": [9], "not_exhaustive_category_ids": []}, categories=categories)
     assert known(open_data(config), 0) == {"cup", "owl"}
     assert known(open_data(config | {"format": "lvis"}), 0) == {"cup", "owl"}
 
 
-def test_a_crowd_is_unknown_in_a_partial_picture(tmp_path):
+def test_a_crowd_is_unknown_in_a_partial_image(tmp_path):
     config = write_set(tmp_path, {"neg_category_ids": [3], "not_exhaustive_category_ids": []})
     content = json.loads(config["annotations"].read_text())
     crowd = {"id": 2, "image_id": 1, "category_id": 7, "iscrowd": 1}

@@ -1,4 +1,4 @@
-"""Objects cut out of one picture and pasted onto another: every mask is exactly the pixels that show its object."""
+"""Objects cut out of one image and pasted onto another: every mask has exactly the visible pixels of its object."""
 
 import json
 
@@ -56,13 +56,13 @@ def test_earlier_objects_lose_the_pixels_that_are_covered():
 @pytest.mark.parametrize(
     "scale, room, size", [(2.0, (99, 99), (40, 20)), (0.5, (99, 99), (10, 5)), (9, (30, 30), (30, 15))]
 )
-def test_a_cut_out_is_scaled_and_kept_within_the_room(scale, room, size):
+def test_a_cut_out_is_scaled_to_the_free_space(scale, room, size):
     piece = Image.new("RGB", (20, 10), RED), np.ones((10, 20), bool)
     image, mask = transform(piece, scale, False, room)
     assert image.size == size and mask.shape == size[::-1] and mask.all()
 
 
-def test_mirroring_moves_the_mask_with_the_picture():
+def test_mirroring_moves_the_mask_with_the_image():
     mask = np.zeros((10, 20), bool)
     mask[:, :5] = True
     image, mirrored = transform((paint(mask, RED), mask), 1.0, True, (99, 99))
@@ -70,7 +70,7 @@ def test_mirroring_moves_the_mask_with_the_picture():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_masks_are_what_the_picture_shows(seed):
+def test_masks_equal_the_visible_pixels(seed):
     behind = disc(60, 80, 30, 30, 12)
     pieces = [(Image.new("RGB", (21, 21), color), disc(21, 21, 10, 10, 10)) for color in (RED, BLUE)]
     rng = np.random.default_rng(seed)
@@ -81,7 +81,7 @@ def test_masks_are_what_the_picture_shows(seed):
 
 @pytest.fixture
 def config(tmp_path):
-    """Six pictures with a disc each, a red cup or a green pen."""
+    """Six images with a disc each, a red cup or a green pen."""
     images, annotations = [], []
     for number in range(6):
         mask = disc(64, 64, 20 + 4 * number, 32, 10)
@@ -119,6 +119,6 @@ def test_without_pasting_samples_are_as_before(config):
         )
 
 
-def test_a_negative_number_is_refused(config):
+def test_a_negative_number_raises_an_error(config):
     with pytest.raises(InputError, match="paste = -1"):
         open_data(config | {"paste": -1})

@@ -34,7 +34,7 @@ COCO = {
     "images": SETS / "coco/val2017",
 }
 LVIS = {"format": "lvis", "annotations": SETS / "lvis/lvis_v1_val.json", "images": SETS / "coco"}
-UNTURNED = {  # what a camera does to a picture of each EXIF orientation, the reverse of turning it upright
+UNTURNED = {  # how a camera stores an image of each EXIF orientation, the inverse of rotating it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -77,7 +77,7 @@ def white_on_black(width, height, *boxes):
 
 
 def small_coco(folder, change=None, pictures=1, box=(12, 6, 30, 26), **picture):
-    """A COCO set of 48x32 pictures with one thing each; `change` edits the json."""
+    """A COCO set of 48x32 images with one object each; `change` edits the json."""
     content = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "cup"}, {"id": 3, "name": "pen"}]}
     for number in range(1, pictures + 1):
         white_on_black(48, 32, box).save(folder / f"{number}.png")
@@ -151,13 +151,13 @@ def test_coco_values():
     assert torch.equal(second["masks"][0], box_mask(64, 8, 8, 24, 40) | box_mask(64, 36, 8, 56, 40))
     assert torch.equal(second["masks"][1], box_mask(64, 20, 30, 44, 50))
     assert (second["masks"][0] & second["masks"][1]).sum() == 120
-    # The crowd is no object, and says that persons are not all outlined.
+    # The crowd is not an object; persons are not annotated exhaustively in its image.
     assert names(data, third) == ["bottle", None, None, None]
     assert third["masks"][0].sum() == pytest.approx(np.pi * 16 * 24 * 64 / 96, rel=0.02)
     assert known(data, first) == {"person", "dog", "bottle"} and known(data, third) == {"dog", "bottle"}
 
 
-def test_coco_counts_what_it_leaves_out():
+def test_coco_counts_skipped_annotations():
     data = open_data(COCO)
     assert data.describe().splitlines() == [
         "coco: 3 images, 5 instances of 3 words",
@@ -192,7 +192,7 @@ def test_coco_reads_back_our_own_json(tmp_path):
     data = open_data({"format": "coco", "annotations": tmp_path / "found.json", "size": 96, "max_objects": 2})
     assert [word.name for word in data.words] == ["cup", "pen", "ant"]
     assert alike(data[0]["masks"][0], 12, 12, 60, 60) and alike(data[0]["masks"][1], 66, 30, 90, 90)
-    # Beside another folder of the same pictures, whatever path they had.
+    # Another folder of the same images, with other paths in the json.
     moved = tmp_path / "moved"
     moved.mkdir()
     path.rename(moved / path.name)
@@ -259,7 +259,7 @@ def edit(table, **values):
         (edit("annotations", segmentation="1.png"), "neither polygons nor run lengths"),
     ],
 )
-def test_coco_refuses_annotations_that_cannot_work(tmp_path, change, message):
+def test_invalid_coco_annotations_raise_an_error(tmp_path, change, message):
     with pytest.raises(InputError, match=message) as caught:
         open_data(small_coco(tmp_path, change))
     assert "\n" not in str(caught.value)
@@ -282,7 +282,7 @@ def test_coco_refuses_annotations_that_cannot_work(tmp_path, change, message):
         (LVIS["annotations"], 'looks like LVIS; read it with format = "lvis"'),
     ],
 )
-def test_a_json_of_another_format_is_refused_by_its_name(tmp_path, content, message):
+def test_the_error_about_a_json_of_another_format_names_the_format(tmp_path, content, message):
     path = content if isinstance(content, Path) else tmp_path / "other.json"
     if path is not content:
         path.write_text(json.dumps(content))
@@ -290,7 +290,7 @@ def test_a_json_of_another_format_is_refused_by_its_name(tmp_path, content, mess
         open_data({"format": "coco", "annotations": path, "images": tmp_path})
 
 
-def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path):
+def test_a_missing_file_and_other_content_raise_an_error(tmp_path):
     with pytest.raises(InputError, match="no annotations at .*nowhere.json"):
         open_data({"format": "coco", "annotations": tmp_path / "nowhere.json"})
     (tmp_path / "cut.json").write_text('{"images": [')
@@ -303,7 +303,7 @@ def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path):
 # Pictures
 
 
-def test_pictures_that_cannot_be_read_are_listed_before_training(tmp_path):
+def test_images_that_cannot_be_read_are_listed_before_training(tmp_path):
     config = small_coco(tmp_path, pictures=6)
     white_on_black(48, 32).save(tmp_path / "whole.jpg")
     (tmp_path / "1.png").unlink()
@@ -324,7 +324,7 @@ def test_pictures_that_cannot_be_read_are_listed_before_training(tmp_path):
         open_data(config)
 
 
-def test_a_picture_found_damaged_in_training_gives_way_to_the_next(tmp_path, caplog):
+def test_an_image_found_damaged_in_training_is_replaced_by_the_next(tmp_path, caplog):
     config = small_coco(tmp_path, pictures=3) | {"check": False}
     (tmp_path / "2.png").write_bytes(b"")
     data = open_data(config)
@@ -344,10 +344,8 @@ def test_a_size_that_the_json_lacks_is_that_of_the_image(tmp_path):
 
 @pytest.mark.parametrize("orientation", UNTURNED)
 @pytest.mark.parametrize("annotated", ["upright", "stored"])
-def test_outlines_are_turned_with_their_picture_only_where_they_are_of_the_stored_pixels(
-    tmp_path, orientation, annotated
-):
-    """The json's width and height tell which; where both are the same, outlines are of the upright picture."""
+def test_outlines_are_rotated_only_if_they_refer_to_the_stored_pixels(tmp_path, orientation, annotated):
+    """The width and height in the json decide; if both are the same, outlines refer to the upright image."""
     sideways = orientation >= 5
     upright = white_on_black(48, 32, (12, 6, 30, 26))
     stored = upright.transpose(UNTURNED[orientation])
@@ -366,7 +364,7 @@ def test_outlines_are_turned_with_their_picture_only_where_they_are_of_the_store
         assert (mask ^ bright).sum() < 60  # JPEG's own edges
 
 
-def test_size_and_orientation_come_from_the_header_alone(tmp_path):
+def test_size_and_orientation_are_read_from_the_header(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     white_on_black(48, 32).save(tmp_path / "a.jpg", exif=exif)
@@ -403,7 +401,7 @@ def test_compressed_run_lengths_are_read_as_pycocotools_reads_them():
         assert np.array_equal(np.repeat(np.arange(len(lengths)) % 2, lengths), mask.ravel(order="F"))
 
 
-def test_crops_and_mirrors_move_masks_with_their_pictures(tmp_path):
+def test_crops_and_mirrors_move_masks_with_their_images(tmp_path):
     data = open_data(small_coco(tmp_path) | {"size": 96, "crop": 0.2, "flip": True, "draws": 40, "max_objects": 1})
     assert len(data) == 40
     areas, centres = set(), []
@@ -421,7 +419,7 @@ def test_crops_and_mirrors_move_masks_with_their_pictures(tmp_path):
         data[40]
 
 
-def test_of_too_many_objects_each_sample_holds_some_and_the_words_of_the_others_are_unknown(tmp_path):
+def test_a_sample_has_some_of_too_many_objects_and_the_words_of_the_others_are_unknown(tmp_path):
     def many(content):
         for number in range(2, 9):
             outline = [rectangle(5 * number, 2, 5 * number + 4, 30)]
@@ -443,7 +441,7 @@ def test_of_too_many_objects_each_sample_holds_some_and_the_words_of_the_others_
 # LVIS
 
 
-def test_lvis_values_and_what_is_known():
+def test_lvis_values_and_known_words():
     data = open_data(LVIS | {"size": 64, "max_objects": 2})
     aerosol, bow, dog, speaker, monitor = (word.name for word in data.words)
     assert (aerosol, bow, dog) == ("aerosol can", "bow (weapon)", "dog")
@@ -458,7 +456,7 @@ def test_lvis_values_and_what_is_known():
     assert known(data, third) == {dog}
 
 
-def test_lvis_finds_coco_pictures_in_either_folder():
+def test_lvis_finds_coco_images_in_either_folder():
     assert open_data(LVIS | {"images": SETS / "coco/val2017"}).pictures == 3
 
 
@@ -468,7 +466,7 @@ def test_lvis_holds_out_rare_words():
     assert names(data, data[1])[:2] == ["dog", None] and "bow (weapon)" not in known(data, data[1])
 
 
-def test_lvis_refuses_coco():
+def test_a_coco_json_as_lvis_raises_an_error():
     with pytest.raises(InputError, match='JSON file of LVIS v1 .* looks like COCO; read it with format = "coco"'):
         open_data(COCO | {"format": "lvis"})
 
@@ -484,7 +482,7 @@ def test_sa1b_values():
     assert outlined(first["masks"]).tolist() == [True, True, True, False]
 
 
-def test_sa1b_leaves_out_incomplete_pairs_and_refuses_masks_of_another_size(tmp_path):
+def test_sa1b_skips_incomplete_pairs_and_raises_an_error_for_masks_of_another_size(tmp_path):
     folder = shutil.copytree(SETS / "sa1b", tmp_path / "sa1b")
     (folder / "sa_2.jpg").unlink()
     (folder / "sa_3.json").write_text('{"image": ')
@@ -615,7 +613,7 @@ def make_rows(objects, category=None, picture=None, **columns):
 POLYGONS = datasets.List(datasets.List(datasets.List(datasets.Value("float32"))))
 
 
-def test_huggingface_refuses_rows_that_cannot_work(tmp_path):
+def test_invalid_rows_of_huggingface_raise_an_error(tmp_path):
     inside, outside = [[rectangle(2, 2, 9, 9)]], [[rectangle(2, 2, 90, 9)]]
     good = make_rows({"category": ["cup"], "segmentation": inside}, segmentation=POLYGONS)
     assert HuggingFace(good).pictures == 1
@@ -660,7 +658,7 @@ def test_emojiscenes_are_their_scenes():
     assert sample["known"].all()
 
 
-def test_a_mixture_has_the_shares_and_the_words_of_its_sets_and_knows_no_more():
+def test_a_mixture_has_the_shares_words_and_known_words_of_its_sets():
     coco = {key: str(value) for key, value in COCO.items()} | {"share": 3}
     sets = [coco, {"format": "emojiscenes", "share": 1} | SCENES, {"format": "sa1b", "folder": str(SETS / "sa1b")}]
     config = {"format": "mixture", "size": 64, "max_objects": 5, "seed": 3, "length": 400, "sets": sets}
@@ -676,7 +674,7 @@ def test_a_mixture_has_the_shares_and_the_words_of_its_sets_and_knows_no_more():
         sample = data[index]
         kinds.add(int(data.which[index]))
         known_here = int(sample["known"].sum())
-        if data.which[index] == 0:  # COCO knows its own words and no pictogram
+        if data.which[index] == 0:  # words of COCO are known, pictograms are not
             assert known_here in (2, 3) and sample["known"][:3].sum() == known_here
         elif data.which[index] == 1:
             scenes = data.sets[1].data
@@ -723,7 +721,7 @@ def test_merged_words_keep_all_keywords_and_are_held_out_only_by_all():
         ),
     ],
 )
-def test_a_recipe_that_cannot_work_is_refused(config, message):
+def test_an_invalid_recipe_raises_an_error(config, message):
     with pytest.raises(InputError, match=message):
         open_data(config)
 

@@ -1,4 +1,4 @@
-"""EmojiScenes: the same index is the same picture, and what is held out stays out."""
+"""EmojiScenes: the same index gives the same image, and held-out words are never drawn."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_every_object_keeps_its_visible_share():
     scene = draw_scene(5, 1, np.arange(len(all_words())), config)
     areas = np.bincount(scene.index_map.ravel(), minlength=len(scene.word_ids) + 1)[1:]
     assert len(scene.word_ids) >= 5 and (areas > 64).all()
-    # An object's colours stand where its mask says: inside, the picture differs from the background's low variety.
+    # The colours of an object are inside its mask, where they vary more than the background.
     assert scene.index_map.max() == len(scene.word_ids)
 
 
@@ -73,7 +73,7 @@ def test_training_never_draws_a_novel_word():
     assert len(drawn) > 100 and all(words[i].split == "base" for i in drawn)
 
 
-def test_novel_words_are_drawn_for_calibration_alone():
+def test_novel_words_are_drawn_only_for_calibration():
     data = SceneDataset(3, seed=1, config=SceneConfig(canvas=192, max_size=60))
     before = data[0]["image"]
     data.novel = 2
@@ -97,7 +97,7 @@ def test_deepest_point_is_the_farthest_from_outside(holes):
     assert distance[(inside == (y, x)).all(1)][0] == distance.max()
 
 
-def test_related_words_are_no_fair_absent_words():
+def test_related_words_are_not_absent_words():
     dog, face = Word("a", "dog", ("pet",), "base"), Word("b", "dog face", ("puppies",), "base")
     assert related(dog, face) and not related(dog, Word("c", "bus", ("vehicle",), "base"))
 
@@ -113,7 +113,7 @@ def test_the_frozen_set_has_its_documented_counts(val):
         assert len(set(image["absent_words"])) == 20 and not present & set(image["absent_words"])
 
 
-def test_the_frozen_set_is_what_freeze_draws(val):
+def test_freeze_draws_the_frozen_set(val):
     words, drawn = all_words()[:WORDS], set(range(WORDS))
     required = required_words(np.random.default_rng(SEED), words, drawn, 100)
     for number, ids in enumerate(required, 1):
@@ -139,7 +139,7 @@ def test_the_openmoji_set_has_its_documented_counts(val, openmoji):
 
 
 @pytest.mark.parametrize("folder", [VAL, OPENMOJI])
-def test_frozen_masks_fit_their_pictures(folder):
+def test_frozen_masks_fit_their_images(folder):
     content = json.loads((folder / "annotations.json").read_text())
     for image in content["images"][:10]:
         with Image.open(folder / image["file_name"]) as picture:

@@ -71,7 +71,7 @@ def test_a_package_is_drawn_once_and_kept(package):
     assert styles.drawable(["made-up"]) == sorted((square, disc))
 
 
-def test_another_hash_is_refused(package, monkeypatch):
+def test_another_hash_raises_an_error(package, monkeypatch):
     made, _, _ = package
     wrong = dataclasses.replace(made, sha512="another")
     with pytest.raises(InputError, match="made-up@1.0.0 from npm has an unexpected hash"):
@@ -87,7 +87,7 @@ def test_a_missing_npm_is_named(package, monkeypatch):
         styles.sprites("made-up")
 
 
-def test_an_unknown_style_is_refused():
+def test_an_unknown_style_raises_an_error():
     with pytest.raises(InputError, match="no drawing style 'crayon'; choose one of noto, twemoji"):
         styles.sprites("crayon")
 

@@ -1,4 +1,4 @@
-"""The demo: what a session holds, the limits, the downloads, and the server as gradio_client sees it."""
+"""The demo: sessions, limits, downloads, and the server through gradio_client."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def labels(session, **sliders):
     return [one.label for one in session.shown(Sliders(**sliders))]
 
 
-def test_sliders_do_what_filter_does(session):
+def test_sliders_filter_like_results(session):
     answer = session.scene.found
     assert labels(session) == ["cat", "cat", "dog"]
     assert labels(session, score=0.3) == answer.filter(score=0.3).labels == ["cat", "dog"]
@@ -73,7 +73,7 @@ def test_corrections_are_undone_one_by_one(session):
 
     for change in (rename, lambda s: s.edit("found 1", hidden=True), lambda s: s.edit("found 2", deleted=True)):
         session.change(change(session.scene))
-    assert labels(session) == ["fox"] and session.shown(Sliders(score=0.9))[0].score == 1  # a person is sure
+    assert labels(session) == ["fox"] and session.shown(Sliders(score=0.9))[0].score == 1  # set by the user
     canvas, listing = session.view(Sliders())
     assert [row["label"] for row in listing["rows"]] == ["cat", "fox"]  # the hidden one can be shown again
     assert listing["counts"] == [["fox", 1, canvas["shapes"][1]["colour"]]] and listing["left"].startswith("1 more")
@@ -155,7 +155,7 @@ def test_features_are_few_a_session_and_bounded_in_all():
     assert len(kept) == 0
 
 
-def test_limits_of_uploads_are_one_sentence_without_the_path(tmp_path, monkeypatch):
+def test_errors_about_uploads_do_not_show_the_path(tmp_path, monkeypatch):
     def sentence(name):
         with pytest.raises(InputError) as error:
             engine.Upload(tmp_path / name, name, "")
@@ -184,7 +184,7 @@ def test_sessions_are_bounded_and_take_their_files_with_them(tmp_path, session):
 
 
 @pytest.mark.parametrize("kind", app.FORMATS)
-def test_every_download_holds_the_corrected_names(session, tmp_path, kind):
+def test_every_download_has_the_corrected_names(session, tmp_path, kind):
     session.change(session.scene.edit("found 3", label="red/fox").edit("found 2", deleted=True))
     path = app.FORMATS[kind](session.shown(Sliders()), session.picture.path, tmp_path)
     if kind == "COCO json":
@@ -277,12 +277,12 @@ def test_a_client_gets_the_answers_of_the_library_and_of_the_page(page, client):
         ("/what", {"points": [[5]]}, "A point is"),
         ("/what", {"boxes": [[5, 6]]}, "each must be 4 numbers"),
         ("/what", {}, "Pass points, boxes or masks"),
-        ("/where", {}, "Pass words, or exemplars"),
+        ("/where", {}, "pass words or exemplars"),
         ("/everything", {"vocabulary": "/etc/passwd"}, "A vocabulary is a list of words or one of own, coco"),
         ("/where", {"words": ["cat"], "model": "/no/model"}, "no"),
     ],
 )
-def test_mistakes_are_answered_in_one_sentence(client, endpoint, asked, sentence):
+def test_errors_are_one_sentence(client, endpoint, asked, sentence):
     with pytest.raises(Exception, match=re.escape(sentence)) as error:
         client.predict(handle_file(str(EXAMPLE)), **asked, api_name=endpoint)
     assert "Traceback" not in str(error.value)
@@ -306,7 +306,7 @@ def test_on_a_space_models_come_from_the_hub(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_twenty_visitors_at_once_get_their_own_images(page, tmp_path, monkeypatch):
     """Each has a part of another size of the example by the same file name, and some ask again."""
-    monkeypatch.setattr(engine.features, "size", 100_000_000)  # three pictures: most are encoded again
+    monkeypatch.setattr(engine.features, "size", 100_000_000)  # three images: most are encoded again
     whole, together = Image.open(EXAMPLE).convert("RGB"), threading.Barrier(20)
     segmenter, biggest = engine.models.get("ovsam-tiny"), 0
 
@@ -343,7 +343,7 @@ def test_the_command_serves_this_machine_only_by_default(monkeypatch):
     assert served == [("auto", "127.0.0.1", 7860, False), ("m", "0.0.0.0", 80, True)]
 
 
-def test_a_port_in_use_is_refused_in_one_sentence(page, capsys):
+def test_a_port_in_use_raises_an_error(page, capsys):
     port = page.url.rstrip("/").rsplit(":", 1)[1]
     assert ovsam_cli.main(["demo", "--model", "ovsam-tiny", "--port", port]) == 2
     assert capsys.readouterr().err.endswith(f"cannot be served at 127.0.0.1:{port}; try another --port.\n")

@@ -1,4 +1,4 @@
-"""The demo in a real browser, from the picture to the file. Screenshots of all that is looked at go to a temporary
+"""The demo in a real browser, from the image to the file. Screenshots of all steps go to a temporary
 folder, or to the one that OVSAM_SCREENSHOTS names."""
 
 import os
@@ -38,7 +38,7 @@ def shots(tmp_path_factory):
 
 
 class Visitor:
-    """A browser tab with the demo, and what one does there."""
+    """A browser tab with the demo, and the actions of a user."""
 
     def __init__(self, browser, url, width=1400, theme="light"):
         self.tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
@@ -53,7 +53,7 @@ class Visitor:
         playwright.expect(self.tab.locator("#canvas .stage")).to_be_visible()
 
     def click(self, x, y, **how):
-        """At a place of the picture, in shares of its sides."""
+        """At a position of the image, in fractions of its sides."""
         size = self.tab.locator("#canvas svg").bounding_box()
         self.tab.locator("#canvas svg").click(position={"x": x * size["width"], "y": y * size["height"]}, **how)
 
@@ -92,7 +92,7 @@ def soon(count, locator):
     playwright.expect(locator).to_have_count(count)
 
 
-def test_from_a_picture_to_a_corrected_coco_file(visitor, page, shots, tmp_path):
+def test_from_an_image_to_a_corrected_coco_file(visitor, page, shots, tmp_path):
     segmenter, tab = engine.models.get("ovsam-tiny"), visitor.tab
     visitor.give(EXAMPLE)
     wait_until(lambda: page.asked == ["encode"])
@@ -161,7 +161,7 @@ def test_from_a_picture_to_a_corrected_coco_file(visitor, page, shots, tmp_path)
     wait_until(lambda: not (len(app.sessions) or len(engine.features) or folder.exists()))
 
 
-def test_mistakes_are_one_message(visitor, page, tmp_path):
+def test_errors_are_one_message(visitor, page, tmp_path):
     tab, message = visitor.tab, visitor.tab.locator(".toast-body")
     visitor.find("cat")
     playwright.expect(message).to_contain_text("There is no picture yet: choose one, or take an example.")

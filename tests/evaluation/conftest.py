@@ -7,7 +7,7 @@ from ovsam.ops import rle
 
 @pytest.fixture
 def coco():
-    """Two pictures; word 1 in both, word 2 in the second alone, word 3 nowhere; and the masks of the three objects."""
+    """Two images; word 1 in both, word 2 in the second only, word 3 in none; and the masks of the three objects."""
     dataset, codes = COCO(), []
     annotations = []
     for i, (image, word, x) in enumerate([(1, 1, 0), (2, 1, 5), (2, 2, 20)]):

@@ -11,7 +11,7 @@ from ovsam.evaluation import compare
     "name, found, better",
     [(0.02, 0.0, True), (0.0, 0.0, False), (0.005, 0.005, False), (0.2, -0.02, False), (-0.005, 0.02, True)],
 )
-def test_a_tuned_model_must_gain_and_lose_nothing(coco, tmp_path, monkeypatch, capsys, name, found, better):
+def test_a_tuned_model_is_better_if_no_figure_falls(coco, tmp_path, monkeypatch, capsys, name, found, better):
     """Less than MARGIN is no difference."""
     change = dict(zip(compare.DECISIVE, (name, found), strict=True))
     figures = {model: dict.fromkeys(compare.COMPARED, 0.5) for model in ("base", "tuned")}

@@ -1,4 +1,4 @@
-"""Data sets as they are measured on: what is completed, refused, absent, held out, or annotated in part."""
+"""Data sets of evaluation: completed fields, errors, absent and held-out words, partial annotation."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_a_plain_coco_json_is_completed(tmp_path):
     assert [one["iscrowd"] for one in data.truth([1]).objects] == [0, 1]
 
 
-def test_what_is_no_data_set_is_refused(tmp_path):
+def test_other_paths_than_data_sets_raise_an_error(tmp_path):
     with pytest.raises(InputError, match="must have both"):
         open_coco(write(tmp_path, annotations=[]))
     (tmp_path / "list.json").write_text("[1, 2]")
@@ -80,7 +80,7 @@ def test_every_class_of_coco_has_a_name_in_lvis():
     assert set(COCO_IN_LVIS) <= set(coco) and not set(COCO_IN_LVIS) & lvis
 
 
-def test_lvis_knows_what_an_image_was_searched_for(tmp_path):
+def test_lvis_classes_annotated_in_an_image(tmp_path):
     categories = [{"id": i, "name": name, "frequency": f} for i, name, f in ((7, "floor_mat", "f"), (8, "cup", "r"))]
     image = {"id": 1, "width": 20, "height": 20, "coco_url": "http://images.cocodataset.org/val2017/a.png"}
     image |= {"neg_category_ids": [8], "not_exhaustive_category_ids": [7]}

@@ -1,4 +1,4 @@
-"""`ovsam eval` with a small random model: what is asked, what is written, and that a stopped evaluation goes on."""
+"""`ovsam eval` with a small random model: questions, outputs, and interrupted evaluations."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
-def test_prompts_are_what_the_segmenter_answers(segmenter, dataset):
+def test_prompts_equal_the_results_of_the_segmenter(segmenter, dataset):
     data = open_set(dataset)
     record = Examiner(segmenter, data).ask(1, ("prompts",))
     objects, truth = data.objects(1)
@@ -57,7 +57,7 @@ def test_prompts_are_what_the_segmenter_answers(segmenter, dataset):
         assert {"feature-crop", "image-crop", "box, large"} <= row["rank"].keys()  # all four are words of LVIS
 
 
-def test_words_and_everything_are_what_the_segmenter_answers(segmenter, dataset):
+def test_words_and_everything_equal_the_results_of_the_segmenter(segmenter, dataset):
     data = open_set(dataset)
     examiner = Examiner(segmenter, data)
     record = examiner.ask(2, ("words", "everything"))
@@ -118,7 +118,7 @@ def test_tasks_and_the_limit(segmenter, dataset, monkeypatch, capsys):
     assert "2 images" in capsys.readouterr().out
 
 
-def test_lvis_is_asked_for_what_its_images_were_searched_for(segmenter, dataset, tmp_path, monkeypatch, capsys):
+def test_lvis_images_are_queried_for_their_annotated_classes(segmenter, dataset, tmp_path, monkeypatch, capsys):
     content = json.loads((dataset / "annotations.json").read_text())
     for image in content["images"]:
         image |= {"neg_category_ids": [3], "not_exhaustive_category_ids": [1]}
@@ -136,7 +136,7 @@ def test_lvis_is_asked_for_what_its_images_were_searched_for(segmenter, dataset,
     assert figures["words -> masks: AP, novel"] == figures["words -> masks: AP, rare"]
 
 
-def test_a_picture_of_another_size_is_refused(segmenter, dataset, tmp_path):
+def test_an_image_of_another_size_raises_an_error(segmenter, dataset, tmp_path):
     picture(1, 64, 64).save(tmp_path / "1.png")
     with pytest.raises(InputError, match="has another size"):
         Examiner(segmenter, open_set(dataset / "annotations.json", tmp_path)).ask(1, ("words",))

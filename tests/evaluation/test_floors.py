@@ -14,7 +14,7 @@ from ovsam.evaluation.timing import measure_time
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
 PHOTOS = ROOT / "tests" / "data" / "photos-val"
-IMAGES = 24  # of each frozen set; floors are below what `ovsam eval` prints for the whole of it
+IMAGES = 24  # of each frozen set; floors are below the figures of `ovsam eval` on the whole set
 FLOORS = {
     PHOTOS: {
         "box: mean IoU": 0.48,

@@ -20,7 +20,7 @@ def square(x: int, y: int, side: int, size: int = 100) -> np.ndarray:
 
 
 def test_boundary_iou_by_hand():
-    """In a picture of 100 x 100 a boundary is round(0.02 * 141.4) = 3 pixels wide: of a square of side n it has
+    """In an image of 100 x 100 a boundary is round(0.02 * 141.4) = 3 pixels wide: of a square of side n it has
     n^2 - (n - 6)^2 pixels."""
     assert metrics.boundary_iou(square(20, 20, 30), square(20, 20, 30)) == 1
     assert metrics.boundary_iou(square(0, 0, 20), square(50, 50, 20)) == 0
@@ -35,7 +35,7 @@ def test_boundary_iou_by_hand():
 
 
 def test_the_border_of_the_image_counts_as_outside():
-    """The boundary of a mask that fills the picture is a frame."""
+    """The boundary of a mask that fills the image is a frame."""
     assert metrics.erode(np.ones((20, 30), bool), 4).sum() == 12 * 22
     assert not metrics.erode(np.ones((7, 30), bool), 4).any()
     rng = np.random.default_rng(0)
@@ -79,7 +79,7 @@ def test_concept_f1_matches_for_the_largest_sum():
     assert metrics.concept_f1([np.array([[0.9, 0.8], [0.8, 0.1]]), np.zeros((0, 0))])["pmF1"] > 0.6
 
 
-def test_an_object_is_found_once_and_by_its_own_word():
+def test_an_object_counts_once_and_for_its_own_word():
     a, b = (rle.encode(square(x, 0, 10)) for x in (0, 50))
     shifted = rle.encode(square(2, 0, 10))  # IoU 2/3 with a
     words = ["cat", "cat", "dog", "cat"]

@@ -157,7 +157,7 @@ def test_ap_fixed_has_no_cap_an_image_and_one_a_class():
     assert len(kept) == 15 and len(ap.strongest(some, 5, ap.by_image)) == 10
 
 
-def test_ap_pool_counts_scores_that_mean_different_things():
+def test_ap_pool_depends_on_the_calibration_across_classes():
     """Each class ranks its own detections well, but a false one of the first outscores the true one of the second."""
     masks = [box_mask(x, 0, 30, 30) for x in (0, 40, 80)]
     codes = [rle.encode(mask) for mask in masks]

@@ -128,7 +128,7 @@ def test_a_json_of_youtube_vis(tmp_path):
     assert (record["video"], record["object"]) == ("4", 9) and record["J"] > 0.5
 
 
-def test_a_folder_without_videos_is_refused(tmp_path):
+def test_a_folder_without_videos_raises_an_error(tmp_path):
     with pytest.raises(InputError, match="no video with masks"):
         open_videos(tmp_path)
 

@@ -14,7 +14,7 @@ def detection(image, word, score, code):
 
 
 def of_words(coco, found, threshold=0.5, absent=(2, 3)):
-    """The figures of detections, where picture 1 is asked for the absent words."""
+    """The figures of detections; image 1 is queried for the absent words."""
     records = [
         {
             "image_id": image,
@@ -41,14 +41,14 @@ def test_perfect_answers(coco):
 
 
 def test_an_absent_word_that_returns_something_costs_ap_and_is_counted(coco):
-    """Word 2 is not in picture 1: an instance there that scores higher than the one in picture 2 halves precision."""
+    """Word 2 is not in image 1: an instance there with a higher score than the one in image 2 halves precision."""
     dataset, masks = coco
     right = [detection(1, 1, 0.9, masks[0]), detection(2, 1, 0.8, masks[1]), detection(2, 2, 0.7, masks[2])]
     figures = of_words(dataset, [*right, detection(1, 2, 0.95, masks[0])])
     assert figures["words -> masks: AP50, novel"] == pytest.approx(0.5)
     assert figures["words -> masks: AP50, base"] == pytest.approx(1)
     assert figures["absent words that return anything"] == pytest.approx(1 / 3)
-    assert figures["words -> masks: pmF1"] == 1  # what is wrong with an absent word counts in IL_MCC alone
+    assert figures["words -> masks: pmF1"] == 1  # instances of an absent word count in IL_MCC only
     yes, no, extra = 3, 2, 1  # queries: three present ones found, of three absent ones one fired
     expected = (yes * no) / np.sqrt((yes + extra) * yes * (no + extra) * no)
     assert figures["words -> masks: IL_MCC"] == pytest.approx(expected)
@@ -56,7 +56,7 @@ def test_an_absent_word_that_returns_something_costs_ap_and_is_counted(coco):
     assert below["absent words that return anything"] == 0 and below["words -> masks: IL_MCC"] == 1
 
 
-def test_no_answers_score_nothing(coco):
+def test_no_detections_give_zero(coco):
     figures = of_words(coco[0], [])
     assert figures["words -> masks: AP50"] == figures["words -> masks: cgF1"] == 0
 

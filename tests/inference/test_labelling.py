@@ -1,4 +1,4 @@
-"""`ovsam label` with a stand-in for the model: sources, journal, kills, shards, errors, and what it refuses."""
+"""`ovsam label` with a stub of the model: sources, journal, kills, shards and errors."""
 
 import errno
 import importlib.util
@@ -62,7 +62,7 @@ def label(*command, out="out", text="dog cat"):
 
 
 def files_of(folder):
-    """The label files, without what belongs to the journal."""
+    """The label files, without the files of the journal."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in Path(folder).rglob("*")
@@ -95,7 +95,7 @@ def test_a_folder_becomes_label_files(photos, segmenter, capsys):
     assert not Path("out/errors.jsonl").exists()
 
 
-def test_the_second_time_nothing_is_asked(photos, segmenter, capsys):
+def test_a_finished_job_is_not_repeated(photos, segmenter, capsys):
     assert label(photos) == 0
     before = files_of("out")
     segmenter.batches.clear()
@@ -130,7 +130,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(photos, times):
             job.kill()
             killed += 1
         job.wait()
-        if random.random() < 0.5:  # what a power cut leaves: half a record
+        if random.random() < 0.5:  # as after a power cut: half a record
             journal.write_bytes(journal.read_bytes()[: -random.randrange(1, 60)])
     assert killed > times * 0.6
     done = subprocess.run([*command, "killed"], capture_output=True, text=True)
@@ -189,7 +189,7 @@ def test_errors_are_listed_and_the_rest_goes_on(photos, segmenter, capsys, monke
     assert len(Results.from_coco("out/coco.json")) == 18
 
 
-def test_what_does_not_fit_the_memory(photos, segmenter, caplog):
+def test_images_that_do_not_fit_the_memory(photos, segmenter, caplog):
     segmenter.largest = 2 * 48 * 40
     assert label(photos) == 0
     assert segmenter.batches[:3] == [4, 2, 2] and set(segmenter.batches[3:]) == {2}  # it does not try again
@@ -205,7 +205,7 @@ def test_what_does_not_fit_the_memory(photos, segmenter, caplog):
     assert "1400x1200 pixels do not fit into memory, not even in tiles" in Path("out/errors.jsonl").read_text()
 
 
-def test_a_full_disk_keeps_what_was_done(photos, segmenter, monkeypatch, capsys):
+def test_a_full_disk_keeps_the_records(photos, segmenter, monkeypatch, capsys):
     written, write = [], os.write
 
     def write_until_full(file, content):
@@ -233,7 +233,7 @@ def test_a_format_that_cannot_be_written(photos, segmenter, capsys):
     assert "cvat: out/cvat.xml" in out
 
 
-def test_refusals_come_before_the_model(photos, monkeypatch, capsys):
+def test_errors_are_raised_before_the_model_is_loaded(photos, monkeypatch, capsys):
     monkeypatch.setattr(ovsam, "load", None)
     Path("file").touch()
     Path("empty").mkdir()
@@ -289,7 +289,7 @@ def test_a_report_and_the_images_most_worth_correcting(photos, segmenter, capsys
     assert len(keys("out/pick.txt")) == 3
 
 
-def test_a_journal_of_another_command_is_refused(photos, segmenter, capsys):
+def test_a_journal_of_another_command_raises_an_error(photos, segmenter, capsys):
     assert label(photos) == 0
     for command, text, difference in (
         ([photos], "dog cow", 'its words is {"dog": "dog", "cat": "cat"}, not {"dog": "dog", "cow": "cow"}'),
@@ -321,7 +321,7 @@ def test_two_processes_do_not_write_one_journal(photos, segmenter, capsys):
     assert "Another process is writing out/journal.jsonl" in capsys.readouterr().err
 
 
-def test_an_output_inside_the_input_is_no_input(photos, segmenter):
+def test_an_output_inside_the_input_is_skipped(photos, segmenter):
     assert label(photos, "--format", "masks", out=photos / "labels") == 0
     assert label(photos, "--format", "masks", out=photos / "labels") == 0
     assert len(list((photos / "labels").rglob("*.png"))) == 18

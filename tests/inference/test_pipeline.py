@@ -17,7 +17,7 @@ def segment(tiny_folder):
 
 
 @pytest.mark.parametrize("threshold", [0.001, 0.5])
-def test_it_finds_what_the_segmenter_finds(segment, tiny_folder, threshold):
+def test_it_equals_the_segmenter(segment, tiny_folder, threshold):
     """A low threshold lowers that of proposals, too."""
     found = segment(IMAGE, text=["cat", "dog"], threshold=threshold)
     expected = ovsam.load(tiny_folder, device="cpu").where(IMAGE, ["cat", "dog"], threshold=threshold)

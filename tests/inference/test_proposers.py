@@ -1,4 +1,4 @@
-"""Proposers: what each says on tiny random models, and how proposals become instances."""
+"""Proposers: the output of each on tiny random models, and instances from proposals."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ SWIN = {
 
 @pytest.fixture(scope="module")
 def segmenter():
-    """Without a ConceptHead: somebody else has to propose."""
+    """Without a ConceptHead, so that another proposer is needed."""
     return ovsam.Segmenter(tiny_model(concepts_config=None), tiny_processor(), "tiny")
 
 
@@ -148,7 +148,7 @@ def sam3() -> Sam3:
 
 
 def own_answer(detector: Detector, text, labels: list[str]) -> dict:
-    """What the detector's own processor says of a text."""
+    """The output of the detector's own processor for a text."""
     inputs = detector.processor(images=PICTURE, text=text, return_tensors="pt")
     with torch.no_grad():
         outputs = detector.model(**inputs)
@@ -215,7 +215,7 @@ def test_sam3_masks_are_taken_as_they_are(segmenter):
 
 
 def test_a_function_is_a_proposer(segmenter):
-    """Boxes are prompts: the masks are those of `what`, and the names too."""
+    """Boxes are prompts: the masks and class names are those of `what`."""
     box = [20.0, 10.0, 90.0, 70.0]
 
     def mine(question):
@@ -243,7 +243,7 @@ def test_no_proposals_give_no_results(segmenter):
         (Proposals(boxes=torch.zeros(2, 4), word_scores=torch.ones(2, 3)), r"word_scores must be \[n, 2\]"),
     ],
 )
-def test_wrong_shapes_of_proposals_are_refused(segmenter, proposals, message):
+def test_wrong_shapes_of_proposals_raise_an_error(segmenter, proposals, message):
     with pytest.raises(ovsam.InputError, match=message):
         segmenter.where(PICTURE, WORDS, proposer=lambda _: proposals)
 
@@ -266,7 +266,7 @@ def test_clip_dense_points_lie_at_the_highest_similarity(segmenter):
     with torch.no_grad():
         dense = segmenter.model.clip.dense(features.clip)[0]
     cosine = torch.einsum("kd,dhw->khw", embeds, dense)
-    for heat in cosine:  # the strongest cell of each word is among the points, in the picture's pixels
+    for heat in cosine:  # the strongest cell of each word is among the points, in pixels of the image
         row, column = divmod(int(heat.argmax()), heat.shape[1])
         center = torch.tensor([(column + 0.5) * 150 / heat.shape[1], (row + 0.5) * 100 / heat.shape[0]])
         assert (proposals.points - center).abs().amax(1).min() < 1e-3

@@ -47,7 +47,7 @@ def same(one, other):
 
 @torch.no_grad()
 def answer(segmenter, image, threshold=None, **asked):
-    """What the model and the processor answer, by themselves."""
+    """The results of the model and the processor without the segmenter."""
     inputs = segmenter.processor(images=image, **asked)
     post_process = segmenter.processor.post_process_instance_segmentation
     return post_process(segmenter.model(**inputs), target_sizes=inputs["original_sizes"], threshold=threshold)[0]
@@ -56,7 +56,7 @@ def answer(segmenter, image, threshold=None, **asked):
 # ---- where
 
 
-def test_where_is_the_model_and_the_processor(segmenter):
+def test_where_equals_the_model_and_the_processor(segmenter):
     found = segmenter.where(WIDE, ["cat", "dog"], threshold=0.5)
     expected = answer(segmenter, WIDE, text=["cat", "dog"], threshold=0.5)
     assert found.labels == expected["text_labels"] and len(found) > 3
@@ -74,7 +74,7 @@ def test_phrases_stand_for_labels_and_each_instance_keeps_its_own(segmenter, sce
     assert found.presence["animal"] == pytest.approx(best, abs=1e-4)
 
 
-def test_negative_words_drop_what_matches_them_better(segmenter, scene):
+def test_negative_queries_drop_instances_that_match_better(segmenter, scene):
     plain = segmenter.where(scene, ["cat", "dog"], threshold=0.5)
     told = [segmenter.where(scene, ["cat", "dog"], negative=[word], threshold=0.5) for word in WORDS[2:]]
     assert not plain.dropped and min(map(len, told)) < len(plain)
@@ -94,7 +94,7 @@ def test_presence_is_the_highest_score_of_each_word(segmenter, scene):
         assert score == pytest.approx(alone.scores.max(), abs=1e-4)
 
 
-def test_exemplars_alone_and_beside_words(segmenter, scene):
+def test_exemplars_with_and_without_words(segmenter, scene):
     box = BOXES[0]
     alone = segmenter.where(scene, exemplars=[box], **LOW)
     assert set(alone.labels) == {"exemplar"}
@@ -102,7 +102,7 @@ def test_exemplars_alone_and_beside_words(segmenter, scene):
     same(segmenter.where(scene, exemplars=[np.array(box, dtype=np.int64)], **LOW), alone)
     both = segmenter.where(scene, ["cat"], exemplars={"mine": [box], "cat": [box]}, **LOW)
     assert set(both.labels) <= {"cat", "mine"} and {label for label, _ in both[0].topk} == {"cat", "mine"}
-    with pytest.raises(InputError, match="words, or exemplars"):
+    with pytest.raises(InputError, match="pass words or exemplars"):
         segmenter.where(scene)
 
 
@@ -169,7 +169,7 @@ def test_the_best_of_synonyms_counts(segmenter, scene):
 @pytest.mark.parametrize(
     "prompt, message",
     [
-        ({}, "Pass points, boxes"),
+        ({}, "pass points, boxes or masks"),
         ({"points": [[128, 5]]}, "point 128,5 is outside the .*, which is 128x128"),
         ({"points": [[-1, 5]]}, "point -1,5 is outside"),
         ({"boxes": [[50, 5, 10, 60]]}, "box 50,5,10,60 is not inside .*; it must be left,top,right,bottom"),
@@ -178,7 +178,7 @@ def test_the_best_of_synonyms_counts(segmenter, scene):
         ({"points": [[5, 5]], "boxes": [[0, 0, 5, 5], [5, 5, 9, 9]]}, "one box"),
     ],
 )
-def test_prompts_that_make_no_sense_are_refused(segmenter, prompt, message):
+def test_invalid_prompts_raise_an_error(segmenter, prompt, message):
     with pytest.raises(InputError, match=message):
         segmenter.what(picture(), **prompt)
 
@@ -186,7 +186,7 @@ def test_prompts_that_make_no_sense_are_refused(segmenter, prompt, message):
 # ---- everything, edges
 
 
-def test_everything_is_found_by_objectness_whatever_the_words(segmenter, scene):
+def test_everything_is_selected_by_objectness_for_any_words(segmenter, scene):
     found, other = (segmenter.everything(scene, words, objectness=0.5) for words in (["cat", "dog"], ["moon", "star"]))
     unnamed = segmenter.everything(scene, objectness=0.5)
     assert len(found) == len(other) == len(unnamed) > 3
@@ -276,7 +276,7 @@ def test_a_list_of_images_gives_a_list_of_results(segmenter, scene, path, monkey
     assert segmenter.where([], ["cat"]) == [] and len(segmenter.edges([scene, WIDE])) == 2
     with pytest.raises(InputError, match="a list of 2 images, boxes must be a list with one entry for each"):
         segmenter.what([scene, WIDE], boxes=boxes[:1])
-    with pytest.raises(InputError, match="an exemplar is \\(image, box\\)"):
+    with pytest.raises(InputError, match="an exemplar must be \\(image, box\\)"):
         segmenter.where([scene, WIDE], exemplars=boxes[0])
 
 
@@ -293,7 +293,7 @@ def test_a_list_of_images_gives_a_list_of_results(segmenter, scene, path, monkey
         (torch.full((3, 64, 64), 255.0), "floats of an image must be in \\[0, 1\\]"),
     ],
 )
-def test_something_that_is_no_image_is_refused_in_one_sentence(segmenter, image, message):
+def test_other_values_than_images_raise_an_error(segmenter, image, message):
     with pytest.raises(InputError, match=message) as error:
         segmenter.where(image, ["cat"])
     assert "\n" not in str(error.value)

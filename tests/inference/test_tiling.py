@@ -36,7 +36,7 @@ def find(image):
 
 
 def scene(width, height, small, seed=0):
-    """Big shapes, one of them larger than any tile, and `small` ellipses, none of which touch: picture and truth."""
+    """Big shapes, one of them larger than any tile, and `small` ellipses, none of which touch: image and masks."""
     generator = np.random.default_rng(seed)
     picture = Image.new("RGB", (width, height), (128, 128, 128))
     draw = ImageDraw.Draw(picture)
@@ -66,7 +66,7 @@ def scene(width, height, small, seed=0):
     return picture, truth
 
 
-def test_windows_cover_the_picture_and_overlap():
+def test_windows_cover_the_image_and_overlap():
     for size in ((3000, 4000), (1024, 5000), (700, 700), (1025, 1024)):
         windows = tiles(size, 1024, 200)
         seen = np.zeros(size, np.uint8)
@@ -114,7 +114,7 @@ def test_objects_of_the_overview_are_added_and_replace_their_cut_pieces():
     picture, truth = scene(1000, 760, 0)
 
     def ask(image):
-        """Blind to what is nearly all of a picture, as models are."""
+        """Misses objects that cover nearly the whole image, as models do."""
         found = find(image)
         return found._of(one for one in found if one.area < 0.5 * image.width * image.height)
 
@@ -146,12 +146,12 @@ def pieces(left, right):
 def test_an_object_cut_by_a_seam_is_joined_under_the_better_name():
     (one,) = merge(pieces([("dog", 0.6, (20, 10, 100, 30))], [("dog", 0.8, (0, 10, 90, 30))]))
     assert one.bbox == (20, 10, 130, 20) and (one.label, one.score, one.id) == ("dog", 0.8, 1)
-    # The whole thing has a say before a piece of it, even a surer one.
+    # A whole object is kept instead of a part of it, even one of higher score.
     (one,) = merge(pieces([("dog", 0.6, (20, 10, 95, 30))], [("cat", 0.8, (0, 10, 35, 30))]))
     assert one.bbox == (20, 10, 75, 20) and (one.label, one.score) == ("dog", 0.6)
 
 
-def test_words_may_be_kept_apart():
+def test_suppression_per_word():
     two = pieces([("dog", 0.6, (20, 10, 95, 30))], [("cat", 0.8, (0, 10, 35, 30))])
     assert [(one.label, one.bbox[2]) for one in merge(two, per_word=True)] == [("cat", 35), ("dog", 75)]
     same = pieces([("dog", 0.6, (70, 10, 90, 30))], [("cat", 0.8, (10, 10, 30, 30))])
@@ -161,7 +161,7 @@ def test_words_may_be_kept_apart():
 def test_neighbours_in_the_strip_stay_two():
     found = merge(pieces([("dog", 0.6, (62, 10, 78, 30))], [("dog", 0.8, (20, 10, 40, 30))]))
     assert [one.bbox[0] for one in found] == [80, 62]
-    # Two tiles that see different halves of a strip see different things.
+    # Two tiles with different halves of a strip have different instances.
     found = merge(pieces([("dog", 0.6, (10, 10, 100, 30))], [("dog", 0.8, (0, 40, 90, 60))]))
     assert len(found) == 2
 
@@ -178,7 +178,7 @@ def test_pieces_of_one_window_are_joined_only_through_another():
     right = [("dog", 0.8, (0, 10, 40, 30)), ("dog", 0.9, (0, 60, 40, 80))]
     assert len(merge(pieces(left, right))) == 2
     size = (100, 160)
-    bracket = np.zeros((100, 100), bool)  # what the two arms belong to
+    bracket = np.zeros((100, 100), bool)  # the shape of which the arms are parts
     bracket[10:30, :60], bracket[60:80, :60], bracket[10:80, 50:60] = True, True, True
     joint = Results.from_arrays(bracket[None], ["dog"], [0], [0.9], [0.9], ["dog"], "text")
     (one,) = merge(place(instances((100, 100), *left), LEFT, size) + place(joint, RIGHT, size))
@@ -192,7 +192,7 @@ def test_an_overview_adds_new_objects_only():
     assert [one.score for one in merge(small, known)] == [0.6]  # the tile's mask is finer
     crowd = instances(size, ("dog", 0.9, (20, 10, 95, 31)))
     two = pieces([("dog", 0.6, (20, 10, 58, 30)), ("dog", 0.5, (58, 10, 95, 30))], [])
-    assert [one.score for one in merge(two, crowd)] == [0.6, 0.5]  # one blob for two things
+    assert [one.score for one in merge(two, crowd)] == [0.6, 0.5]  # one blob for two objects
     large = instances(size, ("dog", 0.9, (0, 0, 160, 100)))
     found = merge(pieces([("dog", 0.6, (20, 10, 100, 90)), ("dog", 0.7, (5, 5, 15, 15))], []), large)
     assert [(one.score, one.bbox[2]) for one in found] == [(0.9, 160), (0.7, 10)]

@@ -75,7 +75,7 @@ def test_a_file_keeps_size_rate_and_uneven_times(tmp_path, size):
     assert [frame.image.size for frame in frames] == [size] * 5
     assert [round(frame.time, 2) for frame in frames] == times
     first = np.abs(np.asarray(frames[0].image).astype(int) - np.asarray(picture(0, *size))).mean()
-    assert first < 12  # compressed, and this picture: another one differs by some 60
+    assert first < 12  # compressed, but this image: another one differs by some 60
 
 
 def test_a_rotation_flag_is_applied(tmp_path):
@@ -91,7 +91,7 @@ def test_a_rotation_flag_is_applied(tmp_path):
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(lying), -1))
 
 
-def test_a_truncated_file_yields_what_can_be_read_and_then_one_error(tmp_path):
+def test_a_truncated_file_gives_its_frames_and_then_one_error(tmp_path):
     whole = tmp_path / "whole.avi"
     container = av.open(str(whole), "w")
     stream = container.add_stream("mjpeg", rate=10, width=96, height=64, pix_fmt="yuvj420p")
@@ -111,7 +111,7 @@ def test_a_truncated_file_yields_what_can_be_read_and_then_one_error(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"), [("nowhere.mp4", "There is no video"), (3.5, "got float"), (__file__, "cannot be read")]
 )
-def test_what_is_no_video_is_one_clear_error(source, message):
+def test_other_files_than_videos_raise_an_error(source, message):
     with pytest.raises(InputError, match=message):
         FrameSource(source)
 
@@ -181,7 +181,7 @@ def test_wrong_prompts_are_one_clear_error(video, prompt, message):
         list(video.track(scene(1)[0], prompts=[prompt]))
 
 
-# ---- words: detections are given by the test, so that it knows what is right ----------------------------------------
+# ---- words: detections are given by the test ----------------------------------------
 
 
 class Detections:
@@ -217,7 +217,7 @@ def test_words_are_matched_to_tracks_and_new_objects_enter(video):
     assert shown[4][0] == (1, "cat")
 
 
-def test_what_leaves_comes_back_under_its_old_id(video):
+def test_an_object_that_returns_keeps_its_id(video):
     images, masks = scene(2, step=0)
     empty = [Image.fromarray(np.full((HEIGHT, WIDTH, 3), 127, np.uint8))] * 6
     clip = [images[0], images[0], *empty, images[0]]
@@ -225,7 +225,7 @@ def test_what_leaves_comes_back_under_its_old_id(video):
     stream = ovsam.VideoSegmenter(given).track(clip, words=["cat"], redetect_every=1, patience=2)
     ids = []
     for number, frame in enumerate(stream):
-        if 2 <= number < 8 and 1 in stream._objects:  # nothing is there: the tracker is told so
+        if 2 <= number < 8 and 1 in stream._objects:  # no object is there
             stream._session.labels.frames.clear()
         ids.append([one.id for one in frame.results])
     assert ids[0] == [1] and ids[8] == [1]

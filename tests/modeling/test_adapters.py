@@ -1,4 +1,4 @@
-"""The adapters by themselves: what they start as, what trains, that each is a model of its own."""
+"""The adapters by themselves: initial outputs, gradients, and files of their own."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def outputs_of(model, kind):
 
 
 @adapters
-def test_each_is_saved_and_loaded_alone(kind, tmp_path):
+def test_each_adapter_is_saved_and_loaded(kind, tmp_path):
     model = build(kind)
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "modeling_ovsam.py"}
@@ -101,7 +101,7 @@ def test_half_precision_works_and_keeps_boxes_exact(kind):
 # ------------------------------------------------------------------------------------------------ Clip2SamAdapter
 
 
-def test_a_new_clip2sam_adapter_gives_clips_own_embedding():
+def test_a_new_clip2sam_adapter_returns_the_embedding_of_clip():
     torch.manual_seed(0)
     model = Clip2SamAdapter(ADAPTERS["clip2sam"][1])
     inputs = inputs_for("clip2sam")
@@ -174,7 +174,7 @@ def test_sam2clip_gives_the_maps_of_a_mask_decoder():
     out = model(maps())
     assert [tuple(level.shape[1:]) for level in (*out.high_res, out.embedding)] == [(4, 32, 32), (8, 16, 16), (C, 8, 8)]
     assert [tuple(level.shape[1:]) for level in out.pyramid] == [(C, 32, 32), (C, 16, 16), (C, 8, 8)]
-    # Each place of the embedding sees the whole image; the finer maps see their surroundings only.
+    # Each location of the embedding depends on the whole image; the finer maps depend on their surroundings only.
     changed = [level.clone() for level in maps()]
     changed[2][:, :, 0, 0] += 1
     other = model(tuple(changed))

@@ -169,11 +169,11 @@ class TestOpenClipVit(OpenClipTester):
         assert all(torch.equal(side[name], weight) for name, weight in own.items())
 
     @pytest.mark.parametrize("model_cfg", [{"multimodal_cfg": {}}, {"text_cfg": {"hf_model_name": "roberta-base"}}])
-    def test_towers_that_need_other_files_are_refused(self, model_cfg):
+    def test_towers_that_need_other_files_raise_an_error(self, model_cfg):
         with pytest.raises(InputError, match="not supported"):
             OpenClipSide(self.config(**model_cfg))
 
-    def test_a_swin_of_another_size_is_refused(self):
+    def test_a_swin_of_another_size_raises_an_error(self):
         with torch.device("meta"):
             tower = timm_tower("swin_tiny_patch4_window7_224", 224, pool="avg")
             side = OpenClipSide(self.config(vision_cfg=tower), part="vision")

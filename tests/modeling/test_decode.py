@@ -53,7 +53,7 @@ def draw(decoder, b=2, p=5, t=3, dense=(1, 1, C, 1, 1)):
 
 
 def hq_features(decoder, embedding):
-    """What SAM-HQ's decoder makes of the image itself, without the early ViT block."""
+    """The image features of SAM-HQ's decoder, without the early ViT block."""
     if not hasattr(decoder, "hq_token"):
         return None
     return decoder.encoder_conv2(decoder.activation(decoder.encoder_norm(decoder.encoder_conv1(embedding))))
@@ -148,7 +148,7 @@ def test_gradients_are_those_of_transformers(family, dense, cache, monkeypatch):
     for leaf in leaves:
         leaf.requires_grad_()
     inputs[5] = hq_features(decoder, inputs[0])
-    of_image = ("conv_s", "compress_vit")  # what belongs to the image side
+    of_image = ("conv_s", "compress_vit")  # layers of the image side
     leaves += [parameter for name, parameter in decoder.named_parameters() if not name.startswith(of_image)]
 
     def gradients(parts):
@@ -160,7 +160,7 @@ def test_gradients_are_those_of_transformers(family, dense, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("family", KINDS)
-def test_half_precision_is_no_less_exact_than_transformers(family):
+def test_half_precision_is_as_exact_as_transformers(family):
     decoder = build(family)
     inputs = draw(decoder, p=8)
     exact = reference(decoder, *inputs, multimask_output=False)[0]  # one mask: ranks of equal scores may change

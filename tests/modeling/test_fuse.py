@@ -50,7 +50,7 @@ def test_outputs_stay_equal(composition, sam, clip, folds):
             torch.testing.assert_close(two[name], expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
-def test_a_fused_model_is_for_inference_alone(tmp_path):
+def test_a_fused_model_cannot_be_trained_or_saved(tmp_path):
     model = tiny_model()
     fuse(model)
     with pytest.raises(InputError, match="cannot be saved"):

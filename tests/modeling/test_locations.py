@@ -29,7 +29,9 @@ def test_the_location_of_clicks(concepts):
     points = torch.tensor([[[[10.0, 20], [50, 20]], [[10, 20], [50, 20]], [[50, 20], [10, 20]], [[50, 20], [0, 0]]]])
     labels = torch.tensor([[[1, 1], [1, 0], [1, 0], [0, -10]]])
     found = pointed_locations(concepts, points, labels, stride=4.0)
-    assert found.tolist() == [[2, 0, 1, 0]]  # both halves; the left, not the right; the reverse; what is not right
+    assert found.tolist() == [
+        [2, 0, 1, 0]
+    ]  # both halves; the left, not the right; the right, not the left; not the right
 
 
 def test_clicks_at_the_edge(concepts):

@@ -82,7 +82,7 @@ def assert_near(actual, expected):
     assert_close(actual, expected, rtol=0, atol=1e-4 * scale)
 
 
-# ------------------------------------------------------------------------------------------------ what is this?
+# ------------------------------------------------------------------------------------------------ prompts
 
 
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
@@ -121,7 +121,7 @@ def test_three_masks_and_the_name_of_the_best(monkeypatch):
     assert torch.equal(out.pred_boxes, masks_to_boxes(mask > 0) * 4)
     with torch.no_grad():
         embeds = model.clip2sam(out.features.maps, inputs["input_boxes"], mask.sigmoid(), token)
-    assert torch.equal(out.class_embeds, embeds)  # of the best mask, in the person's own box
+    assert torch.equal(out.class_embeds, embeds)  # of the best mask, in the box of the prompt
 
 
 def test_logits_of_prompts_are_scaled_and_shifted_cosines():
@@ -172,7 +172,7 @@ def test_instances_of_words_are_locations_of_the_concept_head():
         assert_close(out.objectness[image, instance], objectness)
         scores.append((logits.max().sigmoid() * objectness).sqrt())
     assert min(scores) > THRESHOLD
-    # In is what scores enough, unless it overlaps something better (Fast NMS: in or out itself).
+    # Kept are the scores over the threshold, unless a higher one overlaps (Fast NMS: kept or not itself).
     everywhere = (concepts.embeds @ words.T + concepts.logit_shift) * concepts.logit_scale
     scores = instance_scores(everywhere.amax(-1), concepts.objectness.sigmoid())
     for image in range(2):
@@ -247,7 +247,7 @@ def test_another_word_changes_no_score():
         assert_close(other, first, rtol=0, atol=1e-4)
 
 
-def test_words_that_differ_by_image_are_answered_as_alone():
+def test_words_per_image_equal_separate_calls():
     model = model_of()
     lists = [["cat", "red ball"], ["dog"]]
     together = ask(model, proposal_threshold=THRESHOLD, **inputs_for(text=lists))
@@ -278,10 +278,10 @@ def test_an_empty_answer():
     assert result["masks"].shape == (0, 30, 20) and result["boxes"].shape == (0, 4)
 
 
-# ------------------------------------------------------------------------------------------------ what is here?
+# ------------------------------------------------------------------------------------------------ everything
 
 
-def test_everything_is_chosen_by_objectness_whatever_the_words():
+def test_everything_is_selected_by_objectness_for_any_words():
     model = model_of()
     unnamed = ask(model, proposal_threshold=THRESHOLD, **inputs_for())
     named = ask(model, proposal_threshold=THRESHOLD, everything=True, **inputs_for(text=["cat", "dog"]))
@@ -342,7 +342,7 @@ def test_features_are_computed_once_and_answer_again(kind, question, monkeypatch
 
 @compositions
 @questions
-def test_an_image_alone_is_as_in_a_batch(kind, question):
+def test_an_image_has_the_same_results_in_a_batch(kind, question):
     model, inputs = model_of(kind), inputs_for(**question)
     together = ask(model, proposal_threshold=THRESHOLD, **inputs)
     for image in range(2):
@@ -420,7 +420,7 @@ def test_without_a_clip2sam_adapter_locations_name_prompts():
             assert_close(out.logits[image, prompt], by_hand, rtol=0, atol=1e-4)
 
 
-def test_without_a_concept_head_prompts_are_named_and_words_refused():
+def test_without_a_concept_head_prompts_are_classified_and_words_raise_an_error():
     model = tiny_model(concepts_config=None)
     out = ask(model, **inputs_for(text=["cat", "dog"], **BOXES))
     assert out.logits.std() > 0.01 and out.features.concepts is None
@@ -431,7 +431,7 @@ def test_without_a_concept_head_prompts_are_named_and_words_refused():
 # ------------------------------------------------------------------------------------------------ mistakes, SAM's way
 
 
-def test_calls_without_an_image_are_refused():
+def test_calls_without_an_image_raise_an_error():
     with pytest.raises(InputError, match="pixel_values, or features"):
         model_of()(input_ids=torch.tensor([[62, 5, 63]]))
     model, inputs = model_of(), inputs_for(text=["cat"])
@@ -459,7 +459,7 @@ def test_transformers_mask_generation_pipeline(tmp_path):
     model.save_pretrained(tmp_path)
     processor().save_pretrained(tmp_path)
     generate = pipeline("mask-generation", model=str(tmp_path))
-    image = picture(1, width=90, height=90)  # that pipeline places its points rightly on square pictures only
+    image = picture(1, width=90, height=90)  # the points of that pipeline are correct on square images only
     found = generate(
         image, points_per_crop=4, points_per_batch=8, pred_iou_thresh=0, stability_score_thresh=0, crops_nms_thresh=1
     )

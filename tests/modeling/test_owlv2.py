@@ -112,11 +112,11 @@ def test_all_outputs_equal_those_of_owlv2(own, side, words, sizes, input_size):
     own_embeds = expected.class_embeds / (expected.class_embeds.norm(dim=-1, keepdim=True) + 1e-6)
     torch.testing.assert_close(concepts.embeds, own_embeds, rtol=0, atol=1e-6)
     torch.testing.assert_close(logits, expected.logits, **close)
-    assert concepts.objectness.std() > 0.1 and concepts.boxes.std(1).min() > 0.1  # they say something
+    assert concepts.objectness.std() > 0.1 and concepts.boxes.std(1).min() > 0.1  # not constant
     if len(words) > 1:
         assert logits.std(-1).mean() > 0.3 and logits.argmax(-1).unique().numel() > 3
 
-    # Its own post-processing, boxes in pixels of each picture; ours goes through the window of the padded square.
+    # Its own post-processing, boxes in pixels of each image; ours goes through the window of the padded square.
     results = process.post_process_grounded_object_detection(expected, threshold=0.0, target_sizes=list(sizes))
     for index, (height, width) in enumerate(sizes):
         scores, labels = logits[index].sigmoid().max(-1)
@@ -205,7 +205,7 @@ def test_regions_pool_to_the_embeddings_of_their_locations(side):
 
 
 def test_the_window_is_the_padding_of_its_own_processor():
-    """A white picture on the zeros it is padded with: the window says where the white ends."""
+    """A white image padded with zeros: the window ends where the white ends."""
     for height, width in ((30, 60), (60, 45), (64, 64), (37, 64)):
         white = np.full((height, width, 3), 255, dtype=np.uint8)
         side = max(height, width)
@@ -219,7 +219,7 @@ def test_the_window_is_the_padding_of_its_own_processor():
         assert (width * right, height * bottom) == pytest.approx((side, side), rel=1e-12)
 
 
-def test_an_input_of_incomplete_patches_is_refused(side):
+def test_an_input_of_incomplete_patches_raises_an_error(side):
     with pytest.raises(InputError, match="multiples of 8 pixels, not 64 x 60"):
         side.encode_image(torch.randn(1, 3, 64, 60))
 
@@ -271,7 +271,7 @@ def whole(own):
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 37), (300, 420)], ids=str)
 @torch.no_grad()
-def test_a_whole_model_finds_what_owlv2_finds(own, whole, size):
+def test_a_whole_model_equals_owlv2(own, whole, size):
     model, process = whole
     image = pictures(size)[0]
     expected = own(**processor()(text=[WORDS[:9]], images=[image], return_tensors="pt"))
@@ -288,7 +288,7 @@ def test_a_whole_model_finds_what_owlv2_finds(own, whole, size):
     hook.remove()
     assert len(calls) == 1 and more.logits.shape[-1] == 1
 
-    # Every location, in pixels of the picture and not beyond it
+    # Every location, in pixels of the image and clipped to it
     concepts = output.features.concepts
     in_picture = torch.tensor([size[1], size[0]] * 2) / model.sam.image_size
     limit = torch.tensor([size[1], size[0]] * 2)

@@ -41,7 +41,7 @@ sys.meta_path.pop(0)
 
 assert "ovsam" not in sys.modules
 loaders = {"model": AutoModel, "processor": AutoProcessor}
-loaded = {first: loaders.pop(first).from_pretrained(**load)}  # by trust; what follows finds ovsam imported
+loaded = {first: loaders.pop(first).from_pretrained(**load)}  # through trust_remote_code; ovsam is imported afterwards
 loaded |= {name: loader.from_pretrained(**load) for name, loader in loaders.items()}
 model, processor = loaded["model"], loaded["processor"]
 head = AutoModel.from_pretrained(source + "/concepts", trust_remote_code=True)
@@ -81,7 +81,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_process_that_never_imported_ovsam(folder, tmp_path):
-    """What it saves is such a folder again; and where ovsam is not installed, the user is told what to do."""
+    """It saves the same kind of folder; without ovsam installed, the error states the remedy."""
     image = picture(3)
     image.save(tmp_path / "picture.png")
     inputs = tiny_processor()(images=image, text=["cat", "dog"], input_boxes=[[[5, 9, 70, 80]]])
@@ -98,7 +98,7 @@ def test_a_process_that_never_imported_ovsam(folder, tmp_path):
         assert_close(answer["logits"], out.logits, rtol=0, atol=1e-5)
         assert (target / "modeling_ovsam.py").read_text() == (folder / "modeling_ovsam.py").read_text()
         assert len(list(target.glob("*.py"))) == 1  # none of our sources was copied
-    # Where ovsam has been imported nobody has to trust anything.
+    # trust_remote_code is not needed once ovsam is imported.
     assert type(AutoModel.from_pretrained(generations[-1])) is ovsam.OVSamModel
     assert type(AutoProcessor.from_pretrained(generations[-1])) is ovsam.OVSamProcessor
 
@@ -117,7 +117,7 @@ def test_every_name_in_auto_map_is_in_the_shim(where, folder):
         assert {reference.split(".")[1] for reference in references} <= imported
 
 
-def test_saving_keeps_no_trace_in_memory(tmp_path):
+def test_saving_does_not_change_the_model(tmp_path):
     """Of the folder's auto_map: the config may become part of another."""
     model, processor = tiny_model(), tiny_processor()
     model.concepts.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The SAM sides: each family against its own library at tiny random size, and what single families do of their own."""
+"""The SAM sides: each family against its own library at tiny random size, and particular families."""
 
 import pytest
 import timm
@@ -105,7 +105,7 @@ class TestSam3Tracker(SamSideTester):
         decoded = side.select_masks(side.decode(features, **boxes()), True)
         assert_same_masks(decoded, own(images(), multimask_output=True, **boxes()))
 
-    def test_other_scales_are_refused(self):
+    def test_other_scales_raise_an_error(self):
         with pytest.raises(InputError, match=r"must begin with 4, 2, 1; got \[2.0, 1.0, 0.5\]"):
             build_side(sam_config("sam3_tracker", scale_factors=[2.0, 1.0, 0.5]))
 
@@ -250,7 +250,7 @@ def test_a_trunk_of_timm_gives_the_maps_of_timm():
 
 
 @pytest.mark.parametrize("tower, out_indices", [("test_convnext", [1, 2, 3]), ("test_resnet", [0, 1, 2, 3])])
-def test_a_trunk_without_the_four_strides_is_refused(tower, out_indices):
+def test_a_trunk_without_the_four_strides_raises_an_error(tower, out_indices):
     trunk = SamTrunk(SamTrunkConfig(backbone_config=timm_backbone(tower, out_indices)))
     with pytest.raises(InputError, match=r"strides 4, 8, 16 and 32; .* for images of 128 pixels"):
         trunk(images())

@@ -63,7 +63,7 @@ def test_objectness_has_its_share_in_a_score():
     assert_close(instance_scores(logits, None), word)
 
 
-def test_calibration_keeps_order_and_ends_and_leaves_scores_alone_by_default():
+def test_calibration_keeps_order_and_ends_and_is_the_identity_by_default():
     scores = torch.linspace(0, 1, 21)
     assert calibrated(scores, (1.0, 0.0)) is scores
     moved = calibrated(scores, [4.0, 2.0])

@@ -19,7 +19,7 @@ HEAD = {"width": 16, "num_prototypes": 8, "prototype_width": 8}
 
 
 def adapter(folder, config):
-    """A random adapter, saved; one that scores things and words all over (0, 1)."""
+    """A random adapter, saved; its scores of objects and words spread over (0, 1)."""
     torch.manual_seed(3)
     kind = {"ovsam_sam2clip": ovsam.Sam2ClipAdapter, "ovsam_sam2clip_vit": ovsam.Sam2ClipVitAdapter}
     kind |= {"ovsam_clip2sam": ovsam.Clip2SamAdapter, "ovsam_concepts": ovsam.ConceptHead}
@@ -34,7 +34,7 @@ def adapter(folder, config):
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, sam_folder, clip_folder):
     """Name -> folder: three SAMs, five CLIPs, and adapters for every CLIP's maps and for SAM's own."""
-    once = pytest.MonkeyPatch()  # nobody changes a part's weights, so each is read once and not nine times
+    once = pytest.MonkeyPatch()  # weights of parts do not change, so each is read once instead of nine times
     for name in ("load_sam", "load_clip"):
         once.setattr(ovsam.checkpoints.compose, name, functools.cache(getattr(ovsam.checkpoints.compose, name)))
     folder = tmp_path_factory.mktemp("parts")

@@ -88,7 +88,7 @@ def test_a_correction_and_an_object_that_is_absent_are_as_in_transformers():
 
 
 @pytest.mark.parametrize("kind", STOCK)
-def test_a_batch_of_objects_has_the_masks_of_each_alone(kind):
+def test_a_batch_of_objects_equals_separate_calls(kind):
     model, video = tiny_video_model(kind), frames(5)
     together = session_of(video)
     prompts = {n: VideoPrompt(mask=square(12 * n)) for n in range(1, 6)}
@@ -165,7 +165,7 @@ def test_streaming_removal_and_reset():
         model(session, frame=video[3])
 
 
-def test_sizes_of_the_memory_and_an_unknown_tracker_are_refused():
+def test_sizes_of_the_memory_and_an_unknown_tracker_raise_an_error():
     config = copy.deepcopy(tiny_video_model().config)
     config.sam_config.memory_attention_rope_feat_sizes = [4, 4]
     with pytest.raises(InputError, match="rope_feat_sizes"):
@@ -182,7 +182,7 @@ def test_sizes_of_the_memory_and_an_unknown_tracker_are_refused():
 
 
 def moving(count: int, step: int = 16) -> torch.Tensor:
-    """A picture that moves to the right, a whole cell of stride 16 a frame."""
+    """An image that moves to the right, a whole cell of stride 16 a frame."""
     torch.manual_seed(4)
     wide = torch.randn(3, SIZE, SIZE + step * count)
     wide = torch.nn.functional.avg_pool2d(wide, 5, 1, 2)
@@ -190,7 +190,7 @@ def moving(count: int, step: int = 16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("composition", ["dual", "clip", "sam"])
-def test_labels_follow_a_picture_that_moves_and_each_object_is_independent(composition):
+def test_labels_follow_an_image_that_moves_and_each_object_is_independent(composition):
     torch.manual_seed(0)
     model = ovsam.OVSamVideoModel(tiny_config(composition, adapters=False)).eval()
     video, squares = moving(3), {1: (16, 48), 2: (48, 16)}
@@ -221,7 +221,7 @@ def test_an_object_that_enters_later_and_frames_without_objects():
     assert shown == [[], [], [5], [5], [5]]
 
 
-def test_what_propagation_keeps_is_bounded():
+def test_the_memory_of_propagation_is_bounded():
     model = ovsam.OVSamVideoModel(tiny_config(adapters=False)).eval()
     session, sizes = OVSamVideoSession(), []
     session.add_prompt(1, 0, VideoPrompt(mask=square(20)))
@@ -234,7 +234,7 @@ def test_what_propagation_keeps_is_bounded():
     assert min(session.labels.frames) > 12  # the newest prompts stay
 
 
-def test_a_box_and_clicks_are_what_the_image_model_makes_of_them():
+def test_a_box_and_clicks_equal_the_image_model():
     model = ovsam.OVSamVideoModel(tiny_config()).eval()
     video = frames(1)
     corners = torch.tensor([[20.0, 20.0], [80.0, 90.0]])

@@ -121,7 +121,7 @@ def test_twice_saved_is_the_same_file(folder_of, tmp_path):
 
 
 def test_shards_of_any_name_as_in_hub(folder_of, tmp_path):
-    """hub/ovsam-tiny has its text tower in a shard of its own, in half precision; config.json says what to make of it:
+    """hub/ovsam-tiny has its text tower in a shard of its own, in half precision; config.json gives its dtype:
     a half-precision folder would otherwise open in half precision, which is slow on a CPU."""
     folder = folder_of("dual")
     weights = load_file(folder / "model.safetensors")
@@ -185,12 +185,12 @@ def test_an_adapter_can_be_swapped(folder_of, tmp_path):
     assert_equal_outputs(OVSamModel.from_pretrained(tmp_path / "swapped"), model)
 
 
-# ------------------------------------------------------------------------------------------------ what is not in a file
+# ---- weights that are not in a file
 
 
 @pytest.fixture
 def poisoned_memory():
-    """torch fills memory that nobody has written with NaN."""
+    """torch fills uninitialised memory with NaN."""
     torch.use_deterministic_algorithms(True)
     assert deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
@@ -198,7 +198,7 @@ def poisoned_memory():
 
 
 @kinds
-def test_nothing_is_left_uninitialised(kind, poisoned_memory):
+def test_all_weights_are_initialised(kind, poisoned_memory):
     """Neither parameters that the file lacks nor buffers that no file holds."""
     model, info = OVSamModel.from_pretrained(
         None, config=tiny_config(**KINDS[kind]), state_dict={}, output_loading_info=True
@@ -330,7 +330,7 @@ def test_a_config_of_dictionaries():
     assert {name: type(getattr(same, name)) for name in parts} == {name: type(getattr(config, name)) for name in parts}
 
 
-def test_compositions_that_cannot_be_are_refused():
+def test_invalid_compositions_raise_an_error():
     with pytest.raises(InputError, match="must be one of dual, clip, sam"):
         OVSamConfig(composition="both")
     with pytest.raises(InputError, match="needs sam2clip_config"):

@@ -62,7 +62,7 @@ def test_stdout(capfdbinary):
         ("file/x", "a part of the path is a file"),
     ],
 )
-def test_what_cannot_be_is_found_before_and_at_writing(tmp_path, name, message):
+def test_invalid_targets_are_found_before_and_at_writing(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     for attempt in (check_target, lambda path: write_text(path, "text")):
@@ -112,7 +112,7 @@ def test_an_interrupt_leaves_the_old_file(tmp_path):
     assert (tmp_path / "x.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_reader_that_left_is_one_sentence():
+def test_a_closed_pipe_is_one_sentence():
     program = [sys.executable, "-m", "ovsam_cli", "models"]
     with open(os.devnull) as nothing:
         process = subprocess.Popen(program, stdin=nothing, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -33,20 +33,20 @@ def test_one_point_is_a_list_of_one(given):
         [10**400, 1],
     ],
 )
-def test_what_is_no_point(given):
+def test_invalid_points(given):
     with pytest.raises(InputError, match=r"The points .*\[x, y\] in pixels"):
         arguments.points(given)
 
 
 @pytest.mark.parametrize("given", [[1, 2], [0.5], [-1], "1", [[1]], [math.nan], [True], [1, 1]])
-def test_what_are_no_labels_of_one_point(given):
+def test_invalid_labels_of_a_point(given):
     with pytest.raises(InputError, match="labels"):
         arguments.point_labels(given, 1)
     assert arguments.point_labels(1, 1) == arguments.point_labels(None, 1) == [1]
 
 
 @pytest.mark.parametrize("value", ["0.5", math.nan, -0.1, 1.1, True, None, [0.5], 10**400])
-def test_what_is_no_share(value):
+def test_invalid_fractions(value):
     with pytest.raises(InputError, match="The threshold is .*; it must be between 0 and 1"):
         arguments.number("threshold", value, 0, 1)
     assert arguments.number("threshold", np.float32(0.5), 0, 1) == 0.5

@@ -67,7 +67,7 @@ def test_transparency_is_laid_on_white(picture, tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(picture, tmp_path, orientation):
-    picture.paste((0, 255, 0), (0, 0, 4, 4))  # so that no turn and no mirroring gives the same picture
+    picture.paste((0, 255, 0), (0, 0, 4, 4))  # so that no rotation and no mirroring gives the same image
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     picture.save(tmp_path / "turned.png", exif=exif)
@@ -135,7 +135,7 @@ def test_folder_and_truncated_jpeg(picture, tmp_path):
         open_image(tmp_path / "cut.jpg")
 
 
-def test_too_small_and_no_rgb():
+def test_small_images_and_other_modes():
     with pytest.raises(InputError, match=f"1x1 pixels; each side must have at least {MIN_SIDE}"):
         open_image(Image.new("RGB", (1, 1)))
     with pytest.raises(InputError, match="save it as 8-bit RGB"):
@@ -182,7 +182,7 @@ def test_bytes_open_files_floats_and_tensors(picture):
         "http://127.0.0.1:9/nobody.png",
     ],
 )
-def test_other_values_than_images_are_refused_in_one_sentence(given):
+def test_other_values_than_images_raise_an_error(given):
     with pytest.raises(InputError) as caught:
         open_image(given)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
@@ -226,7 +226,7 @@ def test_a_broken_exif_block_counts_as_none(picture, tmp_path, ending):
     assert open_image(tmp_path / f"e.{ending}").size == picture.size
 
 
-def test_a_pipe_is_refused_at_once(tmp_path):
+def test_a_pipe_raises_an_error(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(InputError, match="is a device or a pipe"):
         open_image(tmp_path / "pipe.png")

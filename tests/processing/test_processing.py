@@ -74,7 +74,7 @@ def test_lists_per_image_share_their_words():
         ([["cat"], "dog"], "one list for each image"),
     ],
 )
-def test_words_that_cannot_be_read_are_one_sentence(text, said):
+def test_invalid_words_raise_an_error(text, said):
     with pytest.raises(InputError, match=said):
         processor()(images=pictures(), text=text)
 
@@ -90,7 +90,7 @@ def test_coordinates_are_resized_with_the_image():
 
 
 @pytest.mark.parametrize("kind", ["boxes", "points"])
-def test_images_with_fewer_prompts_are_padded_and_answered_as_alone(kind):
+def test_images_with_fewer_prompts_are_padded_and_equal_separate_calls(kind):
     if kind == "boxes":
         prompts = [{"input_boxes": rows} for rows in BOXES]
     else:
@@ -213,7 +213,7 @@ def test_thresholds_and_sizes():
     assert post_process(out, threshold=0.8)["prompt_ids"].tolist() == [2]
     found = post_process(out, threshold=0.0, target_sizes=[(64, 96)])
     assert found["masks"].shape == (4, 64, 96) and found["boxes"][0].tolist() == [0, 20, 24, 40]
-    assert found["text_labels"] == ["0"] * 4  # words that were not told are called by their number
+    assert found["text_labels"] == ["0"] * 4  # without names, words are numbered
     sure = post_process(out, threshold=0.0, mask_threshold=0.998)["masks"]
     assert not sure.any()  # sigmoid(6) = 0.99753
     assert len(post_process(out, threshold=0.0, text_labels=["cat"], top_k=1)["topk"][0]) == 1
@@ -276,7 +276,7 @@ def test_prompts_keep_their_order_their_best_candidate_and_no_threshold():
     assert unnamed["topk"] == [[], []] and unnamed["labels"].tolist() == [-1, -1]
 
 
-def test_labels_index_the_images_own_words():
+def test_labels_index_the_words_of_the_image():
     lists = [["cat", "dog"], ["moon", "dog"], []]
     out = OVSamOutput(
         pred_masks=blocks((0, 0, 4, 4)).expand(3, -1, -1, -1, -1),
@@ -344,12 +344,12 @@ def test_dropped_instances_are_listed_with_their_reason():
     keys = ("text_label", "negative", "score", "negative_score")
     assert [tuple(one[key] for key in keys) for one in found["dropped"]] == [
         (label, word, pytest.approx(score), pytest.approx(other)) for label, word, score, other in expected
-    ]  # what was under the threshold anyway is not told
+    ]  # instances under the threshold are not listed
     inputs = processor()(images=picture(), text=["cat"], negative_text="moon")
     assert inputs["negative_labels"] == ["moon"]
 
 
-def test_a_word_and_itself_as_a_negative_are_a_tie_whatever_the_rounding():
+def test_a_word_that_is_its_own_negative_is_dropped_despite_rounding():
     logits = [[2.0, 1.0]]
     for rounding in (-1e-6, 0.0, 1e-6):
         found = post_process(
@@ -380,7 +380,7 @@ def test_other_kinds_of_nms():
         post_process(out, nms="best")
 
 
-def test_rescored_by_the_masks_own_quality():
+def test_rescoring_by_the_predicted_iou():
     out = proposals(
         APART, [1.0] * 4, [[2.0], [1.0], [0.5], [-9.0]], iou_scores=torch.tensor([[[0.5], [0.9], [1.2], [1.0]]])
     )
@@ -420,7 +420,7 @@ def test_masks_are_enlarged_as_by_interpolate():
 
 @pytest.mark.parametrize("pads", [False, True])
 def test_run_lengths_are_those_of_the_dense_masks(pads, monkeypatch):
-    if pads:  # a picture of 3:4 in a square
+    if pads:  # an image of 3:4 in a square
         monkeypatch.setattr(ovsam.OVSamProcessor, "picture_share", lambda self, height, width: (1.0, 0.75))
     torch.manual_seed(0)
     coarse = torch.randn(1, 20, 1, 8, 8)
@@ -446,7 +446,7 @@ def test_padding_is_cut_off(monkeypatch):
 
 
 @pytest.mark.slow
-def test_300_masks_of_a_large_picture_fit_into_memory():
+def test_300_masks_of_a_large_image_fit_into_memory():
     corners = torch.randint(0, 28, (300, 2), generator=torch.Generator().manual_seed(0)).tolist()
     masks = blocks(*((x, y, x + 4, y + 4) for x, y in corners))
     out = proposals(masks, [0.9] * 300, [[3.0]] * 300)

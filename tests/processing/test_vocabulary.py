@@ -157,14 +157,14 @@ def test_chunks_give_the_same_embeddings():
     torch.testing.assert_close(Vocabulary(words).embed(Encoder(), chunk_size=4, progress=False), whole, rtol=0, atol=0)
 
 
-def test_the_vocabularys_own_templates_come_first():
+def test_templates_of_the_vocabulary_come_first():
     encode = Encoder()
     Vocabulary(["dog"], templates=["my {}"]).embed(encode, templates=("a {}",))
     assert encode.sentences == ["my dog"]
 
 
 @pytest.mark.parametrize("templates", [(), ("a photo",), ("{} and {}",), 5, [5]])
-def test_bad_templates_are_refused(templates):
+def test_bad_templates_raise_an_error(templates):
     with pytest.raises(InputError, match="template"):
         Vocabulary(["dog"], templates=templates)
 
@@ -276,7 +276,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path, caplog):
     assert encoded == 2 and embeds.shape == (2, 8) and "could not be cached" in caplog.text
 
 
-def test_a_cache_without_the_towers_hash_is_refused(tmp_path):
+def test_a_cache_without_the_towers_hash_raises_an_error(tmp_path):
     with pytest.raises(ValueError, match="text_hash"):
         cached(tmp_path, text_hash="")
 
@@ -287,7 +287,7 @@ def test_cache_metadata_is_readable(tmp_path):
         assert json.loads(file.metadata()["prompts"]) == ["dog", "cat"]
 
 
-def test_what_is_typed_stays_and_what_is_read_is_plain():
+def test_typed_words_are_kept_and_the_tower_reads_plain_ones():
     assert Vocabulary(["DOG  FACE.", "Café!"]).labels == ["DOG  FACE.", "Café!"]
     encode = Encoder()
     Vocabulary(["DOG  FACE.", "C.", "..."]).embed(encode)

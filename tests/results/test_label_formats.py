@@ -361,7 +361,7 @@ def test_parts_are_the_mask(number):
     np.testing.assert_array_equal(again, mask)
 
 
-def test_formats_are_recognised_or_refused(results, tmp_path):
+def test_formats_are_recognised(results, tmp_path):
     for name, content, message in (
         ("a.json", "{}", "has none of the supported formats, coco, yolo"),
         ("b.json", "{", "is not a JSON file"),

@@ -218,7 +218,7 @@ def test_coco_file_loads_in_pycocotools(results, masks, tmp_path):
     assert last["id"] == 4 and last["category_id"] == 4 and last["prompt"] == [[1, 2, 1]] and last["source"] == "point"
 
 
-def test_coco_of_one_picture(results):
+def test_coco_of_one_image(results):
     one = results.to_coco(image_id=5)
     assert json.loads(json.dumps(one))["annotations"][2]["image_id"] == 5
     assert one == to_coco([results], first_image_id=5)
@@ -342,6 +342,6 @@ def test_masks_cutouts_and_a_data_frame(results, masks):
 @pytest.mark.parametrize(
     "wrong", [{"score": "x"}, {"score": float("nan")}, {"mask_score": 2}, {"labels": 5}, {"nms": "best"}]
 )
-def test_a_wrong_filter_is_one_sentence(results, wrong):
+def test_an_invalid_filter_is_one_sentence(results, wrong):
     with pytest.raises(InputError):
         results.filter(**wrong)

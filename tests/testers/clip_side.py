@@ -50,7 +50,7 @@ def make_inputs(side):
 class ClipSideTester:
     text_padding = "longest"
     softmax = True
-    checks_text_length = True  # whether the side itself refuses phrases over max_text_length
+    checks_text_length = True  # whether the side itself raises an error for phrases over max_text_length
     bfloat16_cosine = 0.99
 
     @classmethod
@@ -121,7 +121,7 @@ class ClipSideTester:
         else:
             torch.testing.assert_close(side.encode_text(input_ids[:, :5]), whole, rtol=0, atol=1e-6)
 
-    def test_a_phrase_over_the_limit_is_refused(self, side):
+    def test_a_phrase_over_the_limit_raises_an_error(self, side):
         if self.checks_text_length:
             limit = side.max_text_length
             with pytest.raises(ValueError, match=str(limit)):
@@ -135,7 +135,7 @@ class ClipSideTester:
             assert gradient.abs().max() > 0
 
     @torch.no_grad()
-    def test_dense_holds_what_each_location_pools_to(self, side):
+    def test_dense_equals_pooling_each_location(self, side):
         features = side.encode_image(make_inputs(side)[0])
         dense = side.dense(features)
         assert dense.shape == (2, side.embed_dim, *features.pool_map.shape[-2:])

@@ -251,12 +251,12 @@ class SamSideTester:
     # ---- mistakes
 
     @pytest.mark.parametrize("prompts, message", REFUSED)
-    def test_prompts_that_do_not_agree_are_refused(self, side, prompts, message):
+    def test_prompts_that_do_not_agree_raise_an_error(self, side, prompts, message):
         with pytest.raises(InputError, match=message):
             side.decode(side.encode(images()), **prompts)
 
     @torch.no_grad()
-    def test_missing_finer_maps_are_refused_and_further_ones_ignored(self, side):
+    def test_missing_finer_maps_raise_an_error_and_further_ones_are_ignored(self, side):
         features = side.encode(images())
         expected = side.decode(features, **boxes()).masks
         features.high_res = (*features.high_res, *[torch.randn(2, C // 8, 4 * GRID, 4 * GRID)] * 2)
@@ -266,7 +266,7 @@ class SamSideTester:
             with pytest.raises(InputError, match=f"reads {self.finer_maps} maps of high_res; the features have 0"):
                 side.decode(features, **boxes())
 
-    def test_images_of_another_size_are_refused(self, side):
+    def test_images_of_another_size_raise_an_error(self, side):
         with pytest.raises(InputError, match="128 x 128 pixels; got 128 x 96"):
             side.encode(images()[..., :96])
         config = self.config()
@@ -274,7 +274,7 @@ class SamSideTester:
         with pytest.raises(InputError, match="side of a square"):
             SAM_SIDES[self.family](config)
 
-    def test_numbers_that_do_not_fit_are_refused(self):
+    def test_numbers_that_do_not_fit_raise_an_error(self):
         if self.pyramid:
             wrong = {"backbone_feature_sizes": [[256, 256], [128, 128], [64, 64]]}  # transformers' default, 1024 px
             refused = [(wrong, r"must be \[\[32, 32\], \[16, 16\], \[8, 8\]\]")]

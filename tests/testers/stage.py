@@ -72,7 +72,7 @@ class StageTester:
     def batch(cls):
         return draw_batch()
 
-    def test_it_learns_and_changes_only_what_it_declares(self, words, batch):
+    def test_the_loss_falls_and_only_declared_parameters_change(self, words, batch):
         stage = self.make(words).train()
         before = {name: tensor.clone() for name, tensor in stage.state_dict().items()}
         torch.manual_seed(0)
@@ -80,7 +80,9 @@ class StageTester:
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0)
         history, reached = [], set()
         for _ in range(8):
-            torch.manual_seed(len(history) % 2)  # boxes and clicks take turns: what is compared has the same prompts
+            torch.manual_seed(
+                len(history) % 2
+            )  # boxes and clicks take turns, so that compared losses have the same prompts
             loss = stage(**batch)["loss"]
             optimizer.zero_grad()
             loss.backward()

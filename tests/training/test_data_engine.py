@@ -1,4 +1,4 @@
-"""SAM's data engine in small: what a person corrected in the demo becomes training data and a better model.
+"""SAM's data engine on a small scale: corrections in the demo become training data and a better model.
 
 The commands and snippets are those of adapters/README.md, run as they stand.
 """
@@ -43,7 +43,7 @@ def snippet(name):
 
 
 def correct(segmenter, path, truth, names, downloads):
-    """What a person does on the page: ask for everything, rename what is a thing, delete what is none, box what was
+    """The actions of a user: find everything, rename objects, delete false instances, box what was
     missed, download. Masks stay as the model gave them.
 
     truth: the true masks [n, H, W]; names: the true n names. Returns the names that the model itself had given.
@@ -111,7 +111,7 @@ def test_corrections_from_the_demo_make_a_better_model(corrected, monkeypatch, c
     truth = json.loads((corrected / "truth.json").read_text(encoding="utf-8"))
     assert {category["name"] for category in merged["categories"]} == set(WORDS)
     assert [image["file_name"] for image in merged["images"]] == [image["file_name"] for image in truth["images"]]
-    # A person has seen to it that each thing is there once.
+    # Corrected by the user: each object is there once.
     assert per_picture(merged) == per_picture(truth)
 
     monkeypatch.chdir(corrected)
@@ -163,7 +163,7 @@ def test_files_named_in_the_readme_exist():
         assert (ROOT / "adapters" / name).exists(), name
 
 
-def test_the_tables_hold_every_recipe():
+def test_the_tables_list_every_recipe():
     rows = set(re.findall(r"^\| \[?`([\w-]+)`", README, re.M))
     assert {path.parent.name for path in (ROOT / "adapters").glob("*/recipe.toml")} <= rows
     assert set(STAGES) <= rows

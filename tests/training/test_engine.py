@@ -30,7 +30,7 @@ SCENES = {"canvas": 48, "min_objects": 1, "max_objects": 2, "min_size": 16.0, "m
 
 
 class Toy(nn.Module):
-    """How much of the picture is covered? The loss is a mean over pictures, so that halves of a batch average to it."""
+    """The covered fraction of an image. The loss is a mean over images, so that halves of a batch average to it."""
 
     def __init__(self, noise: float = 1.0, coin: float = 0.5):
         super().__init__()
@@ -96,7 +96,7 @@ def assert_same(folder: Path, other: Path) -> None:
 
 
 def logged(folder: Path, name: str, beside: str = "loss") -> list[float]:
-    """What the last checkpoint holds of the log."""
+    """The log of the last checkpoint."""
     state = json.loads((checkpoint.list_checkpoints(folder)[-1] / "trainer_state.json").read_text())
     return [line[name] for line in state["log_history"] if beside in line]
 
@@ -117,7 +117,7 @@ class Numbers(torch.utils.data.Dataset):
         return {"image": torch.full((3, 8, 8), index, dtype=torch.uint8)}
 
 
-def test_every_picture_once_a_pass_and_each_pass_in_another_order():
+def test_every_image_once_a_pass_and_each_pass_in_another_order():
     order = training_data.TrainingOrder(Numbers(10), 30, seed=1)
     drawn = [int(order[i]["image"][0, 0, 0]) for i in range(30)]
     passes = [drawn[:10], drawn[10:20], drawn[20:]]
@@ -137,14 +137,14 @@ def test_rehearsal_takes_its_share_and_skips_none_of_the_data():
     assert len(own) == 12 and sorted(own[:6]) == sorted(own[6:]) == list(range(6))
 
 
-def test_each_pass_takes_other_crops_of_the_same_pictures():
-    order = training_data.TrainingOrder(Numbers(12), 16, seed=1, pictures=4)  # three crops of four pictures
+def test_each_pass_takes_other_crops_of_the_same_images():
+    order = training_data.TrainingOrder(Numbers(12), 16, seed=1, pictures=4)  # three crops of four images
     drawn = [int(order[i]["image"][0, 0, 0]) for i in range(16)]
     passes = [sorted(drawn[i : i + 4]) for i in (0, 4, 8, 12)]
     assert passes == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [0, 1, 2, 3]]
 
 
-def test_a_batch_has_no_padding_that_none_of_its_samples_needs():
+def test_a_batch_is_padded_to_its_largest_sample():
     sample = {"image": torch.zeros(3, 8, 8), "masks": torch.zeros(6, 8, 8, dtype=torch.bool), "known": torch.ones(1)}
     named = sample | {"word_ids": torch.tensor([0, 0, -1, -1, -1, -1])}  # two objects, fully covered by others
     nameless = sample | {"word_ids": torch.full((6,), -1), "masks": sample["masks"].clone()}
@@ -173,7 +173,7 @@ def test_rehearsal_words_are_unknown_to_the_data_and_shared_words_are_one():
     assert "zeppelin" in words[1].keywords and len(words[1].keywords) > 1
     assert new[0]["known"].tolist() == [True] + [False] * (len(names) - 1)
     assert new[0]["word_ids"].tolist() == [1, -1] and new[0]["masks"].shape == (2, 48, 48)
-    assert not old[0]["known"][0] and old[0]["known"][1:].all()  # nobody searched the scenes for blimps
+    assert not old[0]["known"][0] and old[0]["known"][1:].all()  # the scenes are not annotated for blimps
     for mapped, own in zip(old[0]["word_ids"].tolist(), scenes[0]["word_ids"].tolist(), strict=True):
         assert (mapped < 0) == (own < 0) and (own < 0 or names[mapped] == scenes.words[own].name)
 
@@ -265,7 +265,7 @@ def test_a_killed_run_resumes_to_the_same_result(whole, server, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_resuming_with_another_recipe_is_refused_with_the_changes(whole, tmp_path):
+def test_the_error_about_resuming_with_another_recipe_lists_the_changes(whole, tmp_path):
     path, _ = whole
     training_run.train_recipe(path, output=tmp_path / "run", device="cpu")
     changed = write_recipe(tmp_path / "changed", optim={"learning_rate": 2e-2}, data={"max_size": 31.0})
@@ -284,7 +284,7 @@ def test_resuming_with_another_recipe_is_refused_with_the_changes(whole, tmp_pat
 
 
 def train_as(rank, port, path, output):
-    """In a process of its own: one of two, told so as `accelerate launch` and torchrun tell it."""
+    """In a process of its own: one of two, with the environment of `accelerate launch` and torchrun."""
     torch.set_num_threads(1)
     STAGES["toy"] = Toy
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
@@ -339,7 +339,7 @@ def test_accumulated_batches_make_the_same_step(tmp_path):
 
 
 class Line(nn.Module):
-    """One layer, so that what autograd keeps can be counted by hand."""
+    """One layer, so that the tensors kept by autograd can be counted by hand."""
 
     def __init__(self):
         super().__init__()
@@ -351,7 +351,7 @@ class Line(nn.Module):
         return {"loss": self.norm(self.layer(x)).exp().sum() + torch.rand(())}
 
 
-def test_memory_is_counted_and_the_dry_run_leaves_no_trace():
+def test_memory_is_counted_and_the_dry_run_changes_nothing():
     torch.manual_seed(0)
     stage, batch = Line().eval(), {"x": torch.randn(5, 64)}
     before, random = {n: t.clone() for n, t in stage.state_dict().items()}, torch.get_rng_state()
@@ -365,7 +365,7 @@ def test_memory_is_counted_and_the_dry_run_leaves_no_trace():
     assert torch.equal(random, torch.get_rng_state()) and all(p.grad is None for p in stage.parameters())
 
 
-def test_runs_that_cannot_work_are_refused():
+def test_invalid_runs_raise_an_error():
     with pytest.raises(InputError, match="does not depend on a trainable parameter"):
         stage = Line()
         stage.forward = lambda x: {"loss": x.sum()}
@@ -397,7 +397,7 @@ def test_runs_that_cannot_work_are_refused():
         ({"data": {"format": "coca"}}, "format 'coca'; choose one of"),
     ],
 )
-def test_a_recipe_that_cannot_work_is_refused(tmp_path, change, message):
+def test_an_invalid_recipe_raises_an_error(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         training_run.train_recipe(write_recipe(tmp_path, **change), output=tmp_path / "run", device="cpu")
 
@@ -420,13 +420,13 @@ def test_the_command_line_replaces_the_data(tmp_path):
         recipe.read_recipe(tmp_path / "nothing.toml")
 
 
-def test_an_unknown_device_is_refused(tmp_path):
+def test_an_unknown_device_raises_an_error(tmp_path):
     path = write_recipe(tmp_path)
     with pytest.raises(InputError, match="--device tpu is not supported for training"):
         training_run.train_recipe(path, output=tmp_path / "run", device="tpu")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     forward = Toy.forward
 
     def broken(self, *args, **kwargs):

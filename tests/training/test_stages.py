@@ -1,5 +1,5 @@
-"""What each training stage computes, against numbers by hand or another implementation; that it learns; that it changes
-what it declares and nothing else."""
+"""Each training stage against numbers by hand or another implementation; its loss falls, and only declared parameters
+change."""
 
 import copy
 
@@ -87,7 +87,7 @@ class TestSamOverClip(StageTester):
         names = self.make(words).published_state()
         assert not any("vision_encoder" in name or "no_memory" in name for name in names)
 
-    def test_kept_maps_are_those_of_the_tower(self, words, batch, tmp_path):
+    def test_cached_maps_equal_those_of_the_tower(self, words, batch, tmp_path):
         stage = self.make(words)
         cached = stage.prepare(Pictures(batch), tmp_path, "pictures, seed 1")
         assert isinstance(cached, FeatureCache) and cached[1].keys() >= {"map_0", "map_1", "map_2", "map_3"}
@@ -99,7 +99,7 @@ class TestSamOverClip(StageTester):
         assert [m.shape[-1] for m in window] == [SIZE // 8, SIZE // 16, SIZE // 32, SIZE // 64]
         assert masks.shape[-1] == SIZE // 2
 
-    def test_the_maps_of_an_encoder_that_learns_are_not_kept(self, words):
+    def test_the_maps_of_a_trained_encoder_are_not_cached(self, words):
         with pytest.raises(InputError, match="the maps of a trained encoder change"):
             SamStage(towers(), cache=True)
         with pytest.raises(InputError, match="leave out cache or train_clip"):
@@ -227,7 +227,7 @@ def test_background_is_a_class_of_low_weight():
     want = -(logits[range(3), [0, 1, 3]] * weights).sum() / weights.sum()
     torch.testing.assert_close(loss, want)
     assert top1 == 0.5  # of the two that are named
-    # Without the class, background has no say.
+    # Without the class, background is ignored.
     alone = WordLosses(table).classify(embeds, torch.tensor([0, 1, -1]))[0]
     torch.testing.assert_close(alone, F.cross_entropy(embeds[:2] * naming.scale.exp(), torch.tensor([0, 1])))
 
@@ -330,7 +330,7 @@ def test_points_of_label_minus_one_are_the_padding_of_sam(batch):
     torch.testing.assert_close(padded[:, :, :2], want[:, :, :2])
 
 
-def test_other_sam_models_are_refused_by_the_sam_stage():
+def test_the_stage_sam_raises_an_error_for_other_sam_models():
     older = towers()
     del older.sam.model.no_memory_embedding  # SAM 1 has none
     with pytest.raises(InputError, match="SAM 2 and EdgeTAM"):
@@ -450,7 +450,7 @@ def test_the_linear_start_finds_a_linear_teacher():
             torch.nn.init.normal_(layer.bias)
         wanted = [teacher(m) for m in maps]
         start_linear(student, maps[:-1], wanted[:-1])
-        found = student(maps[-1])  # a picture that it was not fitted to
+        found = student(maps[-1])  # an image that it was not fitted to
     for ours, theirs in zip(found.pyramid, wanted[-1].pyramid, strict=True):
         assert (ours - theirs).square().mean() < 1e-3 * theirs.var()
 
@@ -535,7 +535,7 @@ def test_objects_without_a_name_train_all_but_words(words, batch):
     assert min(out["box"], out["objectness"], out["mask"]) > 0
 
 
-def test_an_image_label_is_the_label_of_no_location(words, batch):
+def test_an_image_label_labels_no_location(words, batch):
     stage = ConceptsStage(words, towers(), width=16)
     whole = batch | {"masks": torch.zeros_like(batch["masks"])}
     whole["masks"][:, 0] = True
@@ -593,7 +593,7 @@ def plain_transformers():
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "timm", "clip", "siglip"])
-def test_half_of_the_patches_are_skipped_in_training_and_none_in_evaluation(kind, words):
+def test_half_of_the_patches_are_dropped_in_training_and_none_in_evaluation(kind, words):
     side, blocks = plain_transformers()[kind]
     stage = ClipStage(words, Towers(clip=side), pictures="whole")
     lengths = []
@@ -646,7 +646,7 @@ def test_without_masking_the_encoder_is_the_forward_of_the_tower(architecture):
     with torch.no_grad():
         got = stage.encode(pixels, torch.arange(count).expand(2, -1))
         torch.testing.assert_close(got, stage.vit.forward_features(pixels), atol=1e-5, rtol=1e-5)
-        # With some patches left, it is the same blocks on those patches: what is hidden has no influence at all.
+        # With some patches left, the same blocks run on those patches: hidden patches have no influence.
         kept = torch.tensor([[0, 3, 7, 11], [2, 5, 6, 13]])
         hidden = torch.ones(2, count).scatter(1, kept, 0).view(2, 1, *stage.grid)
         other = pixels + 9 * hidden.repeat_interleave(stage.patch, 2).repeat_interleave(stage.patch, 3)
@@ -666,7 +666,7 @@ def test_mae_loss_is_transformers():
     torch.testing.assert_close(masked_error(out.logits, stage.patchify(pixels), out.mask, True), out.loss)
 
 
-def test_mae_refuses_other_towers_than_plain_transformers():
+def test_mae_raises_an_error_for_other_towers_than_plain_transformers():
     for name in ("convnext_tiny", "hiera_tiny_224", "swin_tiny_patch4_window7_224"):
         with pytest.raises(InputError, match="plain vision transformer"):
             MaeStage(name)
@@ -702,7 +702,7 @@ def test_released_towers_open_from_their_folders(tmp_path):
     torch.testing.assert_close(got, want)
 
 
-def test_a_tower_that_is_not_there_is_one_sentence(monkeypatch, tmp_path):
+def test_a_missing_tower_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="hf download facebook/sam2.1-hiera-none"):
         sam_side("facebook/sam2.1-hiera-none")
@@ -721,7 +721,7 @@ def test_maps_of_a_plain_transformer_become_a_pyramid():
     assert all((m == i).all() for i, m in enumerate(pyramid)) and pyramid[2] is maps[2]
 
 
-def test_words_of_another_text_tower_are_refused(words):
+def test_words_of_another_text_tower_raise_an_error(words):
     narrow = WordTable(words.names[:, :8], words.keywords[:, :8], words.has_keyword, words.is_base)
     for stage in (ClipStage, ConceptsStage, Clip2SamStage):
         with pytest.raises(InputError, match="image tower have 32 numbers, those of the text tower 8"):

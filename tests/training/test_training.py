@@ -120,7 +120,7 @@ def test_the_output_is_a_whole_model_and_its_adapters(base, tuned):
     whole, before = ovsam.OVSamModel.from_pretrained(tuned), ovsam.OVSamModel.from_pretrained(base)
     changed = {name.split(".")[0] for name, t in whole.state_dict().items() if not t.equal(before.state_dict()[name])}
     assert changed == {"clip2sam", "concepts"}
-    assert whole.config.vocabulary == ["cat", "dog", "moon", "tree"]  # what it was tuned for, and what it knew
+    assert whole.config.vocabulary == ["cat", "dog", "moon", "tree"]  # the new words, and the old ones
     assert whole.config.clip2sam_config.trained_words == ["cat", "dog", "moon", "tree"]
     for name, kind in (("clip2sam", ovsam.Clip2SamAdapter), ("concepts", ovsam.ConceptHead)):
         adapter = kind.from_pretrained(tuned / name)
@@ -141,7 +141,7 @@ def test_curves_and_samples_are_drawn(tuned):
 
 @pytest.mark.slow
 def test_a_table_of_rehearsal_mixes_in_a_quarter(folder, base, data, capsys):
-    """And the small CLIP tower can learn too; the text tower stays as it is."""
+    """The small CLIP tower can be trained too; the text tower does not change."""
     numbers = {"base": json.dumps(str(base)), "held_out": json.dumps(str(data[1])), "steps": 2, "share": 0.5}
     text = RECIPE.format(**numbers).replace("share = 0.5\n", "")
     text = text.replace("prompts = 4", "prompts = 4\ntrain_clip = true")
@@ -199,7 +199,7 @@ def test_calibration_is_written_into_the_heads(base, data):
 
 
 def test_calibrated_scores_are_probabilities(capsys):
-    """Scores that say less than they know, as a product with objectness does."""
+    """Scores that are too low, as a product with objectness is."""
     rng = np.random.default_rng(0)
     truth = rng.random(20_000)
     right = rng.random(len(truth)) < truth
@@ -230,7 +230,7 @@ def test_calibrated_scores_keep_logits_and_order(base, data):
         assert after.scores.numel() and not torch.equal(after.scores, before.scores)
 
 
-def test_a_calibration_that_turns_the_order_round_is_refused(base):
+def test_a_calibration_that_reverses_the_order_raises_an_error(base):
     with pytest.raises(InputError, match="positive scale and a shift"):
         ovsam.OVSamConfig(**ovsam.load(base, device="cpu").model.config.to_dict() | {"name_calibration": (-1.0, 0.0)})
 
@@ -244,7 +244,7 @@ def test_novel_words_are_for_scenes(folder, base, data):
         train_recipe(folder / "novel.toml", output=folder / "novel", device="cpu")
 
 
-def test_models_without_a_trainable_part_are_refused(base):
+def test_models_without_a_trainable_part_raise_an_error(base):
     model = tiny_model(adapters=False)
     none = torch.zeros(2, 0, dtype=torch.bool)
     table = texts.WordTable(torch.eye(2, 32), torch.zeros(0, 32), none, torch.tensor([True, True]))
@@ -254,7 +254,7 @@ def test_models_without_a_trainable_part_are_refused(base):
         FinetuneStage(table, tiny_model(clip="convnext"), train_clip=True)
 
 
-def test_a_model_of_one_backbone_learns_from_the_colours_that_it_is_given_in_use():
+def test_a_model_of_one_backbone_is_trained_on_the_pixels_of_inference():
     none = torch.zeros(1, 0, dtype=torch.bool)
     table = texts.WordTable(torch.eye(1, 32), torch.zeros(0, 32), none, torch.tensor([True]))
     model = tiny_model("clip")
