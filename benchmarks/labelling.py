@@ -1,16 +1,27 @@
-"""Cost of `ovsam label` relative to the bare model: throughput on the same images, and memory during a job.
+"""Cost of `ovsam label` relative to the bare model, and label files of a job that is killed again and again.
 
     python benchmarks/labelling.py throughput [--images 40] [--threads 2]
     python benchmarks/labelling.py memory [--images 5000]
+    python benchmarks/labelling.py kills [--engine local|ray] [--images 500] [--kills 20]
 
 Throughput: decoded images through `Segmenter.where` in batches of 4, against the whole of a job: listing, decoding,
 model, journal and COCO file, both after one batch to warm up, in turns, the best of `--rounds` each. Memory: a job of
 copies of one photograph with a stub that returns five masks in place of the model, whose memory would hide that of the
 job; resident memory at image 100 and at the last one.
+
+Kills: a random model of 0.3 M parameters labels small images without interruption, in two shards that are merged, and
+with SIGKILL again and again; the label files of all formats are compared byte by byte. With Ray, the driver and the
+process of the model are killed by turns. Each command is a fork of a process that has imported torch, which saves time.
 """
 
 import argparse
+import contextlib
 import gc
+import os
+import random
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,15 +30,19 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from PIL import Image
 
 import ovsam
+import ovsam_cli
 from ovsam.inference.labelling import job
 from ovsam.inference.labelling.journal import Journal, Journals
 from ovsam.inference.labelling.sources import list_items
 from ovsam.processing.images import open_image
+from ovsam.results.formats import FORMATS
 from ovsam.results.results import Results
 
-PHOTOS = Path(__file__).resolve().parents[1] / "tests/data/photos-val/images"
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOS = ROOT / "tests/data/photos-val/images"
 WORDS = {word: word for word in ("person", "car", "dog", "chair", "bottle")}
 BATCH = 4
 
@@ -83,6 +98,119 @@ def memory(count: int) -> None:
     print(f" ({seen[count] / seen[100]:.3f} x), after the COCO file: {at_end:.0f} MB")
 
 
+def kills(engine: str, count: int, times: int) -> None:
+    torch.set_num_threads(1)
+    random.seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_tiny_model(folder / "model")
+        photos = sorted(PHOTOS.glob("*.jpg"))
+        (folder / "images").mkdir()
+        for number in range(count):
+            with Image.open(photos[number % len(photos)]) as image:
+                image.resize((160, 120)).rotate(number).save(folder / f"images/{number:04}.png")
+        (folder / "images/bad.png").write_text("no image")
+        labels = ["--text", *WORDS, "--threshold", "0.3", "--model", str(folder / "model")]
+        labels += ["--format", ",".join(FORMATS)]
+
+        def start(output: str, *options: str) -> int:
+            return fork(["label", str(folder / "images"), *labels, "-o", str(folder / output), *options])
+
+        assert wait(start("whole")) == 1  # an image is no image
+        whole = files_of(folder / "whole")
+        print(f"uninterrupted: {count} images, {len(whole)} label files", flush=True)
+
+        for shard in ("1/2", "2/2"):
+            assert wait(start("shards", "--shard", shard)) in (0, 1)
+        merge = ["label", "--merge", str(folder / "shards"), "-o", str(folder / "merged"), *labels[-2:]]
+        assert wait(fork(merge)) == 1
+        print(f"two shards, merged: {compare(whole, files_of(folder / 'merged'))}", flush=True)
+
+        with cluster(folder) if engine == "ray" else contextlib.nullcontext() as head:
+            size, journal, killed = (folder / "whole/journal.jsonl").stat().st_size, folder / "killed/journal.jsonl", []
+            driver = start("killed", "--engine", engine)
+            for number in range(times):
+                aim = size * (number + random.random()) / times
+                while not journal.exists() or journal.stat().st_size < aim:
+                    assert os.waitpid(driver, os.WNOHANG) == (0, 0), "The job ended before it was killed."
+                    time.sleep(0.001)
+                worker = model_process(head) if head and number % 2 else None
+                if worker:
+                    worker.kill()
+                    killed.append("worker")
+                else:
+                    os.kill(driver, signal.SIGKILL)
+                    os.waitpid(driver, 0)
+                    killed.append("driver")
+                    driver = start("killed", "--engine", engine)
+                print(f"  kill {len(killed)}: {killed[-1]}, {journal.stat().st_size / size:.0%} done", flush=True)
+            assert wait(driver) == 1
+        counts = ", ".join(f"{killed.count(one)} of the {one}" for one in dict.fromkeys(killed))
+        print(f"{engine}, {len(killed)} kills ({counts}): {compare(whole, files_of(folder / 'killed'))}")
+
+
+def save_tiny_model(folder: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tests"))
+    import common
+
+    common.tiny_model(proposal_threshold=0.3, mask_nms_threshold=0.5).save_pretrained(folder)
+    common.tiny_processor().save_pretrained(folder)
+
+
+def fork(command: list[str]) -> int:
+    """Run a command of the command line in a child; returns its process id."""
+    if process := os.fork():
+        return process
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    os._exit(ovsam_cli.main(command))
+
+
+def wait(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def files_of(output: Path) -> dict[str, bytes]:
+    """The label files and the list of errors of a job, without its journal."""
+    paths = [path for path in output.rglob("*") if path.is_file() and not path.name.startswith(("journal", "errors-"))]
+    return {path.relative_to(output).as_posix(): path.read_bytes() for path in paths}
+
+
+def compare(expected: dict[str, bytes], found: dict[str, bytes]) -> str:
+    different = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if different:
+        return f"{len(different)} of {len(expected)} files differ, such as {different[0]}"
+    return f"identical bytes in all {len(expected)} files"
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[psutil.Process]:
+    """A Ray cluster of this machine alone, which outlives its drivers."""
+    environment = os.environ | {"RAY_worker_niceness": "0", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0", "--num-cpus=2"]
+    command += ["--include-dashboard=false", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
+    with open(folder / "ray.log", "w+") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        try:
+            while "--address=" not in (text := (folder / "ray.log").read_text()):
+                assert head.poll() is None, text
+                time.sleep(0.2)
+            os.environ["RAY_ADDRESS"] = text.split("--address='")[1].split("'")[0]
+            yield psutil.Process(head.pid)
+        finally:
+            head.terminate()
+            head.wait()
+
+
+def model_process(head: psutil.Process) -> psutil.Process | None:
+    """The process of the cluster that holds the model, if it runs."""
+    for process in head.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "MapWorker" in "".join(process.cmdline()):
+                return process
+    return None
+
+
 def run(items: list, ask) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal.jsonl"
@@ -95,12 +223,16 @@ def run(items: list, ask) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("throughput", "memory"))
-    parser.add_argument("--images", type=int, help="default: 40 for throughput, 5000 for memory")
+    parser.add_argument("what", choices=("throughput", "memory", "kills"))
+    parser.add_argument("--images", type=int, help="default: 40 for throughput, 5000 for memory, 500 for kills")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    parser.add_argument("--kills", type=int, default=20)
     args = parser.parse_args()
     if args.what == "throughput":
         throughput(args.images or 40, args.rounds, args.threads)
+    elif args.what == "kills":
+        kills(args.engine, args.images or 500, args.kills)
     else:
         memory(args.images or 5000)

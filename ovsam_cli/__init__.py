@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": "evaluate a model on a data set",
     "models": "list the presets: parts, licences, sizes, and whether they are downloaded",
     "convert-labels": "convert label files between formats",
+    "label-studio": "serve predictions to Label Studio",
     "compose": "compose a model from a SAM, a CLIP and adapters",
     "convert": "convert an official checkpoint to a folder that transformers loads",
     "compare": "compare a fine-tuned model with its base on a data set",

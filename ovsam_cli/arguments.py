@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from ovsam.errors import InputError
+
 
 def point(text: str) -> tuple[float, float, int]:
     """`X,Y` or `X,Y,LABEL` -> x, y and the label: 1 on the object, 0 beside it."""
@@ -88,3 +90,15 @@ def add(parser: argparse._ActionsContainer, *options: str, **changes: Any) -> No
     """Add options of `SHARED` to a parser or a group of it; `changes` replace keywords of `add_argument`."""
     for option in options:
         parser.add_argument(option, **SHARED[option] | changes)
+
+
+def add_address(parser, port: int) -> None:
+    parser.add_argument(
+        "--host", metavar="ADDRESS", default="127.0.0.1", help="default: %(default)s, this machine only"
+    )
+    parser.add_argument("--port", metavar="N", type=count, default=port, help="default: %(default)s")
+
+
+def check_port(port: int) -> None:
+    if port > 65535:
+        raise InputError(f"The port {port} does not exist; it must be a number from 1 to 65535.")

@@ -11,17 +11,13 @@ from ovsam_cli import arguments
 
 def add_arguments(parser: ArgumentParser) -> None:
     arguments.add(parser, "--model")
-    parser.add_argument(
-        "--host", metavar="ADDRESS", default="127.0.0.1", help="default: %(default)s, this machine only"
-    )
-    parser.add_argument("--port", metavar="N", type=arguments.count, default=7860, help="default: %(default)s")
+    arguments.add_address(parser, port=7860)
     parser.add_argument("--share", action="store_true", help="also serve at a temporary public address of Gradio")
 
 
 def check(args: Namespace) -> None:
     """Raise InputError without the demo's files or Gradio, or for an invalid port."""
-    if args.port > 65535:
-        raise InputError(f"The port {args.port} does not exist; it must be a number from 1 to 65535.")
+    arguments.check_port(args.port)
     if _folder() is None:
         raise InputError(
             "The demo is not in this installation; `pip install --force-reinstall --no-deps ovsam` adds it."

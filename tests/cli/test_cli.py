@@ -202,6 +202,7 @@ def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
         ("dance", "'dance'"),
         ("segmnt a.png", "did you mean `segment`?"),
         ("demo --port 99999", "it must be a number from 1 to 65535"),
+        ("label-studio --port 99999", "it must be a number from 1 to 65535"),
         ("train recipe.toml --steps 0", "'0' is not a whole number above 0"),
     ],
 )

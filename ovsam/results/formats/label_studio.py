@@ -20,26 +20,32 @@ from ovsam.ops.files import write_text, write_whole
 from ovsam.ops.polygons import fill, to_polygon
 from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, load_json, visible
 
-SHAPES = ("brush", "polygon")
+SHAPES = ("brush", "polygon", "rectangle")
 SIZES = (3, 4, 8, 16)  # numbers of bits of the length of a run
 
 
-def to_label_studio(result: Labelled, shape: str = "brush", image_url: str = "") -> dict[str, Any]:
+def to_label_studio(
+    result: Labelled, shape: str = "brush", image_url: str = "", names: tuple[str, str] = ("label", "image")
+) -> dict[str, Any]:
     """Return one task with a prediction.
 
     Args:
-        shape: "brush" (exact), or "polygon", which Label Studio can also export as COCO and YOLO.
+        shape: "brush" (exact), "polygon", which Label Studio can also export as COCO and YOLO, or "rectangle".
         image_url: prefix of the file name in `data.image`, such as "/data/local-files/?d=".
+        names: names of the tags of the labels and of the image in the labelling interface.
     """
     _check(shape)
     height, width = result.size
-    facts = {"from_name": "label", "to_name": "image", "type": f"{shape}labels", "image_rotation": 0}
+    facts = {"from_name": names[0], "to_name": names[1], "type": f"{shape}labels", "image_rotation": 0}
     facts |= {"original_width": width, "original_height": height}
     regions, scores = [], []
     for instance in visible(result):
         value: dict[str, Any] = {f"{shape}labels": [instance.label]}
         if shape == "brush":
             value |= {"format": "rle", "rle": encode_rle(instance.mask)}
+        elif shape == "rectangle":
+            sides = np.array(instance.bbox) / [width, height, width, height] * 100
+            value |= dict(zip(("x", "y", "width", "height"), sides.round(5).tolist(), strict=True)) | {"rotation": 0}
         else:
             points = to_polygon(instance.mask) / [width, height] * 100
             value |= {"points": points.round(5).tolist(), "closed": True}
@@ -197,4 +203,4 @@ def _file_name(data: dict[str, Any]) -> str | None:
 
 def _check(shape: str) -> None:
     if shape not in SHAPES:
-        raise InputError(f"The shape for Label Studio must be 'brush' or 'polygon', not {shape!r}.")
+        raise InputError(f"The shape for Label Studio must be one of {', '.join(SHAPES)}, not {shape!r}.")
