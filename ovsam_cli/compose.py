@@ -21,6 +21,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=["dual", "clip", "sam"],
         help="source of image features (default: clip with --sam2clip, else dual, which has both encoders)",
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="keep the memory of a tracker, SAM 2's or EdgeTAM's, for video"
+    )
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
 
 
@@ -37,7 +40,7 @@ def run(args: Namespace) -> int:
     names = ("sam", "clip", *ADAPTERS)
     chosen = {name: getattr(args, name) for name in names if getattr(args, name)}
     with new_folder(args.output) as folder:
-        model, found = parts.compose_model(**chosen, composition=args.composition)
+        model, found = parts.compose_model(**chosen, composition=args.composition, memory=args.memory)
         processor = parts.build_processor(model, found["sam"], found["clip"])
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -152,8 +152,8 @@ def run(args: Namespace) -> int:
     from ovsam.results.formats import write_coco, write_labels
 
     _quieten(args.verbose, args.quiet)
-    half = {"dtype": "float16" if (args.device or _default_device()).startswith("cuda") else "bfloat16"}
-    segmenter = ovsam.load(args.model, device=args.device, **(half if args.half else {}))
+    half = "float16" if (args.device or _default_device()).startswith("cuda") else "bfloat16"
+    segmenter = ovsam.load(args.model, device=args.device, dtype=half if args.half else None)
     printer, found, places = _Printer(args), [], _names(args)
     for name, image, results in _answers(segmenter, args):
         results.file_name = "stdin" if name == STDOUT else name

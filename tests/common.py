@@ -16,6 +16,7 @@ from transformers import (
     EdgeTamConfig,
     EdgeTamModel,
     EdgeTamVideoConfig,
+    EdgeTamVideoModel,
     Owlv2Config,
     Owlv2ForObjectDetection,
     PreTrainedConfig,
@@ -24,6 +25,7 @@ from transformers import (
     Sam2ImageProcessor,
     Sam2Model,
     Sam2VideoConfig,
+    Sam2VideoModel,
     Sam3TrackerConfig,
     SamConfig,
     SamHQConfig,
@@ -234,7 +236,11 @@ def tiny_video_model(kind="edgetam_video", adapters=True) -> ovsam.OVSamVideoMod
 def save_sam(folder: Path, kind: str) -> Path:
     """A SAM of a family, random, as it is published: weights, configuration, image processor, card."""
     torch.manual_seed(1)
-    model = randomise({"sam": SamModel, "sam2": Sam2Model, "edgetam": EdgeTamModel}[kind](sam_config(kind)))
+    if kind.endswith("_video"):
+        model_class = {"sam2_video": Sam2VideoModel, "edgetam_video": EdgeTamVideoModel}[kind]
+    else:
+        model_class = {"sam": SamModel, "sam2": Sam2Model, "edgetam": EdgeTamModel}[kind]
+    model = randomise(model_class(_sam_video(kind) if kind.endswith("_video") else sam_config(kind)))
     code = model.prompt_encoder.shared_embedding.positional_embedding  # one and the same in released weights
     model.shared_image_embedding.positional_embedding.data.copy_(code)
     model.mask_decoder.iou_prediction_head.proj_out.bias.data.fill_(1.0)  # mostly above 0, as trained ones

@@ -32,7 +32,7 @@ from ovsam.modeling.clip import CLIP_SIDES, ClipSide, OpenClipConfig
 from ovsam.modeling.clip.imagenet import ImageNetSide, pretrained_imagenet
 from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamModel
-from ovsam.modeling.sam import SAM_SIDES
+from ovsam.modeling.sam import SAM_SIDES, Sam2Side, Sam2VideoSide
 from ovsam.processing.processing_ovsam import OVSamProcessor
 
 IMAGENET = "imagenet:"  # prefix of the name of a classifier of timm
@@ -64,7 +64,7 @@ def compose(sam: str, clip: str, clip_size: int | None = None, **parts) -> tuple
 
     Args:
         sam: a SAM-family model of transformers (SAM 1, SAM-HQ, SAM 2, EdgeTAM, ...; of a tracker, the image model is
-            taken).
+            taken, or with `memory` all of it).
         clip: a CLIP, SigLIP, SigLIP 2 or OWLv2 of transformers, an open_clip model, or imagenet:NAME for a classifier
             of timm (ConSE). OWLv2 has a ConceptHead of its own.
         clip_size: side in pixels of CLIP's input, if it has an image tower beside SAM's. By default the size of the
@@ -93,6 +93,7 @@ def compose_model(
     sam2clip: str | PreTrainedModel | None = None,
     concepts: str | PreTrainedModel | None = None,
     composition: str | None = None,
+    memory: bool = False,
     **config,
 ) -> tuple[OVSamModel, dict[str, Part]]:
     """Return a model from parts, and its parts by name.
@@ -101,12 +102,13 @@ def compose_model(
         sam, clip: as in `compose`, or models in memory, whose weights are copied.
         clip2sam, sam2clip, concepts: adapters that fit these two.
         composition: source of the image features; by default "clip" with a sam2clip, else "dual".
+        memory: whether to keep the memory of a tracker, SAM 2's or EdgeTAM's, with which OVSamVideoModel tracks.
         config: further fields of OVSamConfig, such as thresholds.
 
     Raises:
         InputError: as in `compose`.
     """
-    parts = {"sam": load_sam(sam), "clip": load_clip(clip)}
+    parts = {"sam": load_sam(sam, memory), "clip": load_clip(clip)}
     given = zip(ADAPTERS, (clip2sam, sam2clip, concepts), strict=True)
     parts |= {name: load_adapter(part, name) for name, part in given if part is not None}
     settings = {"vocabulary": "lvis"}
@@ -132,13 +134,23 @@ def compose_model(
     return model.eval(), parts
 
 
-def load_sam(given: str | PreTrainedModel) -> Part:
-    """Load the configuration and weights of the SAM side."""
+def load_sam(given: str | PreTrainedModel, memory: bool = False) -> Part:
+    """Load the configuration and weights of the SAM side; of a tracker without its memory, unless it is asked for.
+
+    Raises:
+        InputError: as in `compose`; or there is no memory that could be kept.
+    """
     part, model = _open(given)
+    kind = (model.config.sam_config if isinstance(model, OVSamModel) else part.config).model_type
+    if memory and not issubclass(SAM_SIDES.get(kind, Sam2Side), Sam2VideoSide):
+        raise InputError(
+            f"{part.name!r} is a model of type {kind!r}, which has no memory to keep; pass one of sam2_video or "
+            "edgetam_video."
+        )
     if model is None:
-        kind = TRACKERS.get(part.config.model_type, part.config.model_type)
+        kind = kind if memory else TRACKERS.get(kind, kind)
         side = _side(SAM_SIDES, kind, part, "SAM")
-        model = _load(part, side.model_class, _image_config(part.config, side.model_class))
+        model = _load(part, side.model_class, None if memory else _image_config(part.config, side.model_class))
     if isinstance(model, OVSamModel):
         part.config, part.state = model.config.sam_config, model.sam.state_dict()
     else:
@@ -218,7 +230,8 @@ def describe(model: OVSamModel) -> str:
     if brings_head:
         missing = []  # no adapter is required
     lacks = f"; missing: {' and '.join(missing)}, to be trained" if missing else "; missing: nothing"
-    return f"Names of prompted masks: {names}; words and everything: {words}; video: no{lacks}."
+    video = "memory" if isinstance(model.sam, Sam2VideoSide) else "label propagation"
+    return f"Names of prompted masks: {names}; words and everything: {words}; video: by {video}{lacks}."
 
 
 def licence(part: Part) -> str:

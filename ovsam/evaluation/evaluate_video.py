@@ -210,7 +210,7 @@ def run_video_eval(
         videos = moving_videos(Path(dataset), folder, *(() if seed is None else (seed,)))[:limit]
     else:
         videos = open_videos(Path(dataset), folder)[:limit]
-    segmenter = load(model, device=device)
+    segmenter = load(model, device=device, memory=tracker != "propagation")
     records = measure_videos(segmenter, videos, baselines=baselines, tracker=tracker)
     figures = summarise_videos(records)
     print(f"\n{segmenter.name} on {dataset}, {len(videos)} videos; {mode(segmenter)}\n")

@@ -18,7 +18,10 @@ from ovsam.processing import arguments
 
 
 def load(
-    model: str | os.PathLike = "auto", device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    model: str | os.PathLike = "auto",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory: bool = False,
 ) -> Segmenter:
     """Load a Segmenter for a preset, a folder or a Hub id.
 
@@ -29,6 +32,7 @@ def load(
             answers, else `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME" or "ORG/NAME@REVISION".
         device: "cpu", "cuda", ...; by default a GPU if there is one.
         dtype: torch.bfloat16 or "bfloat16", "float16", "float32"; by default that of the checkpoint.
+        memory: whether a preset keeps the memory of its SAM 2, with which it tracks through videos.
 
     Raises:
         InputError: unknown model, none available, or unknown device or dtype.
@@ -42,7 +46,7 @@ def load(
     if name in PRESETS and PRESETS[name].parts:
         announce_download(name)
         parts = PRESETS[name].parts
-        whole, processor = compose(sam=parts["sam"], clip=parts["clip"])
+        whole, processor = compose(sam=parts["sam"], clip=parts["clip"], memory=memory)
         return Segmenter(whole.to(target, dtype), processor, name)
     folder = find_checkpoint(name) if name in PRESETS else _fetch(name)
     whole, processor = load_folder(folder, name)

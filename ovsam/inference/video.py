@@ -33,8 +33,9 @@ OBJECT = "object"  # the label without class names
 
 
 def load_video(model: Any = "auto", device: Any = None, dtype: Any = None, tracker: str = "auto") -> "VideoSegmenter":
-    """Load a VideoSegmenter for a preset, a folder or a Hub id; model, device and dtype are those of `ovsam.load`."""
-    return VideoSegmenter(load(model, device, dtype), tracker)
+    """Load a VideoSegmenter for a preset, a folder or a Hub id; model, device and dtype are those of `ovsam.load`.
+    Presets keep the memory of their SAM 2, unless `tracker` is "propagation"."""
+    return VideoSegmenter(load(model, device, dtype, memory=tracker != "propagation"), tracker)
 
 
 @dataclass(frozen=True)

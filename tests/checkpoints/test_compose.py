@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import CHANNELS, SIZE, WORDS, C, D, picture, sam_config, tiny_model, tiny_tokenizer
+from common import CHANNELS, SIZE, WORDS, C, D, picture, sam_config, save_sam, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
     AutoModel,
     EdgeTamVideoConfig,
+    EdgeTamVideoModel,
     Owlv2ForObjectDetection,
     Owlv2ImageProcessor,
     Owlv2Processor,
@@ -25,11 +26,14 @@ from transformers import (
     SamModel,
     SamProcessor,
 )
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 
 import ovsam
 import ovsam_cli
 from ovsam.checkpoints.compose import compose, compose_model, describe
+from ovsam.errors import InputError
 from ovsam.modeling.sam import SAM_SIDES
+from ovsam.modeling.tracking import VideoPrompt
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = picture(5, width=150, height=90)
@@ -110,6 +114,35 @@ def test_a_tracker_gives_its_image_model(parts, tmp_path):
     found = model(**{k: v for k, v in processor(PICTURE, input_boxes=box).items() if k in MODEL_INPUTS})
     assert_close(found.pred_masks, expected.pred_masks, rtol=0, atol=0.02 * float(expected.pred_masks.std()))
     assert_close(found.iou_scores, expected.iou_scores, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["sam2_video", "edgetam_video"])
+@torch.no_grad()
+def test_a_tracker_that_keeps_its_memory_tracks_as_alone(kind, parts, tmp_path):
+    save_sam(tmp_path / "sam", kind)
+    own = {"sam2_video": Sam2VideoModel, "edgetam_video": EdgeTamVideoModel}[kind].from_pretrained(tmp_path / "sam")
+    model, _ = compose(str(tmp_path / "sam"), parts["clip"], memory=True, vocabulary=list(WORDS))
+    assert model.config.sam_config.model_type == kind and "video: by memory" in describe(model)
+    assert "video: by label propagation" in describe(compose_model(str(tmp_path / "sam"), parts["clip"])[0])
+    model.save_pretrained(tmp_path / "whole")
+    # In double precision, as in tests/modeling/test_tracking.py: random weights amplify what is rounded.
+    video = ovsam.OVSamVideoModel.from_pretrained(tmp_path / "whole").eval().double()
+    own, frames = own.eval().double(), torch.randn(3, 3, SIZE, SIZE, dtype=torch.float64)
+    mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    mask[30:80, 30:80] = True
+    # The model input of the CLIP side is the frame as well.
+    prepare = lambda frame: {"pixel_values": frame[None], "clip_pixel_values": frame[None]}  # noqa: E731
+    session = ovsam.OVSamVideoSession(list(frames), prepare, SIZE, SIZE, tracker="memory")
+    session.add_prompt(1, 0, VideoPrompt(mask=mask))
+    theirs = Sam2VideoInferenceSession(video=frames, video_height=SIZE, video_width=SIZE, dtype=torch.float64)
+    theirs.add_mask_inputs(theirs.obj_id_to_idx(1), 0, mask[None, None])
+    theirs.obj_with_new_inputs = [1]
+    for number in range(3):
+        found = video(session, frame_idx=number)
+        expected = own(theirs, frame_idx=number).pred_masks
+        assert_close(found.pred_masks, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    with pytest.raises(InputError, match="has no memory to keep"):
+        compose(parts["sam2"], parts["clip"], memory=True)
 
 
 @pytest.mark.parametrize("family", ["edgetam", "sam3_tracker"])
@@ -290,7 +323,9 @@ def test_output_of_the_command(photo, parts, tmp_path, capsys):
     command = ["compose", "--sam", parts["sam2"], "--clip", parts["owlv2"], "-o", str(target)]
     assert ovsam_cli.main(command) == 0
     first, *rest = capsys.readouterr().out.splitlines()
-    assert "Names of prompted masks: yes" in first and "words and everything: yes" in first and "video: no" in first
+    assert (
+        "Names of prompted masks: yes" in first and "words and everything: yes" in first and "video: by label" in first
+    )
     assert rest == [
         f"  sam: {parts['sam2']} (Sam2Side, licence: apache-2.0)",
         f"  clip: {parts['owlv2']} (Owlv2Side, licence: not stated)",
@@ -414,7 +449,10 @@ def test_a_model_without_any_classifier(parts):
 
 def test_describe(parts):
     head = ovsam.ConceptHead(ovsam.ConceptHeadConfig(in_channels=CHANNELS["clip"], embed_dim=D, **HEADS))
-    nothing_trained = "yes, by CLIP's own features; words and everything: yes, by the proposer clip-dense; video: no"
+    nothing_trained = (
+        "yes, by CLIP's own features; words and everything: yes, by the proposer clip-dense; video: by label "
+        "propagation"
+    )
     for given, sentence in (
         ({}, f"{nothing_trained}; missing: clip2sam and concepts, to be trained."),
         ({"concepts": head}, "yes, by the locations that match them; words and everything: yes, by its ConceptHead"),

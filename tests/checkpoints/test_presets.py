@@ -113,6 +113,19 @@ def test_auto_is_photo_if_it_is_cached(cached_photo, capsys):
     assert segmenter.model.config.score_threshold == 0.2 and segmenter.model.config.vocabulary == "lvis"
 
 
+def test_photo_in_video_keeps_the_memory_of_sam2(cache):
+    name = PRESETS["photo"].parts["sam"]
+
+    put_into_cache(cache, name, lambda folder: save_sam(folder, "sam2_video"))
+    put_into_cache(cache, PRESETS["photo"].parts["clip"], lambda folder: save_clip(folder, "owlv2"))
+    kinds = {
+        tracker: ovsam.load_video("photo", "cpu", tracker=tracker).segmenter.model.config.sam_config.model_type
+        for tracker in ("auto", "memory", "propagation")
+    }
+    assert kinds == {"auto": "sam2_video", "memory": "sam2_video", "propagation": "sam2"}
+    assert ovsam.load("photo", "cpu").model.config.sam_config.model_type == "sam2"
+
+
 @pytest.mark.weights
 def test_auto_is_embedded_without_cache_and_hub(cache, capsys):
     segmenter = ovsam.load(device="cpu")
