@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     name, rest = _choose_command(argv)
     _import_bare("ovsam")
-    from ovsam.errors import InputError
+    from ovsam.errors import InputError, is_out_of_memory
 
     command = importlib.import_module(f"ovsam_cli.{name.replace('-', '_')}")
     parser = Parser(
@@ -98,20 +98,10 @@ def _run(argv: list[str]) -> int:
         return command.run(args)
     except InputError as error:
         return _fail(str(error))
-    except MemoryError:
-        return _fail(OUT_OF_MEMORY)
-    except (RuntimeError, ImportError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not is_out_of_memory(error):
             raise
         return _fail(OUT_OF_MEMORY)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch has an error of its own for a GPU, a RuntimeError for the CPU; libraries may fail
-    to load."""
-    text = str(error)
-    signs = ("not enough memory", "failed to map segment", "Cannot allocate memory", "bad_alloc", "out of memory")
-    return type(error).__name__ == "OutOfMemoryError" or any(sign in text for sign in signs)
 
 
 def _fail(message: str) -> int:

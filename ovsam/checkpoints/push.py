@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 from ovsam.checkpoints.cards import check_card, default_card
 from ovsam.checkpoints.embedded import PACKAGE
-from ovsam.checkpoints.weight_files import INDEX, check_weights, file_hash, hub_hashes, reason, shards_of
+from ovsam.checkpoints.weight_files import INDEX, check_weights, file_hash, hub_errors, hub_hashes, reason, shards_of
 from ovsam.errors import InputError
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.remote_code import SHIM, RemoteCodeConfig, auto_map, write_shim
@@ -289,7 +289,8 @@ def upload(built: Built, repo: str, private: bool = False, revision: str | None 
     if it must be private. Raises InputError if anything fails; the same call then resumes the upload.
     """
     api = HfApi()
-    try:
+    failed = f"{repo} was not published ({{}}); run the same command again to upload the missing files."
+    with hub_errors(failed):
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.model_info(repo).private:
             raise InputError(f"{repo} exists and is public: make it private on the Hub first, or leave out --private.")
@@ -305,12 +306,6 @@ def upload(built: Built, repo: str, private: bool = False, revision: str | None 
         )
         names = list(built.files())
         there = hub_hashes(repo, names, commit.oid, api)
-    except InputError:
-        raise
-    except Exception as error:  # the client's own errors and those of its HTTP library have no common base
-        raise InputError(
-            f"{repo} was not published ({reason(error)}); run the same command again to upload the missing files."
-        ) from error
     for name in names:
         if name not in there or file_hash(built.folder / name, there[name]) != there[name]:
             raise InputError(f"The {name} of {repo} on the Hub differs from the uploaded file: push again.")

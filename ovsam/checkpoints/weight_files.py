@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -92,20 +94,25 @@ def fetch(name: str) -> Path:
         if folder is None or not all((folder / shard).is_file() for shard in shards_of(folder)):
             raise out_of_reach(name)
         return folder
-    try:
+    with hub_errors(f"{name!r} could not be downloaded ({{}}); complete files are kept, so try again."):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=BESIDE))
         missing = [shard for shard in shards_of(folder) if not (folder / shard).is_file()]
         if missing:
             # The folder of a snapshot is named after its commit, so a push in between cannot mix two versions.
             snapshot_download(repo, revision=folder.name, allow_patterns=missing)
             _check_arrived(repo, folder, missing)
+    return folder
+
+
+@contextmanager
+def hub_errors(sentence: str) -> Iterator[None]:
+    """Raise errors of the Hub's client as InputError; `sentence` has {} in place of the reason."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # the client's own errors and those of its HTTP library have no common base
-        raise InputError(
-            f"{name!r} could not be downloaded ({reason(error)}); complete files are kept, so try again."
-        ) from error
-    return folder
+        raise InputError(sentence.replace("{}", reason(error))) from error
 
 
 def hub_hashes(repo: str, names: list[str], revision: str | None, api: HfApi | None = None) -> dict[str, str]:

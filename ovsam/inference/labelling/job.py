@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ovsam.errors import InputError
+from ovsam.errors import InputError, is_out_of_memory
 from ovsam.inference.labelling.journal import Journal, Journals
 from ovsam.inference.labelling.sources import Item
 from ovsam.ops.files import remove_leftovers, write_whole
@@ -100,8 +100,8 @@ class Asker:
             return list(self.ask(images))
         except Exception as error:
             if len(images) == 1:
-                return [self._ask_in_tiles(images[0], error) if _is_memory(error) else _reason(error)]
-            if not _is_memory(error):  # an error of one image: the others continue
+                return [self._ask_in_tiles(images[0], error) if is_out_of_memory(error) else _reason(error)]
+            if not is_out_of_memory(error):  # an error of one image: the others continue
                 return [one for image in images for one in self._ask([image])]
         _free_memory()
         self.limit = (len(images) + 1) // 2
@@ -115,7 +115,7 @@ class Asker:
                 return self.ask([image], tile=tile)[0]
             except Exception as again:
                 error = again
-                if not _is_memory(error):
+                if not is_out_of_memory(error):
                     break
         return f"{image.width}x{image.height} pixels do not fit into memory, not even in tiles ({_reason(error)})."
 
@@ -269,15 +269,6 @@ def read_errors(paths: Iterable[Path]) -> dict[str, str]:
             one = json.loads(line)
             found[one["image"]] = one["error"]
     return found
-
-
-def _is_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
-    )
 
 
 def _free_memory() -> None:
