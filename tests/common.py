@@ -276,15 +276,22 @@ def save_clip(folder: Path, kind: str) -> Path:
     return folder
 
 
+def word_tokenizer(
+    ids: dict[str, int], start: str, end: str, unknown: str = "[UNK]", **more
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, which puts `start` before a phrase and `end` behind it."""
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, ids[start]), (end, ids[end])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, **more)
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = ["[PAD]", "[UNK]", *sorted({part for word in WORDS for part in word.split()})]
     ids = {word: index for index, word in enumerate(vocabulary)} | {"[BOS]": 62, "[EOS]": 63}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 62), ("[EOS]", 63)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+    return word_tokenizer(ids, "[BOS]", "[EOS]", pad_token="[PAD]", eos_token="[EOS]")
 
 
 def tiny_processor(**more) -> ovsam.OVSamProcessor:

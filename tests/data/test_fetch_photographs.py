@@ -1,16 +1,14 @@
-"""adapters/photographs/fetch.py against a local server that answers as COCO's does."""
+"""adapters/photographs/fetch.py against a local server with the files of COCO's."""
 
 import importlib.util
 import io
 import json
-import threading
 import zipfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from web import serve
 
 from ovsam.data.coco import Coco
 
@@ -22,13 +20,6 @@ def load_script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    requests: list[str] = []
-
-    def log_message(self, *args):
-        self.requests.append(self.path)
 
 
 @pytest.fixture
@@ -46,11 +37,8 @@ def server(tmp_path):
             content = io.BytesIO()
             Image.new("RGB", (1024, 512), "grey").save(content, "JPEG")
             _made(folder / split / image["file_name"]).write_bytes(content.getvalue())
-    Quiet.requests = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serve(folder) as address_and_requests:
+        yield address_and_requests
 
 
 def _made(path: Path) -> Path:
@@ -60,8 +48,9 @@ def _made(path: Path) -> Path:
 
 def test_exactly_the_listed_photographs_are_fetched_once(server, tmp_path):
     script, folder, listed = load_script(), tmp_path / "photographs", tmp_path / "list.txt"
+    address, requests = server
     listed.write_text("# role, split, id\ntrain train2017 7\ncalibration val2017 9\n")
-    script.main(folder, server, listed)
+    script.main(folder, address, listed)
     assert sorted(path.name for path in (folder / "images").iterdir()) == ["000000000007.jpg", "000000000009.jpg"]
     assert Image.open(folder / "images" / "000000000007.jpg").size == (512, 256)
     data = Coco(folder / "train.json", folder / "images", size=64)
@@ -69,9 +58,9 @@ def test_exactly_the_listed_photographs_are_fetched_once(server, tmp_path):
     mask = data[0]["masks"][0]  # the square of 100 to 300 pixels of 1024 x 512, on a grid of 64 x 64
     assert mask.any(0).nonzero().flatten().tolist() == pytest.approx(range(6, 19), abs=1)
     assert mask.any(1).nonzero().flatten().tolist() == pytest.approx(range(12, 38), abs=1)
-    asked = len(Quiet.requests)
-    script.main(folder, server, listed)
-    assert len(Quiet.requests) == asked == 3
+    asked = len(requests)
+    script.main(folder, address, listed)
+    assert len(requests) == asked == 3
 
 
 def test_the_list_names_the_photographs_of_ovsam_tiny():

@@ -8,17 +8,15 @@ import random
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import zipfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from label_stub import FakeSegmenter
 from PIL import Image
+from web import serve
 
 import ovsam
 import ovsam_cli
@@ -386,21 +384,11 @@ def test_archives(photos):
 
 
 def test_addresses(photos):
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory="photos"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serve("photos") as (address, _):
         (item,) = list_items([f"{address}/1/001.png"]).items
-        assert item.key == f"127.0.0.1:{server.server_port}/1/001.png" and item.open().size == (48, 40)
+        assert item.key == f"{address.removeprefix('http://')}/1/001.png" and item.open().size == (48, 40)
         with pytest.raises(InputError, match="no.png"):
             list_items([f"{address}/no.png"]).items[0].open()
-    finally:
-        server.shutdown()
-        server.server_close()
 
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from common import picture, randomise, tiny_model, tiny_processor
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from common import picture, randomise, tiny_model, tiny_processor, word_tokenizer
 from torch.testing import assert_close
 from transformers import (
     DetrImageProcessor,
@@ -54,15 +53,9 @@ def segmenter():
 def tokenizer(kind: str, length: int = 64) -> PreTrainedTokenizerFast:
     start, end = {"bert": ("[CLS]", "[SEP]"), "clip": ("<|startoftext|>", "<|endoftext|>")}[kind]
     ids = {word: i for i, word in enumerate(["[PAD]", "[UNK]", start, end, "[MASK]", ".", "?", "cat", "red", "ball"])}
-    words = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    words.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(start, 2), (end, 3)]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]", "model_max_length": length}
-    if kind == "bert":
-        return PreTrainedTokenizerFast(tokenizer_object=words, cls_token=start, sep_token=end, **special)
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=start, eos_token=end, **special)
+    special = {"pad_token": "[PAD]", "mask_token": "[MASK]", "model_max_length": length}
+    special |= {"cls_token": start, "sep_token": end} if kind == "bert" else {"bos_token": start, "eos_token": end}
+    return word_tokenizer(ids, start, end, **special)
 
 
 def clip_text(width: int, length: int) -> dict:

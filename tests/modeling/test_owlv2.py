@@ -6,15 +6,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from common import randomise, tiny_config, tiny_processor
+from common import randomise, tiny_config, tiny_processor, word_tokenizer
 from testers.clip_side import ClipSideTester, make_inputs
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     Owlv2Config,
     Owlv2ForObjectDetection,
     Owlv2ImageProcessor,
     Owlv2Processor,
-    PreTrainedTokenizerFast,
 )
 
 import ovsam
@@ -62,13 +60,8 @@ def processor(size=SIZE) -> Owlv2Processor:
     """OWLv2's own; the end of a phrase has the highest id, as in CLIP's vocabulary."""
     ids = {"!": 0, "<unk>": 1} | {word: 2 + index for index, word in enumerate(WORDS)}
     ids |= {"<start>": 1208, "<end>": 1209}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1208), ("<end>", 1209)]
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!", unk_token="<unk>", model_max_length=8)
-    return Owlv2Processor(Owlv2ImageProcessor(size={"height": size, "width": size}), fast)
+    tokenizer = word_tokenizer(ids, "<start>", "<end>", "<unk>", pad_token="!", model_max_length=8)
+    return Owlv2Processor(Owlv2ImageProcessor(size={"height": size, "width": size}), tokenizer)
 
 
 def pictures(*sizes):

@@ -1,16 +1,15 @@
-"""Pictures of every kind open as upright RGB, or are refused with one clear sentence."""
+"""Images of every kind open as upright RGB, or raise an error of one sentence."""
 
-import http.server
 import io
 import os
 import struct
-import threading
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
+from web import serve
 
 from ovsam.errors import InputError
 from ovsam.processing.images import MIN_SIDE, open_image
@@ -188,25 +187,12 @@ def test_other_values_than_images_raise_an_error(given):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-def test_a_url(picture):
-    content = encoded(picture)
-
-    class Answer(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path == "/a.png" else 404)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_address[1]}"
+def test_a_url(picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    with serve(tmp_path) as (address, _):
         assert np.array_equal(np.asarray(open_image(f"{address}/a.png")), np.asarray(picture))
         with pytest.raises(InputError, match="b.png cannot be downloaded: the server answers 404"):
             open_image(f"{address}/b.png")
-        server.shutdown()
 
 
 def test_postscript_in_disguise_starts_no_program(picture, tmp_path, monkeypatch):
