@@ -217,15 +217,6 @@ def test_exclusive_masks_share_no_pixel(segmenter, scene):
     assert np.array_equal(apart.masks.any(0), shared.masks.any(0))
 
 
-def test_filtering_again_runs_no_model(segmenter, scene, monkeypatch):
-    found = segmenter.everything(scene, ["cat", "dog"], objectness=0.2)
-    monkeypatch.setattr(segmenter, "model", None)
-    score, area = float(np.median(found.scores)), int(np.median([one.area for one in found]))
-    fewer = found.filter(score=score, min_area=area)
-    assert 0 < len(fewer) < len(found)
-    assert all(one.score >= score and one.area >= area for one in fewer)
-
-
 def test_edges_have_the_size_of_the_image(segmenter):
     edges = segmenter.edges(WIDE)
     assert edges.shape == (90, 200) and 0 <= edges.min() < edges.max() <= 1
