@@ -1,8 +1,8 @@
-# make try    a picture of this repository, segmented by words
-# make test   lint, types and the whole suite
-# make bench  what words, prompts and everything cost and find; a quarter of an hour on an idle machine
-# make tiny   trains ovsam-tiny's parts again, those that are not in runs/ yet; stopped at any moment, it goes on
-# All make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='person "sports ball"' asks for other words.
+# make try    segments a photograph of this repository by text queries
+# make test   lint, types and all tests
+# make bench  cost and recall of text queries, prompts and everything; a quarter of an hour on an idle machine
+# make tiny   trains the parts of ovsam-tiny that are not in runs/ yet; an interrupted run continues
+# All make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='person "sports ball"' sets the text queries.
 
 PYTHON ?= python3
 TRY_IMAGE ?= 000000352257.jpg
