@@ -5,14 +5,14 @@ import torch
 from testers.sam_side import repair_sam_hq
 from transformers.models.edgetam.configuration_edgetam import EdgeTamMaskDecoderConfig
 from transformers.models.edgetam.modeling_edgetam import EdgeTamMaskDecoder
-from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
-from transformers.models.sam.modeling_sam import SamMaskDecoder
-from transformers.models.sam2.configuration_sam2 import Sam2MaskDecoderConfig
-from transformers.models.sam2.modeling_sam2 import Sam2MaskDecoder
+from transformers.models.sam.configuration_sam import SamMaskDecoderConfig, SamPromptEncoderConfig
+from transformers.models.sam.modeling_sam import SamMaskDecoder, SamMaskEmbedding
+from transformers.models.sam2.configuration_sam2 import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig
+from transformers.models.sam2.modeling_sam2 import Sam2MaskDecoder, Sam2MaskEmbedding
 from transformers.models.sam3_tracker.configuration_sam3_tracker import Sam3TrackerMaskDecoderConfig
 from transformers.models.sam3_tracker.modeling_sam3_tracker import Sam3TrackerMaskDecoder
-from transformers.models.sam_hq.configuration_sam_hq import SamHQMaskDecoderConfig
-from transformers.models.sam_hq.modeling_sam_hq import SamHQMaskDecoder
+from transformers.models.sam_hq.configuration_sam_hq import SamHQMaskDecoderConfig, SamHQPromptEncoderConfig
+from transformers.models.sam_hq.modeling_sam_hq import SamHQMaskDecoder, SamHQMaskEmbedding
 
 from ovsam.modeling.sam import decode
 
@@ -22,6 +22,11 @@ FAMILIES = {
     "sam2": (Sam2MaskDecoder, Sam2MaskDecoderConfig),
     "edgetam": (EdgeTamMaskDecoder, EdgeTamMaskDecoderConfig),
     "sam3_tracker": (Sam3TrackerMaskDecoder, Sam3TrackerMaskDecoderConfig),
+}
+MASK_EMBEDDINGS = {
+    "sam": (SamMaskEmbedding, SamPromptEncoderConfig),
+    "sam_hq": (SamHQMaskEmbedding, SamHQPromptEncoderConfig),
+    "sam2": (Sam2MaskEmbedding, Sam2PromptEncoderConfig),
 }
 KINDS = ("sam", "sam_hq", "sam2")  # the other two have SAM 2's decoder under another name
 C, H, W = 32, 6, 4  # not square, so that a swap of rows and columns shows
@@ -126,6 +131,27 @@ def test_each_prompt_may_have_its_own_mask(family, dense, cache, monkeypatch):
     inputs = draw(decoder, dense=dense)
     actual = as_transformers_gives_them(family, decode.decode_masks(decoder, *inputs))
     assert_same(actual, one_at_a_time(decoder, *inputs))
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("cache", [1, 2 * MAP, 2**22])
+def test_mask_prompts_are_those_of_transformers(family, cache, monkeypatch):
+    """Masks and gradients, whether the module of mask prompts is handed over or its output is."""
+    monkeypatch.setattr(decode, "CPU_CACHE", cache)
+    module, config = MASK_EMBEDDINGS[family]
+    decoder, embed = build(family), module(config(hidden_size=C, mask_input_channels=16)).double()
+    inputs, masks = draw(decoder), 4 * torch.randn(2, 5, 4 * H, 4 * W, dtype=torch.float64)
+    leaves = [inputs[0].requires_grad_(), masks.requires_grad_(), *embed.parameters()]
+
+    def run(dense):
+        decoded = decode.decode_masks(decoder, *inputs[:4], dense, inputs[5])
+        parts = [part for part in (decoded.masks, decoded.iou, decoded.tokens) if part is not None]
+        torch.manual_seed(2)
+        gradients = torch.autograd.grad(sum((part * torch.randn_like(part)).sum() for part in parts), leaves)
+        return [*parts, *gradients]
+
+    dense = embed(masks.flatten(0, 1)[:, None]).unflatten(0, (2, 5))
+    assert_same(run(decode.MaskPrompts(masks, embed)), run(dense), rtol=1e-7, atol=1e-7)
 
 
 def test_deeper_decoders_and_memory_formats():

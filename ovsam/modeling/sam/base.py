@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Sam2ImageProcessor
 
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import DecodedMasks, SamFeatures
-from ovsam.modeling.sam.decode import decode_masks
+from ovsam.modeling.sam.decode import MaskPrompts, decode_masks
 
 __all__ = ["DecodedMasks", "SamFeatures", "SamSide"]
 
@@ -105,7 +105,9 @@ class SamSide(nn.Module):
         points = torch.zeros(images, prompts, 1, 2, device=device)
         return self.model.prompt_encoder(points, torch.full((images, prompts, 1), -1, device=device), None, None)[0]
 
-    def _decode(self, features: SamFeatures, position: Tensor, sparse: Tensor, dense: Tensor) -> DecodedMasks:
+    def _decode(
+        self, features: SamFeatures, position: Tensor, sparse: Tensor, dense: Tensor | MaskPrompts
+    ) -> DecodedMasks:
         """Embedded prompts -> masks; arguments as in `decode_masks`."""
         high_res = (features.high_res or ())[: self.finer_maps]
         return decode_masks(self.model.mask_decoder, features.embedding, position, high_res, sparse, dense)
@@ -170,13 +172,12 @@ class SamSide(nn.Module):
                 sparse, _ = encoder(points, input_labels, boxes, None)  # [B, P, T, C]
             position = self._position()
         if input_masks is None:
-            dense = encoder.no_mask_embed.weight.view(1, 1, -1, 1, 1)
+            dense: Tensor | MaskPrompts = encoder.no_mask_embed.weight.view(1, 1, -1, 1, 1)
         else:
             masks = input_masks.float()
             if masks.shape[-2:] != (4 * self.grid, 4 * self.grid):
                 masks = F.interpolate(masks, (4 * self.grid, 4 * self.grid), mode="bilinear", antialias=True)
-            masks = masks.flatten(0, 1)[:, None].to(encoder.mask_embed.conv1.weight.dtype)  # -> [B*P, 1, 4h, 4w]
-            dense = encoder.mask_embed(masks).unflatten(0, input_masks.shape[:2])  # [B*P, C, h, w] -> [B, P, C, h, w]
+            dense = MaskPrompts(masks.to(encoder.mask_embed.conv1.weight.dtype), encoder.mask_embed)
         return self._decode(features, position, sparse, dense)
 
     def select_masks(
@@ -227,12 +228,11 @@ class SamSide(nn.Module):
 
 def take_masks(decoded: DecodedMasks, choice: Tensor) -> DecodedMasks:
     """Some of each prompt's masks, in the order of choice [B, P, M'] (indices into M)."""
-    return DecodedMasks(
-        decoded.masks.take_along_dim(choice[..., None, None], 2),
-        decoded.iou.take_along_dim(choice, 2),
-        decoded.tokens.take_along_dim(choice[..., None], 2),
-        decoded.object_logits,
-    )
+    b, p = choice.shape[:2]
+    images = torch.arange(b, device=choice.device)[:, None, None]
+    prompts = torch.arange(p, device=choice.device)[:, None]
+    masks, iou, tokens = (part[images, prompts, choice] for part in (decoded.masks, decoded.iou, decoded.tokens))
+    return DecodedMasks(masks, iou, tokens, decoded.object_logits)
 
 
 def _untie_in_state_dict(side: SamSide, state_dict: dict[str, Tensor], prefix: str, metadata: dict) -> None:

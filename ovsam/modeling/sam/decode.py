@@ -6,13 +6,18 @@ five attentions. The same numbers come out if
 
 - the first layer, in which all prompts of an image share its embedding, projects that embedding once;
 - from then on the projections move to the token side: q·(W x + b) = (Wᵀ q)·x + q·b, and Σ a (V x) = V (Σ a x);
+- a mask prompt, whose embedding has rank 16, moves there too: the image keeps its shared projections and gets 16 more
+  columns for each prompt;
 - transposed convolutions whose kernel is their stride become matrix products, and pixels stay in nested order (a coarse
   cell, its quarters, their quarters) until one permutation at the end;
 - prompts go in chunks that fit the cache.
 
 Shapes: B images, P prompts on each. N images in the first layer, G prompts on each, N·G = B·P: N is B, or B·P if each
-prompt has a mask prompt of its own. T tokens, L = h·w positions, H heads of width d, M mask tokens, C width.
+prompt has a dense embedding of its own. T tokens, L = h·w positions, H heads of width d, M mask tokens, C width, R = 16
+the rank of mask prompts.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +37,38 @@ COPIES = 12
 TOKENS = ("obj_score_token", "iou_token", "mask_tokens", "hq_token")
 
 
+@dataclass
+class MaskPrompts:
+    """Mask logits [B, P, 4h, 4w], one mask for each prompt, and the prompt encoder's module `mask_embed`."""
+
+    masks: Tensor
+    embed: nn.Module
+
+    def over(self, image: "_SharedImage", images: slice, prompts: slice) -> "_MaskedImages":
+        """Some of the prompts over some of the images."""
+        last = self.embed.conv3.weight.flatten(1)  # [C, R]
+        return _MaskedImages(image, self._hidden(self.masks[images, prompts]), last)
+
+    def _hidden(self, masks: Tensor) -> Tensor:
+        """Masks [N, G, 4h, 4w] -> input of the last convolution [N, G, L, R]. Convolutions whose kernel is their stride
+        are matrix products in nested order."""
+        embed = self.embed
+        rows = _nest(masks.flatten(0, 1)[:, None], 2).unflatten(0, masks.shape[:2])  # -> [N, G, L*16, 1]
+        for convolution, norm in ((embed.conv1, embed.layer_norm1), (embed.conv2, embed.layer_norm2)):
+            weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # [R', R, 2, 2] -> [R', 4*R]
+            quarters = rows.unflatten(2, (-1, 4)).flatten(3)  # [N, G, L*4, R] -> [N, G, L, 4, R] -> [N, G, L, 4*R]
+            rows = F.linear(quarters, weight, convolution.bias)
+            rows = embed.activation(F.layer_norm(rows, rows.shape[-1:], norm.weight, norm.bias, norm.eps))
+        return rows
+
+
 def decode_masks(
     mask_decoder: nn.Module,
     embedding: Tensor,
     position: Tensor,
     high_res: tuple[Tensor, ...],
     sparse: Tensor,
-    dense: Tensor,
+    dense: Tensor | MaskPrompts,
     hq_features: Tensor | None = None,
 ) -> DecodedMasks:
     """Return the masks of all prompts of all images for every mask token; index 0 is the single-mask token.
@@ -54,38 +84,49 @@ def decode_masks(
         high_res: outputs of `conv_s0` and `conv_s1` for the finer maps, [B, C/8, 4h, 4w] and [B, C/4, 2h, 2w]; empty if
             there are none.
         sparse: embedded points and boxes, [B, P, T, C].
-        dense: embedded mask prompts, [B or 1, P or 1, C, h or 1, w or 1].
+        dense: mask prompts; or their embedding [B or 1, P or 1, C, h or 1, w or 1].
         hq_features: features of SAM-HQ, [B, C/8, 4h, 4w]; the mask that its own token makes of them comes last, and has
             no predicted IoU.
     """
     b, p = sparse.shape[:2]
-    c, h, w = embedding.shape[1:]
+    h, w = embedding.shape[2:]
+    own_masks = dense if isinstance(dense, MaskPrompts) else None
+    if isinstance(dense, MaskPrompts):  # the constant of their embedding belongs to the image
+        dense = dense.embed.conv3.bias.view(1, 1, -1, 1, 1)
     masks_per_image = dense.shape[1]  # 1 or P
     dense = dense.expand(b, -1, -1, -1, -1).flatten(0, 1)  # [B|1, P|1, C, h|1, w|1] -> [N, C, h|1, w|1]
     learned = [getattr(mask_decoder, name).weight for name in TOKENS if hasattr(mask_decoder, name)]
     tokens = torch.cat([torch.cat(learned).expand(b, p, -1, -1), sparse.to(learned[0].dtype)], dim=2)
     tokens = tokens.reshape(len(dense), -1, *tokens.shape[2:])  # [B, P, T, C] -> [N, G, T, C]
     position = _nest(position.to(embedding.dtype), 0)
-    skips = [_nest(feature, level) for feature, level in zip(high_res, (2, 1), strict=False)]
-
+    upscaling = mask_decoder.upscale_conv1, mask_decoder.upscale_conv2
+    if high_res:
+        skips = [_nest(each, level) for each, level in zip(reversed(high_res), (1, 2), strict=True)]
+        skips = [skip + convolution.bias for skip, convolution in zip(skips, upscaling, strict=True)]
+    else:
+        skips = [convolution.bias.expand(b, 1, -1) for convolution in upscaling]
+    places = _places(h, w, embedding.device)
     owners = torch.arange(len(dense), device=embedding.device) // masks_per_image  # row n holds image owners[n]
 
-    def decode_some(owner: Tensor, of_image: Tensor, own: Tensor, prompts: int) -> list[Tensor]:
+    def decode_some(some: slice, prompts: int) -> list[Tensor]:
         """Decode some images with all their prompts, `prompts` at a time."""
-        image = _SharedImage(_nest(embedding[owner] + of_image, 0), position, mask_decoder.transformer.layers[0])
+        owner, own = owners[some], tokens[some]
+        image = _SharedImage(_nest(embedding[owner] + dense[some], 0), position, mask_decoder.transformer.layers[0])
         finer = [skip[owner] for skip in skips]
         hq = None if hq_features is None else hq_features[owner]
-        chunks = [own] if prompts == 0 else own.split(prompts, dim=1)
-        parts = [_decode_chunk(mask_decoder, chunk, image, position, finer, hq, (h, w)) for chunk in chunks]
+        parts = []
+        for start in range(0, own.shape[1], prompts) if prompts else (0,):
+            chunk = slice(start, start + prompts) if prompts else slice(None)
+            seen = image if own_masks is None else own_masks.over(image, some, chunk)
+            parts.append(_decode_chunk(mask_decoder, own[:, chunk], seen, position, finer, hq, places))
         return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]  # each [n, G, ...]
 
     if torch.compiler.is_compiling():
-        parts = decode_some(owners, dense, tokens, 0)
+        parts = decode_some(slice(None), 0)
     else:
         prompts = prompts_per_chunk(embedding)
         images = max(1, prompts // tokens.shape[1])
-        split = zip(owners.split(images), dense.split(images), tokens.split(images), strict=True)
-        chunks = [decode_some(*some, prompts) for some in split]
+        chunks = [decode_some(slice(start, start + images), prompts) for start in range(0, len(dense), images)]
         parts = [torch.cat(part) for part in zip(*chunks, strict=True)]
     return DecodedMasks(*(part.view(b, p, *part.shape[2:]) for part in parts))  # [N, G, ...] -> [B, P, ...]
 
@@ -111,21 +152,20 @@ def _nest(feature: Tensor, levels: int) -> Tensor:
     return feature.permute(0, *pairs, 1).flatten(1, -2).contiguous()
 
 
-def _unnest(rows: Tensor, h: int, w: int) -> Tensor:
-    """Inverse of two levels of `_nest` on the last axis: [..., h*w*16] -> [..., h, w, 2, 2, 2, 2] -> [..., h, 2, 2, w,
-    2, 2] -> [..., 4h, 4w]."""
-    cells = rows.unflatten(-1, (h, w, 2, 2, 2, 2)).movedim((-4, -2), (-5, -4))
-    return cells.flatten(-3).flatten(-4, -2)
+def _places(h: int, w: int, device: torch.device) -> Tensor:
+    """Where in two levels of `_nest` each pixel of a map is: [4h, 4w]."""
+    cells = torch.arange(h * w * 16, device=device).view(h, w, 2, 2, 2, 2)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(4 * h, 4 * w)  # [h, w, 2, 2, 2, 2] -> [h, 2, 2, w, 2, 2]
 
 
 def _decode_chunk(
     decoder: nn.Module,
     prompt: Tensor,
-    image: "_SharedImage",
+    image: "_SharedImage | _MaskedImages",
     position: Tensor,
     skips: list[Tensor],
     hq_features: Tensor | None,
-    size: tuple[int, int],
+    places: Tensor,
 ) -> list[Tensor]:
     """Prompts [N, G, T, C] on N images -> masks [N, G, M, 4h, 4w], iou, mask tokens and, if the decoder has them,
     object logits."""
@@ -136,25 +176,24 @@ def _decode_chunk(
 
     # Each position becomes four, twice.
     norm = decoder.upscale_layer_norm  # its own forward expects channels first
-    rows = _upscale(rows, decoder.upscale_conv1, skips[1] if skips else None)  # -> [N, G, L*4, C/4]
+    rows = _upscale(rows, decoder.upscale_conv1, skips[0])  # -> [N, G, L*4, C/4]
     rows = decoder.activation(F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-    rows = decoder.activation(_upscale(rows, decoder.upscale_conv2, skips[0] if skips else None))  # [N, G, L*16, C/8]
-    masks = _unnest(torch.stack(hyper, dim=2) @ rows.mT, *size)  # [N, G, M, C/8] @ [N, G, C/8, L*16]
+    rows = decoder.activation(_upscale(rows, decoder.upscale_conv2, skips[1]))  # -> [N, G, L*16, C/8]
+    masks = torch.stack(hyper, dim=2) @ rows.mT  # [N, G, M, C/8] @ [N, G, C/8, L*16]
+    masks = masks.flatten(0, 2).index_select(1, places.flatten()).view(*masks.shape[:3], *places.shape)
     if hq_features is not None:
-        hq_mask = _hq_mask(decoder, _unnest(rows.mT, *size), mask_tokens[:, :, -1], hq_features)
+        upscaled = rows.index_select(-2, places.flatten()).mT.unflatten(-1, places.shape)  # -> [N, G, C/8, 4h, 4w]
+        hq_mask = _hq_mask(decoder, upscaled, mask_tokens[:, :, -1], hq_features)
         masks = torch.cat([masks, hq_mask], dim=2)
     parts = [masks, decoder.iou_prediction_head(tokens[:, :, first]), mask_tokens]
     return parts + [decoder.pred_obj_score_head(tokens[:, :, 0]) for _ in range(first)]
 
 
-def _upscale(rows: Tensor, convolution: nn.ConvTranspose2d, skip: Tensor | None) -> Tensor:
-    """A transposed convolution whose kernel is its stride, [N, G, L, C] -> [N, G, L*4, C'] nested, plus the skip
-    [N, L*4, C'] of each image: its weight [C, C', 2, 2] is a matrix [C, 4*C']."""
-    n, g, length, _ = rows.shape
+def _upscale(rows: Tensor, convolution: nn.ConvTranspose2d, skip: Tensor) -> Tensor:
+    """A transposed convolution whose kernel is its stride, [N, G, L, C] -> [N, G, L*4, C'] nested: its weight [C, C',
+    2, 2] is a matrix [C, 4*C']. skip [N, L*4 or 1, C'] is the skip of each image plus the bias."""
     weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
-    added = convolution.bias.expand(n, length * 4, -1) if skip is None else skip + convolution.bias
-    added = added.reshape(n, 1, length, -1).expand(-1, g, -1, -1).flatten(0, 1)  # -> [N*G, L, 4*C']
-    return torch.baddbmm(added, rows.flatten(0, 1), weight.expand(n * g, -1, -1)).view(n, g, length * 4, -1)
+    return (rows @ weight).unflatten(-1, (4, -1)).flatten(2, 3).add_(skip[:, None])
 
 
 def _hq_mask(decoder: nn.Module, upscaled: Tensor, token: Tensor, hq_features: Tensor) -> Tensor:
@@ -173,7 +212,7 @@ def _hq_mask(decoder: nn.Module, upscaled: Tensor, token: Tensor, hq_features: T
 
 
 def _two_way_transformer(
-    transformer: nn.Module, prompt: Tensor, image: "_SharedImage | _PromptImages", position: Tensor
+    transformer: nn.Module, prompt: Tensor, image: "_SharedImage | _MaskedImages | _PromptImages", position: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Prompts [N, G, T, C] -> tokens [N, G, T, C] and the image after attention to each prompt [N, G, L, C]."""
     tokens = prompt
@@ -187,9 +226,10 @@ def _two_way_transformer(
         tokens = layer.layer_norm2(tokens + image.read(layer.cross_attn_token_to_image, tokens + prompt))
         tokens = layer.layer_norm3(tokens + layer.mlp(tokens))
         written = image.write(layer.cross_attn_image_to_token, tokens + prompt, tokens)
-        image = _PromptImages(layer.layer_norm4(written), position)
+        rows = layer.layer_norm4(written)
+        image = _PromptImages(rows, position)
     tokens = tokens + image.read(transformer.final_attn_token_to_image, tokens + prompt)
-    return transformer.layer_norm_final_attn(tokens), image.rows
+    return transformer.layer_norm_final_attn(tokens), rows
 
 
 class _SharedImage:
@@ -216,6 +256,47 @@ class _SharedImage:
         return _mix(attention, scores.transpose(1, 2), values, self.rows[:, None])
 
 
+class _MaskedImages:
+    """The image before the first layer plus a mask prompt for each prompt, hidden [N, G, L, R] times last [C, R]: the
+    projection of the image is shared, and that of the mask prompt moves to the token side."""
+
+    def __init__(self, image: _SharedImage, hidden: Tensor, last: Tensor):
+        self.image, self.hidden, self.last = image, hidden, last
+
+    def read(self, attention: nn.Module, queries: Tensor) -> Tensor:
+        """Tokens [N, G, T, C] attend to the image -> [N, G, T, C]."""
+        query = _split_heads(attention.q_proj(queries), attention) * attention.scaling  # [N, G, H, T, d]
+        weights = self._scores(query, self.image.key, attention.k_proj).softmax(-1)  # [N, G, H, T, L]
+        of_image = self._by_head(weights) @ self.image.value  # [N, H, G*T, L] @ [N, H, L, d]
+        read = of_image.unflatten(2, query.shape[1:4:2]).transpose(1, 2)  # -> [N, H, G, T, d] -> [N, G, H, T, d]
+        of_mask = (weights.flatten(2, 3) @ self.hidden).view(*query.shape[:4], -1)  # -> [N, G, H, T, R]
+        read = read + of_mask @ self._folded(attention.v_proj, query.shape[2]).mT
+        return _output(attention)(read.transpose(2, 3).flatten(3))
+
+    def write(self, attention: nn.Module, keys: Tensor, values: Tensor) -> Tensor:
+        """The image attends to the tokens [N, G, T, C] and the result is added -> [N, G, L, C]."""
+        key = _split_heads(attention.k_proj(keys), attention) * attention.scaling
+        scores = self._scores(key, self.image.query, attention.q_proj)
+        rows = (self.hidden @ self.last.mT).add_(self.image.rows[:, None])
+        return _mix(attention, scores, values, rows)
+
+    def _scores(self, tokens: Tensor, projected: Tensor, projection: nn.Linear) -> Tensor:
+        """Products of tokens [N, G, H, T, d] with the projection of the sum -> [N, G, H, T, L]; `projected` [N, H, L,
+        d] is that of the image."""
+        of_image = self._by_head(tokens) @ projected.mT  # [N, H, G*T, d] @ [N, H, d, L]
+        of_image = of_image.unflatten(2, tokens.shape[1:4:2]).transpose(1, 2)  # -> [N, G, H, T, L]
+        folded = (tokens @ self._folded(projection, tokens.shape[2])).flatten(2, 3)  # -> [N, G, H*T, R]
+        return (folded @ self.hidden.mT).view(of_image.shape).add_(of_image)
+
+    def _folded(self, projection: nn.Linear, heads: int) -> Tensor:
+        """The projection of mask prompts, [H, d, R]."""
+        return (projection.weight @ self.last).unflatten(0, (heads, -1))
+
+    def _by_head(self, tokens: Tensor) -> Tensor:
+        """[N, G, H, T, d] -> [N, H, G*T, d]"""
+        return tokens.transpose(1, 2).flatten(2, 3)
+
+
 class _PromptImages:
     """The image after attention to each prompt: rows [N, G, L, C], never projected."""
 
@@ -238,12 +319,10 @@ class _PromptImages:
 
     def _scores(self, attention: nn.Module, tokens: Tensor, projection: nn.Linear) -> Tensor:
         """Scaled products of tokens [N, G, H, T, d] with the projection of the image -> [N, G, H, T, L]."""
-        n, g, heads, count, _ = tokens.shape
-        tokens = tokens * attention.scaling
-        folded = tokens @ projection.weight.unflatten(0, (heads, -1))  # @ [H, d, C] -> [N, G, H, T, C]
+        heads, tokens = tokens.shape[2], tokens * attention.scaling
+        folded = (tokens @ projection.weight.unflatten(0, (heads, -1))).flatten(2, 3)  # @ [H, d, C] -> [N, G, H*T, C]
         constant = tokens @ projection.bias.unflatten(0, (heads, -1, 1))  # @ [H, d, 1] -> [N, G, H, T, 1]
-        folded, constant = (part.reshape(n * g, heads * count, -1) for part in (folded, constant))
-        return torch.baddbmm(constant, folded, self.placed.flatten(0, 1).mT).view(n, g, heads, count, -1)
+        return (folded @ self.placed.mT).view(*tokens.shape[:4], -1).add_(constant)
 
 
 def _mix(attention: nn.Module, scores: Tensor, values: Tensor, rows: Tensor) -> Tensor:
@@ -257,8 +336,7 @@ def _mix(attention: nn.Module, scores: Tensor, values: Tensor, rows: Tensor) -> 
     value = value @ weight.permute(1, 2, 0) + output.bias / heads  # [N, G, H, T, C]
     # Softmax over the tokens with positions innermost vectorises; rows of ten elements would not.
     weights, value = (part.reshape(n * g, -1, part.shape[-1]) for part in (scores.softmax(3), value))
-    rows = rows.expand(n, g, -1, -1).flatten(0, 1)
-    return torch.baddbmm(rows, weights.mT, value).unflatten(0, (n, g))  # [N*G, L, H*T] @ [N*G, H*T, C]
+    return (weights.mT @ value).unflatten(0, (n, g)).add_(rows)  # [N*G, L, H*T] @ [N*G, H*T, C]
 
 
 def _output(attention: nn.Module) -> nn.Linear:

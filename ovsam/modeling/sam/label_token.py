@@ -9,6 +9,7 @@ from transformers import AutoConfig, SamConfig
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import SamFeatures
 from ovsam.modeling.sam.base import DecodedMasks
+from ovsam.modeling.sam.decode import MaskPrompts
 from ovsam.modeling.sam.sam1 import Sam1Side
 
 
@@ -34,7 +35,9 @@ class LabelTokenSamSide(Sam1Side):
         super().__init__(config, part)
         self.model.mask_decoder.iou_prediction_head = nn.Identity()
 
-    def _decode(self, features: SamFeatures, position: Tensor, sparse: Tensor, dense: Tensor) -> DecodedMasks:
+    def _decode(
+        self, features: SamFeatures, position: Tensor, sparse: Tensor, dense: Tensor | MaskPrompts
+    ) -> DecodedMasks:
         decoded = super()._decode(features, position, sparse, dense)
         return DecodedMasks(masks=decoded.masks, tokens=decoded.tokens)
 

@@ -5,7 +5,7 @@ from transformers import SamHQModel
 
 from ovsam.modeling.outputs import DecodedMasks, SamFeatures
 from ovsam.modeling.sam.base import take_masks
-from ovsam.modeling.sam.decode import decode_masks
+from ovsam.modeling.sam.decode import MaskPrompts, decode_masks
 from ovsam.modeling.sam.sam1 import Sam1Side
 
 
@@ -34,7 +34,9 @@ class SamHqSide(Sam1Side):
         fine = fine + decoder.compress_vit_conv2(early)  # [B, C/8, 4h, 4w]
         return SamFeatures(embedding=embedding, high_res=(fine,), pyramid=(embedding,))
 
-    def _decode(self, features: SamFeatures, position: Tensor, sparse: Tensor, dense: Tensor) -> DecodedMasks:
+    def _decode(
+        self, features: SamFeatures, position: Tensor, sparse: Tensor, dense: Tensor | MaskPrompts
+    ) -> DecodedMasks:
         assert features.high_res is not None  # checked by `decode`
         fine = features.high_res[0]
         decoded = decode_masks(self.model.mask_decoder, features.embedding, position, (), sparse, dense, fine)
