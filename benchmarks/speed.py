@@ -26,13 +26,14 @@ INSTANCES = 20  # a fixed number, since the cost of refinement is not that of th
 OBJECTS = 100
 
 
-def random_model() -> ovsam.OVSamModel:
-    """SAM 2.1-tiny's encoder and decoder, and adapters on its pyramid (composition "sam")."""
+def random_model(sam_config: Sam2Config | None = None) -> ovsam.OVSamModel:
+    """SAM 2.1-tiny's encoder and decoder, or those of another configuration, and adapters on its pyramid (composition
+    "sam")."""
     torch.manual_seed(0)
     adapter = {"in_channels": [256] * 4, "embed_dim": 384, "width": 128}  # as wide as the text tower
     config = ovsam.OVSamConfig(
         composition="sam",
-        sam_config=Sam2Config(),
+        sam_config=sam_config or Sam2Config(),
         clip_config=DualEncoderConfig(text_config=text_config(), embed_dim=384),
         clip2sam_config=ovsam.Clip2SamConfig(**adapter),
         concepts_config=ovsam.ConceptHeadConfig(**adapter),
