@@ -1,16 +1,18 @@
 """The three questions for programs: typed endpoints that gradio_client, curl and MCP clients can call."""
 
+import asyncio
 import hashlib
 import math
 import secrets
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import engine
 import gradio as gr
-from scene import MOST_OVERLAP, Drawn, Sliders, sift
+from gradio.utils import get_upload_folder
+from page import told
+from scene import MOST_OVERLAP, Chosen, Sliders, sift
 
 import ovsam
 from ovsam.processing import arguments
@@ -22,20 +24,27 @@ MAX_WORDS, MAX_POINTS, MAX_BOXES, MAX_EXEMPLARS = 2_000, 50, 50, 20
 BuiltIn = Literal["own", "coco", "lvis", "imagenet21k"]
 
 
-def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
-    """Add /what, /where and /everything to a page, from within it; `told` makes an InputError a message."""
+def add_endpoints(page_model: str) -> None:
+    """Add /what, /where and /everything to a page, from within it."""
 
-    def ask(request: gr.Request, picture: Any, model: str, question: str, sliders: Sliders, **asked) -> dict:
+    async def ask(request: gr.Request, picture: Any, model: str, question: str, sliders: Sliders, **asked) -> dict:
         session = request.session_hash or secrets.token_hex(16)
         try:
-            upload = uploaded(blocks, picture)
-            return sift(engine.ask(name_of(model) or page_model, session, upload, question, **asked), sliders).to_coco()
+            upload = uploaded(picture)
+            found = await engine.ask(name_of(model) or page_model, session, upload, question, **asked)
+            return sift(found, sliders).to_coco()
         finally:
             if not request.session_hash:  # nobody could come back to these features
                 engine.features.forget(session)
 
+    async def loaded(model: Any) -> str:
+        """The name of the model, once it is in memory: its default scores are read before the question."""
+        name = name_of(model) or page_model
+        await asyncio.to_thread(engine.models.get, name)
+        return name
+
     @told
-    def what(
+    async def what(
         request: gr.Request,
         picture: gr.FileData,
         points: list[list[float]] | None = None,
@@ -55,12 +64,12 @@ def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
         Returns:
             A COCO data set of this picture, whose annotations also have label, score, mask_score and topk.
         """
-        prompts = Drawn(clicks(points)).arguments()
+        prompts = Chosen(clicks(points)).arguments()
         prompts |= {"boxes": few("boxes", arguments.boxes(boxes), MAX_BOXES) or None, "vocabulary": names(vocabulary)}
-        return ask(request, picture, model, "what", Sliders(), **prompts)
+        return await ask(request, picture, model, "what", Sliders(), **prompts)
 
     @told
-    def where(
+    async def where(
         request: gr.Request,
         picture: gr.FileData,
         words: list[str] | None = None,
@@ -88,7 +97,7 @@ def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
         Returns:
             A COCO data set of this picture, whose annotations also have label, score, mask_score and topk.
         """
-        model = name_of(model) or page_model
+        model = await loaded(model)
         wanted = {
             "words": word_list(words) or None,
             "negative": word_list(negative),
@@ -97,10 +106,10 @@ def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
         sliders = check_sliders(score, mask_score, overlap, min_area)
         score = engine.default_score(model, "where") if score is None else score
         sliders = replace(sliders, score=score)
-        return ask(request, picture, model, "where", sliders, threshold=engine.floor(model, score), **wanted)
+        return await ask(request, picture, model, "where", sliders, threshold=engine.floor(model, score), **wanted)
 
     @told
-    def everything(
+    async def everything(
         request: gr.Request,
         picture: gr.FileData,
         vocabulary: list[str] | BuiltIn = "own",
@@ -124,15 +133,15 @@ def add_endpoints(blocks: gr.Blocks, page_model: str, told: Callable) -> None:
         Returns:
             A COCO data set of this picture, whose annotations also have label, score, mask_score and topk.
         """
-        model, words = name_of(model) or page_model, names(vocabulary)
+        model, words = await loaded(model), names(vocabulary)
         sliders = check_sliders(score, mask_score, overlap, min_area)
         score = engine.default_score(model, "everything") if score is None else score
         sliders = replace(sliders, score=score)
         floor = engine.floor(model, score)
-        return ask(request, picture, model, "everything", sliders, threshold=floor, vocabulary=words)
+        return await ask(request, picture, model, "everything", sliders, threshold=floor, vocabulary=words)
 
     for endpoint in (what, where, everything):
-        gr.api(endpoint, api_name=endpoint.__name__, concurrency_id="model", concurrency_limit=1)
+        gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
 
 
 def names(vocabulary: list[str] | BuiltIn) -> list[str] | str | None:
@@ -189,10 +198,10 @@ def name_of(model: Any) -> str:
     return model or ""
 
 
-def uploaded(blocks: gr.Blocks, picture: Any) -> engine.Upload:
+def uploaded(picture: Any) -> engine.Upload:
     """What a client uploaded; it could name any file of this machine, which are not for it."""
     given = picture.get("path") if isinstance(picture, dict) else getattr(picture, "path", None)
     path = Path(given).resolve() if isinstance(given, str) and given and "\0" not in given else None
-    if path is None or not path.is_relative_to(Path(blocks.GRADIO_CACHE).resolve()) or not path.is_file():
+    if path is None or not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
         raise ovsam.InputError("The picture must be uploaded.")
     return engine.Upload(path, path.name, hashlib.sha256(path.read_bytes()).hexdigest())

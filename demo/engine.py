@@ -1,5 +1,6 @@
-"""What the page asks of ovsam: models, the features of pictures, and the limits of both. No Gradio in here."""
+"""What the page asks of ovsam: models, the features of images, and the limits of both. No Gradio in here."""
 
+import asyncio
 import os
 import threading
 import time
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves
+from turns import Show, Turns, WordLists, no_show
 
 import ovsam
+from ovsam.checkpoints.download import hub_has
 from ovsam.checkpoints.embedded import EMBEDDED
 from ovsam.checkpoints.presets import PRESETS
 from ovsam.processing.images import open_file, open_image
@@ -32,13 +35,17 @@ MAX_PIXELS = 25_000_000
 PICTURES_A_SESSION = 3
 FEATURE_BYTES = int(float(os.environ.get("OVSAM_DEMO_GB", 2)) * 1e9)  # features of all sessions together
 MODELS = 2  # in memory at a time
+MAX_WAITING = 40  # questions; one more is refused
+SHORT_LIST = 100  # words; longer lists are embedded before the question takes its turn
+AT_START = ("coco", "lvis", "imagenet21k")  # vocabularies whose embeddings are made when a model is loaded
 
 
 class Models:
-    """Loaded models by name, least recently used first out."""
+    """Loaded models by name; the least recently used ones are dropped. Loading one does not delay the others."""
 
     def __init__(self):
         self._kept: OrderedDict[str, ovsam.Segmenter] = OrderedDict()
+        self._loading: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def get(self, name: str) -> ovsam.Segmenter:
@@ -48,12 +55,23 @@ class Models:
         if ON_SPACE and name not in PRESETS and (name.count("/") != 1 or Path(name).exists()):
             raise ovsam.InputError("On a Space a model is a preset or a Hub id such as ORG/NAME, not a folder.")
         with self._lock:
-            if name not in self._kept:
-                self._kept[name] = ovsam.load(name)
-                while len(self._kept) > MODELS:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(name)
-            return self._kept[name]
+            loading = self._loading.setdefault(name, threading.Lock())
+        with loading:
+            model = self._find(name)
+            return model if model is not None else self._keep(name, ovsam.load(name))
+
+    def _find(self, name: str) -> ovsam.Segmenter | None:
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+            return self._kept.get(name)
+
+    def _keep(self, name: str, model: ovsam.Segmenter) -> ovsam.Segmenter:
+        with self._lock:
+            self._kept[name] = model
+            while len(self._kept) > MODELS:
+                self._kept.popitem(last=False)
+        return model
 
 
 class Features:
@@ -102,18 +120,49 @@ class Features:
 
 models = Models()
 features = Features()
-seconds: dict[str, float] = {}  # how long a picture took each model the last time
+turns = Turns(MAX_WAITING)
+word_lists = WordLists(turns)
+seconds: dict[str, float] = {}  # how long an image took each model the last time
 
 
-def ask(model: str, session: str, picture: "Upload", question: str | None, **arguments) -> ovsam.Results | None:
-    """Put a question, a method of Segmenter, to a picture; None only encodes it, so that the next answer is quick."""
-    models.get(model)  # here, not on the GPU, whose time is counted
+async def ask(
+    model: str, session: str, picture: "Upload", question: str | None, show: Show = no_show, **arguments
+) -> ovsam.Results | None:
+    """Put a question, a method of Segmenter, to an image; None only encodes it, so that the next answer is quick.
+
+    `show` is told how far the question is. Long lists of words are embedded before the question takes its turn, so that
+    they delay nobody else's.
+    """
+    await asyncio.to_thread(models.get, model)
+    for words in (arguments.get("words"), arguments.get("vocabulary")):
+        if isinstance(words, str) or len(words or ()) > SHORT_LIST:
+            await prepare_words(model, words, show)
+    return await turns.take(lambda: ask_now(model, session, picture, question, **arguments), show)
+
+
+def ask_now(model: str, session: str, picture: "Upload", question: str | None, **arguments) -> ovsam.Results | None:
     encoded = features.get(session, model, picture.sha256, lambda: encode(model, picture))
     if question is None:
         return None
     found = answer(model, question, encoded, arguments)
     found.file_name = picture.name
     return found
+
+
+async def prepare_words(model: str, words: str | list[str], show: Show = no_show) -> None:
+    """Wait until the embeddings of a list are there."""
+    name = words if isinstance(words, str) else "\n".join(words)
+    segmenter = await asyncio.to_thread(models.get, model)
+    await word_lists.ready((model, name), lambda progress: segmenter.embed(words, progress), show)
+
+
+def prepare_built_in(model: str) -> None:
+    """Begin to embed the built-in vocabularies, so that no visitor waits for them."""
+    segmenter = models.get(model)
+    for words in (segmenter.model.config.vocabulary, *AT_START):
+        if words:
+            name = words if isinstance(words, str) else "own"
+            word_lists.begin((model, name), lambda progress, words=words: segmenter.embed(words, progress))
 
 
 def default_score(model: str, question: str) -> float:
@@ -156,6 +205,7 @@ class Upload:
             raise ovsam.InputError(f"{name} has more than {MAX_MEGABYTES} MB; save it smaller, as JPEG for one.")
         check_pixels(path, name)
         self.size = self.open().size  # width and height, upright
+        self.animated = is_animated(path)
 
     def open(self) -> Image.Image:
         try:
@@ -175,6 +225,17 @@ def check_pixels(path: Path, name: str) -> None:
         raise ovsam.InputError(
             f"{name} has {width}x{height} pixels; {MAX_PIXELS // 10**6} million are the most here. Make it smaller."
         )
+
+
+def is_animated(path: Path) -> bool:
+    with open_file(path) as picture:
+        return getattr(picture, "is_animated", False)
+
+
+def missing(model: str) -> bool:
+    """Whether a preset is neither in the cache nor can be downloaded."""
+    preset = PRESETS.get(model)
+    return bool(preset and preset.parts) and not preset.is_cached and not hub_has(preset.parts["sam"])
 
 
 def speed(model: str) -> str:

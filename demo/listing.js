@@ -16,9 +16,10 @@ const ICONS = {
   alike: "M2 2h5v5H2zM9 2h5v5H9zM2 9h5v5H2zM9 9h5v5H9z",
   delete: "M3 3l10 10M13 3L3 13",
 };
-function button(icon, title, onclick) {
+function button(icon, title, onclick, label = "") {
   const made = node("button", { title, "aria-label": title, onclick: (event) => { event.stopPropagation(); onclick(); } });
-  made.innerHTML = `<svg viewBox="0 0 16 16"><path d="${ICONS[icon]}"/></svg>`;
+  made.innerHTML = `<svg viewBox="0 0 16 16" aria-hidden="true"><path d="${ICONS[icon]}"/></svg>`;
+  if (label) made.append(node("span", {}, label));
   return made;
 }
 
@@ -40,13 +41,16 @@ function rename(row, line) {
 }
 
 function item(row, active) {
+  const toggle = row.hidden ? "Show" : "Hide";
+  const buttons = (labelled) => [
+    button("rename", "Rename", () => rename(row, line), labelled && "Rename"),
+    button(row.hidden ? "show" : "hide", toggle, () => act("hide", row.key), labelled && toggle),
+    button("alike", "Find similar objects", () => trigger("alike", { key: row.key }), labelled && "Find similar"),
+    button("delete", "Delete", () => act("delete", row.key), labelled && "Delete")];
   const line = node("div", { className: "line" },
     dot(row.colour), node("span", { className: "label" }, row.label),
-    node("span", { className: "score", title: "score" }, row.score.toFixed(2)),
-    button("rename", "Rename", () => rename(row, line)),
-    button(row.hidden ? "show" : "hide", row.hidden ? "Show" : "Hide", () => act("hide", row.key)),
-    button("alike", "Find all like this", () => trigger("alike", { key: row.key })),
-    button("delete", "Delete", () => act("delete", row.key)));
+    node("span", { className: "score", title: "Score" }, row.score.toFixed(2)),
+    ...(active ? [] : buttons(false)));
   const entry = node("li", { className: (active ? "active " : "") + (row.hidden ? "hidden" : "") }, line);
   line.onclick = () => act("activate", active ? "" : row.key);
   const hover = (key) => document.dispatchEvent(new CustomEvent("ovsam-hover", { detail: key }));
@@ -56,20 +60,27 @@ function item(row, active) {
     const names = row.names.map(([name, score]) => node("button",
       { className: "name", title: `Call it ${name}`, onclick: () => act("rename", row.key, { label: name }) },
       node("span", {}, name), node("b", { style: `width:${Math.round(score * 100)}%` }), node("span", {}, score.toFixed(2))));
-    entry.append(node("div", { className: "names" }, ...names), node("div", { className: "facts" }, `mask score ${row.maskScore.toFixed(2)} · ${row.area.toLocaleString("en")} pixels`));
+    entry.append(node("div", { className: "buttons" }, ...buttons(true)), node("div", { className: "names" }, ...names),
+      node("div", { className: "facts" }, `mask quality ${row.maskScore.toFixed(2)} · ${row.area.toLocaleString("en")} pixels`));
   }
   return entry;
 }
 
 function draw() {
-  const { rows = [], counts = [], active = "", left = "" } = props.value ?? {};
+  const { rows = [], counts = [], active = "", absent = [], below = 0, lower = null, asked = false } = props.value ?? {};
   const top = element.querySelector("ul")?.scrollTop ?? 0;
-  const table = node("table", {}, ...counts.map(([label, count, colour]) => node("tr", {}, node("td", {}, dot(colour), label), node("td", {}, String(count)))));
-  element.replaceChildren(
-    node("h3", {}, rows.length ? `Objects (${rows.length})` : "Objects"),
-    rows.length ? node("ul", {}, ...rows.map((row) => item(row, row.key === active))) : node("p", {}, left || "None yet: click on a thing, or name some."));
-  if (rows.length && left) element.append(node("p", {}, left));
-  if (rows.length) element.append(node("details", { open: true }, node("summary", {}, "Counts"), table));
+  const several = counts.filter(([, count]) => count > 1).map(([label, count]) => `${count} ${label}`).join(", ");
+  const title = rows.length ? `Objects (${rows.length})` + (several ? `: ${several}` : "") : "Objects";
+  element.replaceChildren(node("h3", {}, title));
+  if (rows.length) element.append(node("ul", {}, ...rows.map((row) => item(row, row.key === active))));
+  else if (!asked) element.append(node("p", {}, "None yet; click on an object, or type words."));
+  else if (!below && !absent.length) element.append(node("p", {}, "No objects were found."));
+  if (absent.length) element.append(node("ul", { className: "absent" }, ...absent.map((line) => node("li", {}, line))));
+  if (below) {
+    const text = rows.length ? `${below} more below the filters.` : `No object passes the filters; ${below} are below.`;
+    const offer = lower === null ? [] : [node("button", { className: "lower", onclick: () => trigger("lower", { score: lower }) }, `Lower the confidence to ${lower.toFixed(2)}`)];
+    element.append(node("p", {}, text, ...offer));
+  }
   const [list, chosen] = [element.querySelector("ul"), element.querySelector("li.active")];
   if (chosen) list.scrollTop = Math.min(chosen.offsetTop, Math.max(top, chosen.offsetTop + chosen.offsetHeight - list.clientHeight));
   else if (list) list.scrollTop = top;

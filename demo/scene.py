@@ -1,4 +1,4 @@
-"""What one visitor has on the page: a picture, what was found and drawn in it, and what the person made of that.
+"""What one visitor has on the page: an image, what was found and drawn in it, and what the person made of that.
 
 A `Scene` is never changed, only replaced, so that undo is the scene before. No model and no Gradio in here.
 """
@@ -9,22 +9,27 @@ import secrets
 import shutil
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from contours import to_path
 from engine import Upload
 
 from ovsam import InputError, Results
-from ovsam.ops.polygons import outlines
+from ovsam.ops import rle
 from ovsam.results.instance import Instance
 from ovsam.results.overlay import PALETTE
 
 SESSIONS = 200  # open at a time; the one that has been idle for longest goes first
+GRACE = 60.0  # seconds for which a closed page is kept, so that reloading it loses nothing
 UNDO = 50
 MOST_OVERLAP = 0.6  # IoU; the model itself lets no two masks overlap by more
-DRAWN_SIDE = 1024  # px; outlines go to the browser as fine as in a picture of this size
+SAME = MOST_OVERLAP  # IoU over which an object of a new answer is one that a person has chosen or deleted
+NEAR = 0.15  # of the longer side of an object's box: clicks this far outside of it still belong to the object
+ABSENT = 20  # words without an object that are listed
+LOWERED = 5  # objects that the button for a lower confidence shows at least, if there are as many
 
 
 @dataclass(frozen=True)
@@ -38,19 +43,40 @@ class Sliders:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """An object that was pointed at: clicks x, y, 1 (on it) or 0 (beside it); a box x1, y1, x2, y2; or both."""
+class Answer:
+    """Instances of one question about the whole image, down to a low score."""
+
+    results: Results
+    kind: str  # "words", "alike" or "everything"
+    turn: int
+    words: tuple[str, ...] = ()  # that were asked for
+
+    def items(self) -> Iterable[tuple[str, Instance]]:
+        return ((f"found {self.turn}.{one.id}", one) for one in self.results)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An object that a person pointed at or changed, which no later question takes away.
+
+    Attributes:
+        points: clicks x, y, 1 (on it) or 0 (beside it).
+        box: the box x1, y1, x2, y2 that was drawn around it.
+        found: the box in which a question found it; clicks refine what is in there.
+    """
 
     points: tuple[tuple[float, float, int], ...] = ()
     box: tuple[float, ...] | None = None
     instance: Instance | None = None
+    found: tuple[float, ...] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """What Segmenter.what is asked."""
+        box = self.box or self.found
         return {
             "points": [[x, y] for x, y, _ in self.points] or None,
             "labels": [label for *_, label in self.points] or None,
-            "boxes": [list(self.box)] if self.box else None,
+            "boxes": [list(box)] if box else None,
         }
 
 
@@ -60,60 +86,119 @@ class Edit:
 
     label: str | None = None
     hidden: bool = False
-    deleted: bool = False
 
 
 @dataclass(frozen=True)
 class Scene:
-    found: Results | None = None  # the answer about the whole picture, down to a low score
-    kind: str = ""  # of that answer: "words", "alike" or "everything"
-    drawn: Mapping[str, Drawn] = field(default_factory=dict)
+    answers: tuple[Answer, ...] = ()  # the last one about words or everything, and what was like one of its objects
+    chosen: Mapping[str, Chosen] = field(default_factory=dict)
     edits: Mapping[str, Edit] = field(default_factory=dict)
-    active: str = ""  # the object whose names are open; if it was drawn, clicks go on with it
+    deleted: Mapping[str, Instance] = field(default_factory=dict)
+    active: str = ""  # the object whose names are open, and that clicks go on with
     turn: int = 0  # makes keys that were never used before
 
-    def find(self, found: Results, kind: str) -> "Scene":
-        """A new answer takes the place of the last one; what was drawn stays."""
-        edits = {key: edit for key, edit in self.edits.items() if key in self.drawn}
-        return replace(self, found=found, kind=kind, edits=edits, active="", turn=self.turn + 1)
+    @property
+    def kind(self) -> str:
+        """The kind of the answer that is shown, "" before any."""
+        return self.answers[0].kind if self.answers else ""
 
-    def point(self, x: float, y: float, label: int) -> tuple[str, Drawn]:
-        """The object that a click goes on with, or begins, and its key."""
-        if self.active in self.drawn:
-            old = self.drawn[self.active]
-            return self.active, replace(old, points=(*old.points, (x, y, label)))
-        if not label:
-            raise InputError("Click on the object first; a click beside it then says where it ends.")
-        return f"drawn {self.turn + 1}", Drawn(points=((x, y, label),))
+    def find(self, found: Results, kind: str, words: Iterable[str] = ()) -> "Scene":
+        """A new answer takes the place of the last one, or is added to it if it is "alike". What a person has chosen,
+        renamed, hidden or deleted stays as it is."""
+        turn = self.turn + 1
+        before = self.answers if kind == "alike" else ()
+        return replace(self, answers=(*before, Answer(found, kind, turn, tuple(words))), active="", turn=turn)
 
-    def box(self, corners: tuple[float, ...]) -> tuple[str, Drawn]:
-        return f"drawn {self.turn + 1}", Drawn(box=corners)
+    def click(self, x: float, y: float, label: int, sliders: Sliders, add: bool = False) -> tuple[str, Chosen | None]:
+        """The object that a click is about, and its prompts; None where the click only selects it.
 
-    def keep(self, key: str, drawn: Drawn) -> "Scene":
-        return replace(self, drawn={**self.drawn, key: drawn}, active=key, turn=self.turn + 1)
+        A click beside the object (label 0), one with `add` and one near the active object refine that; one on another
+        object selects it; and any other begins a new one.
+        """
+        objects = {key: one for key, one in self.objects(sliders).items() if not self.edit_of(key).hidden}
+        active = objects.get(self.active)
+        if active is None and not label:
+            raise InputError("Choose an object first; a background click then marks what is not part of it.")
+        under = [key for key, one in objects.items() if _covers(one, x, y)]
+        if active is not None:
+            own = self.active in under and bool(self._prompts(self.active).points)
+            if not label or add or own or (not under and _is_near(active, x, y)):
+                old = self._prompts(self.active)
+                return self.active, replace(old, points=(*old.points, (x, y, label)))
+        if under:
+            return min(under, key=lambda key: objects[key].area), None
+        return f"drawn {self.turn + 1}", Chosen(points=((x, y, label),))
+
+    def box(self, corners: tuple[float, ...]) -> tuple[str, Chosen]:
+        return f"drawn {self.turn + 1}", Chosen(box=corners)
+
+    def keep(self, key: str, chosen: Chosen) -> "Scene":
+        return replace(self, chosen={**self.chosen, key: chosen}, active=key, turn=self.turn + 1)
 
     def edit(self, key: str, **change) -> "Scene":
-        edit = replace(self.edit_of(key), **change)
-        return replace(self, edits={**self.edits, key: edit}, active="" if edit.deleted else self.active)
+        """Rename or hide an object, which is chosen by that."""
+        chosen = {**self.chosen, key: self._prompts(key)}
+        return replace(self, chosen=chosen, edits={**self.edits, key: replace(self.edit_of(key), **change)})
+
+    def delete(self, key: str) -> "Scene":
+        """Remove an object; the same one is not shown again under the same name."""
+        gone = self._named(key, self._prompts(key).instance)
+        chosen = {other: one for other, one in self.chosen.items() if other != key}
+        return replace(self, chosen=chosen, deleted={**self.deleted, key: gone}, active="")
 
     def objects(self, sliders: Sliders) -> dict[str, Instance]:
         """Key -> instance under the person's names: what was drawn, the last one first, then what was found and passes
-        the sliders or was named by the person, best first."""
-        objects = {key: drawn.instance for key, drawn in reversed(self.drawn.items())}
-        passed = {one.id for one in sift(self.found, sliders)} if self.found is not None else set()
-        for one in self.found or ():
-            if one.id in passed or self.edit_of(f"found {one.id}").label:
-                objects[f"found {one.id}"] = one
-        edits = {key: self.edit_of(key) for key in objects}
-        return {
-            # A person said so: that is sure.
-            key: replace(one, label=edits[key].label, score=1.0) if edits[key].label else one
-            for key, one in objects.items()
-            if not edits[key].deleted
-        }
+        the sliders or is chosen, best first. What was found is left out where it is a chosen or a deleted object, or
+        one of an earlier answer."""
+        found = [key for answer in self.answers for key, _ in answer.items()]
+        objects = {key: one.instance for key, one in reversed(self.chosen.items()) if key not in found}
+        for answer in self.answers:
+            passed = {one.id for one in sift(answer.results, sliders)}
+            others = [one.instance for key, one in self.chosen.items() if key not in dict(answer.items())]
+            others += [] if answer is self.answers[0] else [one for key, one in objects.items() if key in found]
+            new = {
+                key: one
+                for key, one in answer.items()
+                if key not in self.deleted and (key in self.chosen or one.id in passed)
+            }
+            known = _same(new.values(), others)
+            for (key, one), is_known in zip(new.items(), known, strict=True):
+                if key in self.chosen:
+                    objects[key] = self.chosen[key].instance
+                elif not is_known and not self._was_deleted(one, answer):
+                    objects[key] = one
+        return {key: self._named(key, one) for key, one in objects.items()}
 
     def edit_of(self, key: str) -> Edit:
         return self.edits.get(key, Edit())
+
+    def _named(self, key: str, one: Instance) -> Instance:
+        label = self.edit_of(key).label
+        return one if label is None else replace(one, label=label, score=1.0)  # a person said so: that is sure
+
+    def _prompts(self, key: str) -> Chosen:
+        """The prompts of an object; raises InputError if it is gone."""
+        if key in self.chosen:
+            return self.chosen[key]
+        for answer in self.answers:
+            for other, one in answer.items():
+                if other == key and key not in self.deleted:
+                    return Chosen(instance=one, found=one.box)
+        raise InputError("That object is gone; choose another one.")
+
+    def _was_deleted(self, one: Instance, answer: Answer) -> bool:
+        """Whether a person has deleted this object of an earlier answer; other words may find it again."""
+        here = dict(answer.items())
+        return any(
+            _same(
+                [one],
+                [
+                    gone
+                    for key, gone in self.deleted.items()
+                    if key not in here and (answer.kind == "everything" or gone.label == one.label)
+                ],
+            )
+        )
 
 
 def sift(found: Results, sliders: Sliders) -> Results:
@@ -128,11 +213,32 @@ def sift(found: Results, sliders: Sliders) -> Results:
     )
 
 
+def _same(some: Iterable[Instance], others: list[Instance]) -> list[bool]:
+    """For each instance, whether it is one of the others."""
+    masks = [one.segmentation for one in some]
+    if not masks or not others:
+        return [False] * len(masks)
+    return (rle.iou(masks, [one.segmentation for one in others]).max(1) > SAME).tolist()
+
+
+def _covers(one: Instance, x: float, y: float) -> bool:
+    x1, y1, x2, y2 = one.box
+    return x1 <= x < x2 and y1 <= y < y2 and bool(one.mask[int(y), int(x)])
+
+
+def _is_near(one: Instance, x: float, y: float) -> bool:
+    x1, y1, x2, y2 = one.box
+    room = NEAR * max(x2 - x1, y2 - y1)
+    return x1 - room <= x < x2 + room and y1 - room <= y < y2 + room
+
+
 class Session:
     """One open page. Its folder holds a copy of its picture and its downloads, and goes with it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.token = folder.name  # by which a reloaded page finds it again
+        self.question = ("", "")  # words and excluded words
         self.picture: Upload | None = None
         self.model = ""  # that answered last
         self.scene = Scene()
@@ -152,11 +258,12 @@ class Session:
         if self.picture is not None:
             shutil.rmtree(self.picture.path.parent, ignore_errors=True)
         self.picture, self.scene, self.history, self.labels = picture, Scene(), [], []
+        self.question = ("", "")
         return picture
 
     def given(self) -> Upload:
         if self.picture is None:
-            raise InputError("There is no picture yet: choose one, or take an example.")
+            raise InputError("There is no image yet; choose one, or take an example.")
         return self.picture
 
     def change(self, scene: Scene) -> None:
@@ -186,52 +293,59 @@ class Session:
         numbered = [replace(one, id=i, label_id=self.number(one.label)) for i, one in enumerate(seen, 1)]
         return Results(numbered, (height, width), self.model, self.picture.name)
 
-    def view(self, sliders: Sliders) -> tuple[dict[str, Any], dict[str, Any]]:
+    def view(self, sliders: Sliders) -> dict[str, dict[str, Any]]:
         """What the browser draws: on the canvas, and in the list of objects."""
         scene, shapes, rows = self.scene, [], []
-        for key, one in scene.objects(sliders).items():
+        objects = scene.objects(sliders)
+        for key, one in objects.items():
             colour = "#{:02x}{:02x}{:02x}".format(*PALETTE[self.number(one.label) % len(PALETTE)])
-            edit = scene.edit_of(key)
-            common = {"key": key, "label": one.label, "colour": colour, "hidden": edit.hidden}
+            common = {"key": key, "label": one.label, "colour": colour, "hidden": scene.edit_of(key).hidden}
             common["score"] = round(one.score, 3)
             shapes.append(common | {"path": to_path(one), "box": list(one.box), "area": one.area})
             names = [[name, round(score, 3)] for name, score in one.topk]
             rows.append(common | {"names": names, "maskScore": round(one.mask_score, 3), "area": one.area})
         counts = Counter(row["label"] for row in rows if not row["hidden"])
-        colours = {row["label"]: row["colour"] for row in rows}
-        drawn = scene.drawn.get(scene.active, Drawn())
-        prompts = {"points": [list(point) for point in drawn.points], "box": drawn.box and list(drawn.box)}
+        chosen = scene.chosen.get(scene.active, Chosen())
+        prompts = {"points": [list(point) for point in chosen.points], "box": chosen.box and list(chosen.box)}
         canvas = {"shapes": shapes, "prompts": prompts, "active": scene.active, "undo": bool(self.history)}
         canvas["names"] = next((row["names"] for row in rows if row["key"] == scene.active), [])
+        canvas["token"] = self.token
         if self.picture:
             canvas["size"] = list(self.picture.size)
-        table = [[label, count, colours[label]] for label, count in counts.most_common()]
-        return canvas, {"rows": rows, "active": scene.active, "counts": table, "left": self._left_out(rows)}
+        listing = {"rows": rows, "active": scene.active, "counts": counts.most_common(), "asked": bool(scene.answers)}
+        listing |= {"absent": self._absent(set(counts)), **self._below(sliders)}
+        return {"canvas": canvas, "listing": listing}
 
-    def _left_out(self, rows: list) -> str:
-        """Why the list is shorter than the answer."""
-        if self.picture is None or self.scene.found is None:
-            return ""
-        if not self.scene.found:
-            return "Nothing was found."
-        hidden = len(self.scene.found) - sum(row["key"].startswith("found") for row in rows)
-        return f"{hidden} more below the sliders, or deleted." if hidden else ""
+    def _absent(self, shown: set[str]) -> list[str]:
+        """A line for each word that was asked for and that no shown object has."""
+        lines = []
+        for answer in self.scene.answers:
+            instead = {one["text_label"]: one["negative"] for one in answer.results.dropped}
+            for word in answer.words:
+                if word in shown:
+                    continue
+                if word in instead:
+                    lines.append(f"{word}: excluded, more like {instead[word]}")
+                else:
+                    lines.append(f"{word}: none (best {answer.results.presence.get(word, 0.0):.2f})")
+        more = len(lines) - ABSENT
+        return [*lines[:ABSENT], *([f"and {more:,} more words"] if more > 0 else [])]
 
-
-def to_path(instance: Instance) -> str:
-    """A mask as the path of an SVG: along the edges of its pixels, so that steps alternate between across and down."""
-    x1, y1, x2, y2 = (int(value) for value in instance.box)
-    step = max(1, math.ceil(max(instance.segmentation["size"]) / DRAWN_SIDE))
-    parts = []
-    for ring in outlines(instance.mask[y1:y2:step, x1:x2:step]):
-        x, y = ring[0] * step
-        moves = (ring[1:] - ring[:-1]) * step
-        parts.append(f"M{x + x1} {y + y1}" + "".join(f"h{dx}" if dx else f"v{dy}" for dx, dy in moves.tolist()) + "z")
-    return "".join(parts)
+    def _below(self, sliders: Sliders) -> dict[str, Any]:
+        """How many instances the sliders leave out, and the confidence at which the best of them are shown."""
+        below = 0
+        scores: list[float] = []
+        for answer in self.scene.answers:
+            passed = {one.id for one in sift(answer.results, sliders)}
+            others = [one for one in answer.results if one.id not in passed]
+            below += len(others)
+            scores += [one.score for one in others if one.score < sliders.score]
+        best = sorted(scores, reverse=True)[:LOWERED]
+        return {"below": below, "lower": math.floor(best[-1] * 100) / 100 if best else None}
 
 
 class Sessions:
-    """The open pages by the hash that Gradio gives each."""
+    """The open pages by the hash that Gradio gives each. A reloaded page has another hash, and the same session."""
 
     def __init__(self, folder: Callable[[], str], most: int = SESSIONS):
         self._folder, self._most = folder, most
@@ -242,7 +356,7 @@ class Sessions:
         with self._lock:
             if name not in self._open:
                 if not new:
-                    raise InputError("This page has rested for too long; choose the picture again.")
+                    raise InputError("This page has rested for too long; choose the image again.")
                 # Its name is the only thing that keeps others out.
                 self._open[name] = Session(Path(self._folder()) / f"session-{secrets.token_hex(16)}")
                 while len(self._open) > self._most:
@@ -250,13 +364,25 @@ class Sessions:
             self._open.move_to_end(name)
             return self._open[name]
 
-    def close(self, name: str) -> None:
+    def restore(self, name: str, token: str) -> Session | None:
+        """Give a reloaded page the session that it had."""
         with self._lock:
-            if name in self._open:
-                self._close(name)
+            known = next((one for one in self._open.values() if one.token == token), None)
+            if known is not None:
+                self._open[name] = known
+            return known
 
-    def _close(self, name: str) -> None:
-        shutil.rmtree(self._open.pop(name).folder, ignore_errors=True)
+    def close(self, name: str) -> Session | None:
+        """Close a page; returns its session if no page has it any more."""
+        with self._lock:
+            return self._close(name) if name in self._open else None
+
+    def _close(self, name: str) -> Session | None:
+        session = self._open.pop(name)
+        if session in self._open.values():
+            return None
+        shutil.rmtree(session.folder, ignore_errors=True)
+        return session
 
     def __len__(self) -> int:
         return len(self._open)

@@ -156,9 +156,13 @@ class Segmenter:
         encoded = (image for batch in self._batches(images) for image in batch)
         return [ask(index, image) for index, image in enumerate(encoded)]
 
-    def embed(self, words: Words) -> tuple[Vocabulary, Tensor]:
-        """The vocabulary and its text embeddings [K, D]; the last ones are kept in memory, long ones on disk."""
-        return self._texts.embed(words if isinstance(words, Vocabulary) else Vocabulary(words))
+    def embed(self, words: Words, progress: Callable[[int, int], None] | None = None) -> tuple[Vocabulary, Tensor]:
+        """The vocabulary and its text embeddings [K, D]; the last ones are kept in memory, long ones on disk.
+
+        `progress` is called with the number of phrases that are done and of all, every few phrases; it may raise to
+        stop.
+        """
+        return self._texts.embed(words if isinstance(words, Vocabulary) else Vocabulary(words), progress)
 
     def where(
         self,

@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.processing.processing_ovsam import OVSamProcessor
 from ovsam.processing.vocabulary import Vocabulary
 
-VOCABULARIES = 8  # kept in memory
+KEPT_PHRASES = 100_000  # in memory, of the vocabularies used last
 LONG = 256  # phrases; longer vocabularies are kept on disk
+PHRASES_AT_ONCE = 64  # between two calls of a progress function
 
 
 class TextEmbedder:
@@ -31,8 +33,11 @@ class TextEmbedder:
         self._fingerprint = ""
 
     @torch.no_grad()
-    def embed(self, vocabulary: Vocabulary) -> tuple[Vocabulary, Tensor]:
-        """The vocabulary and its text embeddings [K, D], on the device of the model."""
+    def embed(
+        self, vocabulary: Vocabulary, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[Vocabulary, Tensor]:
+        """The vocabulary and its text embeddings [K, D], on the device of the model; `progress` as in
+        `Vocabulary.embed`."""
         # Weights that were changed in place have another version.
         weights = sum(0 if one.is_inference() else one._version for one in self.model.clip.parameters())
         templates = tuple(vocabulary.templates or self.model.config.templates)
@@ -48,11 +53,13 @@ class TextEmbedder:
             templates=tuple(self.model.config.templates),
             text_hash=self.fingerprint() if long else "",
             cache_dir=CACHE if long else None,
+            progress=progress or True,
+            chunk_size=PHRASES_AT_ONCE if progress else LONG,
         )
         embeds = embeds.to(self.model.device)
         with self._lock:
             self.kept[key] = embeds
-            while len(self.kept) > VOCABULARIES:
+            while len(self.kept) > 1 and sum(map(len, self.kept.values())) > KEPT_PHRASES:
                 self.kept.popitem(last=False)
         return vocabulary, embeds
 

@@ -29,7 +29,7 @@ def to_polygon(mask: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
 
 def simplified_outlines(mask: np.ndarray, tolerance: float) -> list[np.ndarray]:
     """`outlines` without the corners that stray no further than `tolerance` pixels."""
-    return [_simplify(ring, tolerance) if tolerance else ring for ring in outlines(mask)]
+    return [simplify(ring, tolerance) if tolerance else ring for ring in outlines(mask)]
 
 
 def outlines(mask: np.ndarray) -> list[np.ndarray]:
@@ -72,7 +72,7 @@ def _pair(order: np.ndarray) -> list[int]:
     return partner.tolist()
 
 
-def _simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
+def simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
     """Remove the corners of a closed polygon [m, 2] that are at most `tolerance` from the line between their
     neighbours; at least three are kept."""
     far = int(np.abs(ring - ring[0]).sum(1).argmax())
@@ -107,7 +107,7 @@ def parts(mask: np.ndarray, tolerance: float = 0.0) -> list[list[np.ndarray]]:
         y, x = hole[np.lexsort([hole[:, 0], hole[:, 1]])[0]][::-1] + np.array([-0.5, 0.5])
         around = [i for i, ring in enumerate(outer) if _inside(ring, x, y)]
         found[min(around, key=lambda i: _signed_area(outer[i]))].append(hole)
-    return [[_simplify(ring, tolerance) if tolerance else ring for ring in part] for part in found]
+    return [[simplify(ring, tolerance) if tolerance else ring for ring in part] for part in found]
 
 
 def fill(polygons: Sequence[Any], height: int, width: int) -> RLE:

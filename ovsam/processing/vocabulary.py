@@ -81,7 +81,7 @@ class Vocabulary:
         templates: Sequence[str] = ("{}",),
         text_hash: str = "",
         cache_dir: str | os.PathLike | None = None,
-        progress: bool = True,
+        progress: bool | Callable[[int, int], None] = True,
         chunk_size: int = 256,
     ) -> "torch.Tensor":
         """Return the text embeddings of the prompts, from the cache if they have been computed before.
@@ -94,7 +94,8 @@ class Vocabulary:
             templates: sentences of the checkpoint, each with one `{}` for the class name.
             text_hash: fingerprint of the text tower and its weights; required for the cache.
             cache_dir: folder of the cache; None for no cache.
-            progress: whether to show a progress bar if there is more than one chunk.
+            progress: whether to show a progress bar if there is more than one chunk; or a function that is called with
+                the number of prompts that are done and of all after each chunk, and may raise to stop.
             chunk_size: number of sentences that are encoded at a time.
 
         Returns:
@@ -119,19 +120,26 @@ class Vocabulary:
             _save_cached(path, metadata, embeds)
         return embeds
 
-    def _compute(self, encode, templates: Sequence[str], progress: bool, chunk_size: int) -> "torch.Tensor":
+    def _compute(
+        self, encode, templates: Sequence[str], progress: bool | Callable[[int, int], None], chunk_size: int
+    ) -> "torch.Tensor":
         import torch
         from torch.nn.functional import normalize
         from tqdm.auto import tqdm
 
         quick = len(self.prompts) * len(templates) <= 4 * chunk_size
         chunks = []
-        with torch.no_grad(), tqdm(total=len(self.prompts), unit=" words", disable=quick or not progress) as bar:
+        with (
+            torch.no_grad(),
+            tqdm(total=len(self.prompts), unit=" words", disable=quick or progress is not True) as bar,
+        ):
             for start in range(0, len(self.prompts), chunk_size):
                 prompts = [as_read(prompt) for prompt in self.prompts[start : start + chunk_size]]
                 mean = sum(normalize(encode([t.replace("{}", p) for p in prompts]).float(), dim=-1) for t in templates)
                 chunks.append(normalize(mean, dim=-1).cpu())
                 bar.update(len(prompts))
+                if callable(progress):
+                    progress(start + len(prompts), len(self.prompts))
         return torch.cat(chunks)
 
     def as_mapping(self) -> dict[str, str]:

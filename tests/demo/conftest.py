@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import app
 import engine
+import image_tab
 import pytest
 
 
@@ -13,6 +14,8 @@ def page(tmp_path_factory):
     patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
     for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_SHARE", "OVSAM_MODEL"):
         patch.delenv(name, raising=False)
+    patch.setattr(engine, "AT_START", ())  # minutes of work that no test here waits for
+    patch.setattr(image_tab, "GRACE", 0.0)
     asked = []
     for name, word in (("answer", lambda _, question, *rest: question), ("encode", lambda *rest: "encode")):
         original = getattr(engine, name)

@@ -1,22 +1,27 @@
 """The demo: sessions, limits, downloads, and the server through gradio_client."""
 
+import asyncio
 import json
 import re
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import app
 import engine
+import image_tab
 import numpy as np
 import pytest
 import torch
 from common import ROOT, wait_until
+from contours import to_path
 from gradio_client import Client, handle_file
-from PIL import Image
+from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
-from scene import Session, Sessions, Sliders, to_path
+from scene import Scene, Session, Sessions, Sliders
+from turns import Turns, WordLists, no_show
 
 import ovsam
 import ovsam_cli
@@ -54,7 +59,7 @@ def labels(session, **sliders):
 
 
 def test_sliders_filter_like_results(session):
-    answer = session.scene.found
+    answer = session.scene.answers[0].results
     assert labels(session) == ["cat", "cat", "dog"]
     assert labels(session, score=0.3) == answer.filter(score=0.3).labels == ["cat", "dog"]
     assert labels(session, mask_score=0.5) == answer.filter(mask_score=0.5).labels == ["cat", "cat"]
@@ -69,14 +74,14 @@ def test_the_score_slider_goes_by_the_score_in_every_mode(session):
 
 def test_corrections_are_undone_one_by_one(session):
     def rename(scene):
-        return scene.edit("found 3", label="fox")
+        return scene.edit("found 1.3", label="fox")
 
-    for change in (rename, lambda s: s.edit("found 1", hidden=True), lambda s: s.edit("found 2", deleted=True)):
+    for change in (rename, lambda s: s.edit("found 1.1", hidden=True), lambda s: s.delete("found 1.2")):
         session.change(change(session.scene))
-    assert labels(session) == ["fox"] and session.shown(Sliders(score=0.9))[0].score == 1  # set by the user
-    canvas, listing = session.view(Sliders())
-    assert [row["label"] for row in listing["rows"]] == ["cat", "fox"]  # the hidden one can be shown again
-    assert listing["counts"] == [["fox", 1, canvas["shapes"][1]["colour"]]] and listing["left"].startswith("1 more")
+    assert labels(session) == ["fox"] and session.shown(Sliders(score=0.9))[0].score == 1  # a person is sure
+    view = session.view(Sliders())
+    assert [row["label"] for row in view["listing"]["rows"]] == ["cat", "fox"]  # the hidden one can be shown again
+    assert view["listing"]["counts"] == [("fox", 1)]
     seen = []
     while session.history:
         session.undo()
@@ -84,48 +89,127 @@ def test_corrections_are_undone_one_by_one(session):
     assert seen == [["cat", "fox"], ["cat", "cat", "fox"], ["cat", "cat", "dog"], []]
 
 
-def test_a_new_answer_drops_edits_of_the_old_one_and_keeps_drawn_objects(session):
-    key, drawn = session.scene.point(3, 4, 1)
+def test_what_a_person_did_survives_every_later_question(session):
+    """Renamed, deleted, hidden and drawn objects stay as they are, and the same objects are not found a second time."""
+    session.change(session.scene.edit("found 1.1", label="lunch"))  # the upper band
+    session.change(session.scene.delete("found 1.3"))  # the square
+    for kind in ("words", "alike", "everything", "words"):
+        session.change(session.scene.find(found(), kind))
+        assert labels(session) == ["lunch", "cat"]
+    key, drawn = session.scene.box((30, 30, 35, 35))
     session.change(session.scene.keep(key, replace(drawn, instance=found()[2])))
-    session.change(session.scene.edit(key, label="mine").edit("found 1", deleted=True))
-    assert labels(session) == ["mine", "cat", "dog"]
     session.change(session.scene.find(found(), "words"))
-    assert labels(session) == ["mine", "cat", "cat", "dog"]
+    assert labels(session) == ["dog", "lunch", "cat"]
 
 
-def test_clicks_refine_the_active_object_and_a_box_starts_another(session):
-    with pytest.raises(InputError, match="Click on the object first"):
-        session.scene.point(1, 2, 0)
+def test_a_deleted_object_is_found_again_under_other_words_only(session):
+    session.change(session.scene.delete("found 1.3"))
+    session.change(session.scene.find(found(), "words"))
+    assert labels(session) == ["cat", "cat"]
+    other = Results([replace(found()[2], label="fox")], SIZE)
+    session.change(session.scene.find(other, "words"))
+    assert labels(session) == ["fox"]
+    session.change(session.scene.find(other, "everything"))
+    assert labels(session) == []
+
+
+def test_objects_like_one_are_added(session):
+    cats, dogs = Results(found()[:2].instances, SIZE), Results([found()[2], found()[0]], SIZE)
+    session.change(session.scene.find(cats, "words"))
+    session.change(session.scene.find(dogs, "alike"))
+    assert labels(session) == ["cat", "cat", "dog"]  # the cat that both found is there once
+    session.change(session.scene.find(cats, "words"))
+    assert labels(session) == ["cat", "cat"]
+
+
+def test_a_click_means_what_a_person_means(session):
+    scene = session.scene
+    with pytest.raises(InputError, match="Choose an object first"):
+        scene.click(1, 2, 0, Sliders())
+    assert scene.click(32, 32, 1, Sliders()) == ("found 1.3", None)  # selects the square that was found there
+    assert scene.click(50, 3, 1, Sliders()) == ("found 1.1", None)  # the smaller one of two
+    key, new = scene.click(55, 38, 1, Sliders())
+    assert key not in scene.objects(Sliders()) and new.arguments()["points"] == [[55, 38]]
+
+    active = replace(scene, active="found 1.3")
+    near, refined = active.click(35.5, 35.5, 1, Sliders())  # beside the square: more of it
+    assert near == "found 1.3"
+    assert refined.arguments() == {"points": [[35.5, 35.5]], "labels": [1], "boxes": [[30, 30, 35, 35]]}
+    assert active.click(55, 38, 1, Sliders())[0] == key  # far from the square: another object
+    assert active.click(3, 3, 1, Sliders()) == ("found 1.1", None)
+    assert active.click(55, 38, 1, Sliders(), add=True)[0] == "found 1.3"
+    assert active.click(3, 3, 0, Sliders())[1].arguments()["labels"] == [0]
+    kept = active.keep(near, replace(refined, instance=found()[2]))
+    again = kept.click(31, 31, 0, Sliders())[1]
+    assert again.arguments() == {"points": [[35.5, 35.5], [31, 31]], "labels": [1, 0], "boxes": [[30, 30, 35, 35]]}
+
+
+def test_clicks_refine_a_box_and_a_box_starts_another_object(session):
     key, drawn = session.scene.box((1, 2, 30, 20))
     session.change(session.scene.keep(key, replace(drawn, instance=found()[0])))
-    again, refined = session.scene.point(5, 6, 0)
+    again, refined = session.scene.click(5, 6, 0, Sliders())
     assert again == key
     assert refined.arguments() == {"points": [[5, 6]], "labels": [0], "boxes": [[1, 2, 30, 20]]}
     assert session.scene.box((0, 0, 9, 9))[0] != key
+
+
+def test_absent_words_are_listed_with_their_best_score(session):
+    some = found()
+    some.presence, some.dropped = {"cat": 0.8, "tiger": 0.19}, [{"text_label": "wolf", "negative": "dog"}]
+    session.change(session.scene.find(some, "words", ["cat", "tiger", "wolf"]))
+    view = session.view(Sliders())["listing"]
+    assert view["absent"] == ["tiger: none (best 0.19)", "wolf: excluded, more like dog"]
+    session.change(session.scene.find(some, "words", [f"word {number}" for number in range(30)]))
+    assert session.view(Sliders())["listing"]["absent"][-1] == "and 10 more words"
+
+
+def test_the_list_offers_the_confidence_at_which_more_is_shown(session):
+    assert session.view(Sliders())["listing"]["below"] == 0
+    view = session.view(Sliders(score=0.9))["listing"]
+    assert (view["rows"], view["below"], view["lower"]) == ([], 3, 0.2)
+    assert labels(session, score=view["lower"]) == ["cat", "cat", "dog"]
+    assert session.view(Sliders(min_area=10_000))["listing"]["lower"] is None  # another filter leaves them out
 
 
 def test_an_answer_for_a_replaced_image_is_dropped(session, tmp_path):
     old = session.picture
     session.receive(tmp_path / "small.png")
     session.answer(old, "m", lambda scene: scene.find(found(), "words"))
-    assert session.scene.found is None and not old.path.exists()
+    assert session.scene == Scene() and not old.path.exists()
 
 
-def test_outlines_fill_to_the_very_mask(session):
-    mask = np.zeros(SIZE, bool)
-    mask[3:20, 5:40] = True
-    mask[8:12, 10:20] = False  # a hole
-    mask[25:30, 2:4] = mask[20, 40] = True  # another part, and one that touches by a corner
-    one = Results.from_arrays([mask], ["a"], [0], [1], [1], ["a"], "text")[0]
-    drawn = np.zeros(SIZE, bool)
-    for ring in re.findall(r"M(\d+) (\d+)([^z]*)z", to_path(one)):
-        x, y = start = int(ring[0]), int(ring[1])
-        for way, length in [*re.findall(r"([hv])(-?\d+)", ring[2]), ("close", 0)]:
-            before = y
-            x += int(length) * (way == "h")
-            y = start[1] if way == "close" else y + int(length) * (way == "v")
-            drawn[min(y, before) : max(y, before), x:] ^= True  # even-odd
-    assert (drawn == mask).all()
+def polygon(path, steps=40):
+    """The rings of an outline as points, with `steps` on each curve."""
+    rings = []
+    for ring in re.findall(r"M([^z]*)z", path):
+        points = []
+        for part in re.findall(r"([-\d.]+) ([-\d.]+)Q([-\d.]+) ([-\d.]+) ([-\d.]+) ([-\d.]+)", ring):
+            start, corner, end = np.array(part, float).reshape(3, 2)
+            share = np.linspace(0, 1, steps)[:, None]
+            points += list((1 - share) ** 2 * start + 2 * share * (1 - share) * corner + share**2 * end)
+        rings.append(np.array(points))
+    return rings
+
+
+def test_outlines_are_smooth_and_keep_to_the_mask():
+    mask = Image.new("1", (200, 160))
+    ImageDraw.Draw(mask).ellipse((20, 20, 150, 120), fill=1)
+    mask = np.array(mask)
+    mask[50:80, 60:110] = False  # a hole
+    mask[140:150, 10:40] = True  # another part
+    rings = polygon(to_path(Results.from_arrays([mask], ["a"], [0], [1], [1], ["a"], "text")[0]))
+    assert len(rings) == 3
+    drawn = Image.new("1", (800, 640))
+    for ring in rings:
+        one = Image.new("1", drawn.size)
+        ImageDraw.Draw(one).polygon([tuple(point * 4) for point in ring], fill=1)
+        drawn = Image.fromarray(np.array(drawn) ^ np.array(one))  # even-odd
+    exact = mask.repeat(4, 0).repeat(4, 1)
+    assert (np.array(drawn) & exact).sum() / (np.array(drawn) | exact).sum() > 0.97
+    way = np.diff(rings[0], axis=0, append=rings[0][:1])
+    way = way[np.linalg.norm(way, axis=1) > 0.05]
+    turn = np.abs(np.angle(np.exp(1j * np.diff(np.arctan2(way[:, 1], way[:, 0])))))
+    assert np.degrees(turn.max()) < 20  # along the edges of the pixels it turns by 90
 
 
 def test_features_are_few_a_session_and_bounded_in_all():
@@ -178,15 +262,19 @@ def test_sessions_are_bounded_and_take_their_files_with_them(tmp_path, session):
     assert len(sessions) == 3 and len(list((tmp_path / "all").iterdir())) == 3
     with pytest.raises(InputError, match="rested for too long"):
         sessions.get("s0")
+    old = sessions.get("s4")
+    assert sessions.restore("reloaded", old.token) is old and sessions.restore("other", "guess") is None
+    assert sessions.close("s4") is None and old.picture.path.exists()  # the reloaded page has it
+    assert sessions.close("reloaded") is old
     for number in range(5):
         sessions.close(f"s{number}")
     assert not list((tmp_path / "all").iterdir())
 
 
-@pytest.mark.parametrize("kind", app.FORMATS)
+@pytest.mark.parametrize("kind", image_tab.FORMATS)
 def test_every_download_has_the_corrected_names(session, tmp_path, kind):
-    session.change(session.scene.edit("found 3", label="red/fox").edit("found 2", deleted=True))
-    path = app.FORMATS[kind](session.shown(Sliders()), session.picture.path, tmp_path)
+    session.change(session.scene.edit("found 1.3", label="red/fox").delete("found 1.2"))
+    path = image_tab.FORMATS[kind](session.shown(Sliders()), session.picture.path, tmp_path)
     if kind == "COCO json":
         coco = COCO(path)
         assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["cat", "red/fox"]
@@ -262,12 +350,13 @@ def test_a_client_gets_the_answers_of_the_library_and_of_the_page(page, client):
     assert_same(alike, segmenter.where(encoded, exemplars=[box]))
     assert page.asked == ["encode", "where", "what", "what", "everything", "where"]
 
-    request = app.gr.Request(session_hash="a page")
-    app.show_picture(app.sessions.get("a page", new=True), EXAMPLE)
-    *_, slider, _ = app.find_words(request, "cat, remote", "", "ovsam-tiny", *vars(Sliders(0.9)).values())
-    shown = app.sessions.get("a page").shown(Sliders(slider.value))
+    request, sessions = app.gr.Request(session_hash="a page"), image_tab.sessions
+    image_tab.show_picture(sessions.get("a page", new=True), EXAMPLE)
+    asked = image_tab.find_words(request, "cat, remote", "", "ovsam-tiny", *vars(Sliders(0.9)).values(), show=no_show)
+    updates = asyncio.run(asked)
+    shown = sessions.get("a page").shown(Sliders(updates["score"].value))
     assert json.loads(json.dumps(shown.to_coco())) == words
-    app.forget(request)
+    sessions.close("a page")
 
 
 @pytest.mark.parametrize(
@@ -286,6 +375,120 @@ def test_errors_are_one_sentence(client, endpoint, asked, sentence):
     with pytest.raises(Exception, match=re.escape(sentence)) as error:
         client.predict(handle_file(str(EXAMPLE)), **asked, api_name=endpoint)
     assert "Traceback" not in str(error.value)
+
+
+def test_questions_take_turns_and_long_lists_of_words_let_them_pass():
+    turns, order, shown = Turns(most=3), [], []
+    lists = WordLists(turns)
+    going, begun = threading.Event(), threading.Event()
+
+    def embed(progress):
+        for done in range(1, 9):
+            order.append(f"words {done}")
+            begun.set()
+            going.wait(5)
+            progress(done, 8)
+
+    def question(name):
+        assert turns.free.locked()
+        order.append(name)
+        time.sleep(0.02)
+        return name
+
+    async def visit():
+        waiting = asyncio.create_task(lists.ready("list", embed, lambda *state: shown.append(state)))
+        await asyncio.to_thread(begun.wait)
+        asked = [asyncio.create_task(turns.take(lambda name=name: question(name))) for name in "abc"]
+        await asyncio.sleep(0.05)
+        with pytest.raises(InputError, match="3 questions are waiting already"):
+            await turns.take(lambda: question("d"))
+        asked[1].cancel()  # gives up its place
+        going.set()
+        assert await asked[0] == "a" and await asked[2] == "c"
+        await waiting
+
+    asyncio.run(visit())
+    assert order == ["words 1", "a", "c", *(f"words {number}" for number in range(2, 9))]
+    assert shown[0][0] in ("The words are next", "0 of 8 words")
+
+    def wrong(progress):
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        asyncio.run(lists.ready("wrong", wrong))
+
+
+def test_the_place_in_the_queue_is_shown():
+    turns, shown = Turns(most=5), []
+
+    async def visit():
+        first = asyncio.create_task(turns.take(lambda: time.sleep(0.4)))
+        await asyncio.sleep(0.05)
+        await turns.take(lambda: time.sleep(0.6), lambda text, share: shown.append(text))
+        await first
+
+    asyncio.run(visit())
+    assert shown[0] == "1 before you" and shown[-1] == "The model is running"
+
+
+@pytest.mark.weights
+def test_embeddings_of_built_in_vocabularies_are_made_off_the_questions(page, monkeypatch, tmp_path):
+    """A visitor who asks for a long vocabulary waits for it; meanwhile others are answered."""
+    monkeypatch.setattr("ovsam.inference.text_embedder.CACHE", tmp_path)
+    upload, words = engine.Upload(EXAMPLE, "cat.jpg", "x"), [f"thing {number}" for number in range(600)]
+    asked, inside = [], []
+    segmenter = engine.models.get("ovsam-tiny")
+    encode = segmenter._texts.encode
+
+    def spy(some):
+        inside.append(threading.current_thread().name)
+        return encode(some)
+
+    monkeypatch.setattr(segmenter._texts, "encode", spy)
+
+    async def visit():
+        async def ask(name, **arguments):
+            await engine.ask("ovsam-tiny", name, upload, "everything", **arguments)
+            asked.append(name)
+
+        await engine.ask("ovsam-tiny", "other", upload, None)
+        long = asyncio.create_task(ask("long", vocabulary=words))
+        await asyncio.sleep(0.1)
+        await asyncio.gather(ask("other", vocabulary=["a word of its own"]), long)
+
+    asyncio.run(visit())
+    assert asked == ["other", "long"]
+    assert len(set(inside)) == 2  # the short list in its question, the long one beside them
+    for name in ("other", "long"):
+        engine.features.forget(name)
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_menu_as_it_was(monkeypatch):
+    def refuse(name):
+        raise InputError(f"There is no {name}.")
+
+    monkeypatch.setattr(engine.models, "get", refuse)
+    updates = asyncio.run(image_tab.choose_model(None, "photo", "ovsam-tiny", show=no_show))
+    assert updates == {"models": "ovsam-tiny", "message": "There is no photo. The model is still ovsam-tiny."}
+    monkeypatch.setattr(engine, "missing", lambda name: name == "photo")
+    assert ("photo (not available: no connection to the Hub)", "photo") in image_tab.model_choices("ovsam-tiny")
+
+
+def test_an_animation_is_announced(tmp_path):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "still.gif")
+    assert engine.Upload(tmp_path / "moving.gif", "moving.gif", "").animated
+    assert not engine.Upload(tmp_path / "still.gif", "still.gif", "").animated
+
+
+def test_too_much_for_one_question_is_one_sentence(client):
+    many = {"words": [f"word {number}" for number in range(2001)]}
+    with pytest.raises(Exception, match="There are 2,001 words; 2,000 are the most here. Ask in parts."):
+        client.predict(handle_file(str(EXAMPLE)), **many, api_name="/where")
+    boxes = {"boxes": [[0, 0, 9, 9]] * 51}
+    with pytest.raises(Exception, match="There are 51 boxes; 50 are the most here."):
+        client.predict(handle_file(str(EXAMPLE)), **boxes, api_name="/what")
 
 
 def test_only_uploads_are_opened(client, page):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import app
 import engine
+import image_tab
 import pytest
 from common import ROOT, wait_until
 from PIL import Image
@@ -21,11 +22,13 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium"),
 ]
 
+TIMEOUT = 60_000  # milliseconds; two cores may be busy
 EXAMPLE = ROOT / "demo" / "examples" / "cat.jpg"
 
 
 @pytest.fixture(scope="module")
 def browser():
+    playwright.expect.set_options(timeout=TIMEOUT)
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -42,11 +45,14 @@ class Visitor:
 
     def __init__(self, browser, url, width=1400, theme="light"):
         self.tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-        self.tab.set_default_timeout(20_000)
+        self.tab.set_default_timeout(TIMEOUT)
         self.problems = []
         self.tab.on("pageerror", lambda error: self.problems.append(str(error)))
         self.tab.goto(f"{url}?__theme={theme}")
-        self.rows, self.shapes = self.tab.locator("#listing li"), self.tab.locator("#canvas path.object")
+        self.rows, self.shapes = (
+            self.tab.locator("#listing ul:not(.absent) > li"),
+            self.tab.locator("#canvas path.object"),
+        )
 
     def give(self, path):
         self.tab.set_input_files("#canvas input[type=file]", path)
@@ -71,7 +77,7 @@ class Visitor:
         self.tab.get_by_role("button", name="Find", exact=True).click()
 
     def names(self):
-        return self.tab.locator("#listing li .label").all_inner_texts()
+        return self.tab.locator("#listing .label").all_inner_texts()
 
     def slide(self, label, value):
         field = self.tab.get_by_label(f"number input for {label}")
@@ -92,12 +98,12 @@ def soon(count, locator):
     playwright.expect(locator).to_have_count(count)
 
 
-def test_from_an_image_to_a_corrected_coco_file(visitor, page, shots, tmp_path):
-    segmenter, tab = engine.models.get("ovsam-tiny"), visitor.tab
+def test_from_an_image_to_a_corrected_coco_file(visitor, page, shots, tmp_path, monkeypatch):
+    segmenter, tab, words = engine.models.get("ovsam-tiny"), visitor.tab, ["cat", "remote", "couch", "tiger"]
     visitor.give(EXAMPLE)
     wait_until(lambda: page.asked == ["encode"])
 
-    # A click: its name, with four others and their scores; another click beside it refines it.
+    # A click: its name, with four others and their scores; a background click refines it; a box is another object.
     visitor.click(0.25, 0.55)
     soon(1, visitor.rows)
     named = segmenter.what(EXAMPLE, points=[[512 * 0.25, 326 * 0.55]])[0]
@@ -112,76 +118,115 @@ def test_from_an_image_to_a_corrected_coco_file(visitor, page, shots, tmp_path):
     soon(2, visitor.rows)
     soon(1, tab.locator("#canvas rect.prompt"))
     tab.screenshot(path=shots / "clicks.png", full_page=True)
+    for left in (1, 1, 0):
+        tab.get_by_role("button", name="Undo").click()
+        soon(left, visitor.rows)
 
-    # Words: as many masks as the library finds, beside the two that were drawn.
-    visitor.find("cat, remote, couch")
-    expected = segmenter.where(EXAMPLE, ["cat", "remote", "couch"])
-    soon(2 + len(expected), visitor.rows)
-    soon(2 + len(expected), visitor.shapes)
-    assert visitor.names()[2:] == expected.labels
+    # Words: as many masks as the library finds, and a line for those that are absent.
+    visitor.find(", ".join(words))
+    expected = segmenter.where(EXAMPLE, words)
+    assert len(expected) and "tiger" not in expected.labels
+    soon(len(expected), visitor.rows)
+    soon(len(expected), visitor.shapes)
+    assert visitor.names() == expected.labels
+    line = tab.locator("#listing .absent li").last
+    playwright.expect(line).to_have_text(f"tiger: none (best {expected.presence['tiger']:.2f})")
     tab.screenshot(path=shots / "words.png", full_page=True)
 
-    # Sliders: fewer or more, and the model is not asked.
+    # Filters: fewer or more, and the model is not asked; a button shows what is below them.
     asked = list(page.asked)
     floor = engine.floor("ovsam-tiny", segmenter.model.config.score_threshold)
-    found = segmenter.where(EXAMPLE, ["cat", "remote", "couch"], threshold=floor)
-    best = float(found.scores[0])
-    for score in (round(best, 2) - 0.01, round(best / 2, 2)):
-        expected = found.filter(score=score)
-        visitor.slide("Least score", score)
-        soon(2 + len(expected), visitor.rows)
+    found = segmenter.where(EXAMPLE, words, threshold=floor)
+    visitor.slide("Confidence", 1)
+    soon(0, visitor.rows)
+    playwright.expect(tab.locator("#listing")).to_contain_text(f"No object passes the filters; {len(found)} are below.")
+    tab.get_by_role("button", name="Lower the confidence").click()
+    soon(min(len(found), 5), visitor.rows)
+    visitor.slide("Confidence", round(float(found.scores[0]) - 0.01, 2))
+    shown = found.filter(score=round(float(found.scores[0]) - 0.01, 2))
+    soon(len(shown), visitor.rows)
+
+    # A click on an object selects it; zooming moves the places of clicks.
+    visitor.rows.first.click()
+    soon(1, tab.locator("#listing li.active"))
+    tab.get_by_role("button", name="Zoom in").click()
+    left, top, width, _ = map(float, tab.locator("#canvas svg").first.get_attribute("viewBox").split())
+    assert width == pytest.approx(512 / 1.5, abs=0.1) and left == pytest.approx((512 - width) / 2, abs=0.1)
+    tab.get_by_role("button", name="Zoom out").click()
+    tab.get_by_role("button", name="Deselect").click()
+    soon(0, tab.locator("#listing li.active"))
+    assert page.asked == asked
 
     # Corrections, and taking one back.
-    tab.locator("#listing li >> nth=2").get_by_label("Rename").click()
+    tab.locator("#listing li >> nth=0").get_by_label("Rename").click()
     tab.get_by_label("New name").fill("<b>lunch</b>")
     tab.get_by_label("New name").press("Enter")
-    playwright.expect(tab.locator("#listing li >> nth=2").locator(".label")).to_have_text("<b>lunch</b>")
+    playwright.expect(visitor.rows.nth(0).locator(".label")).to_have_text("<b>lunch</b>")
     visitor.rows.nth(0).get_by_label("Delete").click()
-    soon(1 + len(expected), visitor.rows)
-    tab.get_by_role("button", name="undo").click()
-    soon(2 + len(expected), visitor.rows)
-    visitor.rows.nth(0).get_by_label("Hide").click()
-    soon(1 + len(expected), visitor.shapes)
-    assert page.asked == asked
+    soon(len(shown) - 1, visitor.rows)
+    tab.get_by_role("button", name="Undo").click()
+    soon(len(shown), visitor.rows)
+
+    # They survive the next question, and a reload of the page.
+    visitor.find("tiger")
+    playwright.expect(tab.locator("#listing .absent li")).to_have_count(1)
+    assert visitor.names() == ["<b>lunch</b>"]
+    monkeypatch.setattr(image_tab, "GRACE", 60.0)
+    tab.reload()
+    playwright.expect(visitor.rows.locator(".label").first).to_have_text("<b>lunch</b>")
+    playwright.expect(tab.get_by_label("Find these words")).to_have_value("tiger")
 
     with tab.expect_download() as started:
         tab.get_by_role("button", name="Download").click()
     started.value.save_as(tmp_path / "found.json")
     assert started.value.suggested_filename == "cat.coco.json"
     coco = COCO(tmp_path / "found.json")
-    annotations = coco.loadAnns(coco.getAnnIds())
-    assert [a["label"] for a in annotations][1:] == ["<b>lunch</b>", *expected.labels[1:]]
-    assert [a["segmentation"] for a in annotations][1:] == [one.segmentation for one in expected]
-    assert all(coco.annToMask(a).sum() == a["area"] > 0 for a in annotations)
+    [annotation] = coco.loadAnns(coco.getAnnIds())
+    assert annotation["label"] == "<b>lunch</b>" and annotation["segmentation"] == found[0].segmentation
+    assert coco.annToMask(annotation).sum() == annotation["area"] > 0
 
     # The page is closed: its files go, and its features.
-    assert len(app.sessions) == 1 and len(engine.features) == 1
-    [folder] = Path(app.demo.GRADIO_CACHE).glob("session-*")
+    monkeypatch.setattr(image_tab, "GRACE", 0.0)
+    folder = next(reversed(image_tab.sessions._open.values())).folder
+    assert folder.exists() and len(engine.features) == 1
+    image_tab.sessions.close(next(iter(image_tab.sessions._open)))  # that of the page before the reload
     tab.close()
-    wait_until(lambda: not (len(app.sessions) or len(engine.features) or folder.exists()))
+    wait_until(lambda: not (len(image_tab.sessions) or len(engine.features) or folder.exists()))
+
+
+def test_a_question_that_waits_is_shown_and_cancelled(visitor, page):
+    tab, message = visitor.tab, visitor.tab.locator(".say:visible")
+    tab.locator("#canvas .examples button").first.click()
+    playwright.expect(tab.get_by_label("Find these words")).not_to_have_value("")
+    wait_until(lambda: page.asked == ["encode"])
+    with engine.turns.free:  # another visitor's question runs
+        visitor.find("cat")
+        playwright.expect(message).to_contain_text("The model is running")
+        message.get_by_role("button", name="Cancel").click()
+        playwright.expect(message).to_have_text("Cancelled.")
+    wait_until(lambda: not engine.turns.waiting())
+    soon(0, visitor.rows)
 
 
 def test_errors_are_one_message(visitor, page, tmp_path):
-    tab, message = visitor.tab, visitor.tab.locator(".toast-body")
+    tab, message = visitor.tab, visitor.tab.locator(".say:visible")
     visitor.find("cat")
-    playwright.expect(message).to_contain_text("There is no picture yet: choose one, or take an example.")
-    tab.locator(".toast-close").click()
-    soon(0, message)
+    playwright.expect(message).to_have_text("There is no image yet; choose one, or take an example.")
 
     bad = tmp_path / "text.png"
     bad.write_text("no picture")
     tab.set_input_files("#canvas input[type=file]", bad)
     playwright.expect(message).to_contain_text("text.png is not an image in a supported format")
     soon(1, message)
+    soon(0, tab.locator(".toast-body"))
     assert str(app.demo.GRADIO_CACHE) not in message.inner_text()
-    tab.locator(".toast-close").click()
 
     Image.new("1", (6000, 5000)).save(tmp_path / "wide.png")
     tab.set_input_files("#canvas input[type=file]", tmp_path / "wide.png")
     playwright.expect(message).to_contain_text("wide.png has 6000x5000 pixels; 25 million are the most here.")
     (tmp_path / "heavy.png").write_bytes(b"0" * 21_000_000)
     tab.set_input_files("#canvas input[type=file]", tmp_path / "heavy.png")
-    playwright.expect(tab.locator("#canvas .problem")).to_contain_text("heavy.png has more than 20 MB")
+    playwright.expect(message).to_contain_text("heavy.png has more than 20 MB")
     assert page.asked == []
 
 
@@ -192,7 +237,7 @@ def test_it_fits_a_phone(browser, page, shots, theme):
     tab = visitor.tab
     tab.locator("#canvas .examples button").first.click()
     playwright.expect(tab.get_by_label("Find these words")).to_have_value("cat, remote")
-    tab.get_by_label("Names for clicks, boxes and everything").click()
+    tab.get_by_label("Class names for clicks, boxes and everything").click()
     tab.get_by_role("option", name="My own words").click()
     tab.get_by_role("textbox", name="My own words").fill("cat, remote")
     tab.get_by_role("button", name="Find everything").click()
@@ -200,9 +245,11 @@ def test_it_fits_a_phone(browser, page, shots, theme):
     assert set(visitor.names()) <= {"cat", "remote"}
     tab.screenshot(path=shots / f"everything-{theme}.png", full_page=True)
     page.asked.clear()
-    visitor.rows.filter(has_text="cat").first.get_by_label("Find all like this").click()
-    playwright.expect(tab.locator("#listing tr")).to_have_count(1)
-    assert set(visitor.names()) == {"cat"} and page.asked == ["where"]
+    before = visitor.names()
+    visitor.rows.first.get_by_label("Find similar objects").click()
+    wait_until(lambda: page.asked == ["where"])
+    playwright.expect(tab.locator(".say:visible")).to_have_count(0)
+    assert visitor.names()[: len(before)] == before  # similar ones are added
     tab.screenshot(path=shots / f"phone-{theme}.png", full_page=True)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 400
     tab.close()

@@ -326,6 +326,7 @@ def test_device_and_dtype(tiny_folder, scene):
 
 def test_embeddings_of_the_last_vocabularies_stay_in_memory(segmenter, monkeypatch):
     encoded, own = [], segmenter._texts.encode
+    monkeypatch.setattr(ovsam.inference.text_embedder, "KEPT_PHRASES", 9)
     monkeypatch.setattr(segmenter._texts, "encode", lambda phrases: (encoded.append(phrases), own(phrases))[1])
     segmenter._texts.kept.clear()
     _, embeds = segmenter.embed(["cat", "dog"])
@@ -335,7 +336,7 @@ def test_embeddings_of_the_last_vocabularies_stay_in_memory(segmenter, monkeypat
     for number in range(8):
         segmenter.embed([f"word {number}"])
     segmenter.embed(["cat", "dog"])
-    assert len(encoded) == 10 and len(segmenter._texts.kept) == 8
+    assert len(encoded) == 10 and len(segmenter._texts.kept) == 8  # two words, and seven of one
     with torch.no_grad():
         next(segmenter.model.clip.parameters()).mul_(1)
     segmenter.embed(["cat", "dog"])

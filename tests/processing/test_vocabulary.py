@@ -176,6 +176,20 @@ def test_a_big_vocabulary_shows_its_progress(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_function_is_told_the_progress_and_may_stop(capsys):
+    told = []
+    Vocabulary([f"word {index}" for index in range(12)]).embed(
+        Encoder(), chunk_size=5, progress=lambda *state: told.append(state)
+    )
+    assert told == [(5, 12), (10, 12), (12, 12)] and capsys.readouterr().err == ""
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Vocabulary(["dog"]).embed(Encoder(), progress=stop)
+
+
 # Cache
 
 

@@ -1,0 +1,139 @@
+"""What both tabs share: handlers whose mistakes become one sentence in one place of the page, and the scripts."""
+
+import asyncio
+import base64
+import html
+import inspect
+import io
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+from turns import LOOK
+
+import ovsam
+
+HERE = Path(__file__).parent
+LONGEST_TEXT = 50_000  # letters
+NO_MEMORY = "The GPU has no memory left for this; try a smaller image, or ask again in a minute."
+MISTAKES = (ovsam.InputError, torch.OutOfMemoryError)
+# Downloads the file that the event before has put into a hidden gr.File.
+SAVE = """file => {
+  if (!file) return;
+  const link = document.createElement("a");
+  link.href = file.url;
+  link.download = file.orig_name;
+  link.click();
+}"""
+
+
+def sentence(error: Exception) -> str:
+    """What the visitor reads; what is no mistake of theirs goes into the log of the server."""
+    if isinstance(error, ovsam.InputError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return NO_MEMORY
+    traceback.print_exception(error)
+    return "Something went wrong on the server; ask again."
+
+
+def told(handler: Callable) -> Callable:
+    """For the endpoints: raise a mistake as the sentence it is, in place of a traceback."""
+
+    @wraps(handler)
+    async def wrapper(*arguments, **keywords):
+        try:
+            return await handler(*arguments, **keywords)
+        except MISTAKES as error:
+            raise gr.Error(html.escape(sentence(error), quote=False), print_exception=False) from error
+
+    return wrapper
+
+
+class Page(dict):
+    """The components of a tab by name. Handlers return values for some of them: {"canvas": ..., "message": ...}."""
+
+    def does(self, handler: Callable, keeps_message: bool = False) -> Callable:
+        """A handler as Gradio calls it. Its mistakes become messages. A handler with an argument `show`, which is told
+        how far a question is, runs until it is cancelled, and what it tells is the message until then.
+
+        The message before is taken away unless `keeps_message`.
+        """
+        before = {} if keeps_message else {"message": ""}
+
+        def values(updates: dict[str, Any]) -> dict:
+            return {self[name]: value for name, value in (before | updates).items()}
+
+        if inspect.isasyncgenfunction(handler):
+
+            @wraps(handler)
+            async def wrapper(*arguments):
+                try:
+                    async for updates in handler(*arguments):
+                        yield values(updates)
+                except Exception as error:
+                    yield values({"message": sentence(error)})
+
+        elif "show" in inspect.signature(handler).parameters:
+
+            @wraps(handler)
+            async def wrapper(*arguments):
+                shown = [busy("One moment")]
+                task = asyncio.create_task(
+                    handler(*arguments, show=lambda text, share=None: shown.append(busy(text, share)))
+                )
+                try:
+                    while not task.done():
+                        if shown:
+                            yield values({"message": shown[-1]})
+                            shown.clear()
+                        await asyncio.wait([task], timeout=LOOK)
+                    yield values({"message": ""} | task.result())
+                except Exception as error:
+                    yield values({"message": sentence(error)})
+                finally:
+                    task.cancel()
+
+            own = inspect.signature(handler)  # Gradio must not pass `show`
+            wrapper.__signature__ = own.replace(
+                parameters=[one for one in own.parameters.values() if one.name != "show"]
+            )
+
+        else:
+
+            @wraps(handler)
+            def wrapper(*arguments):
+                try:
+                    return values(handler(*arguments))
+                except Exception as error:
+                    return values({"message": sentence(error)})
+
+        return wrapper
+
+
+def busy(text: str, share: float | None = None) -> dict[str, Any]:
+    """A message while something runs or waits, with a button that cancels it."""
+    return {"text": text, "share": share, "busy": True}
+
+
+def message() -> gr.HTML:
+    """The one place for messages of a tab: each takes the place of the last one."""
+    return gr.HTML(
+        "", html_template="", js_on_load=script("message.js"), elem_classes="message", apply_default_css=False,
+    )  # fmt: skip
+
+
+def script(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def to_url(picture: Image.Image, side: int) -> str:
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,128 @@
+"""Whose question runs: one at a time, in the order of arrival, and long lists of words in between. No model in here."""
+
+import asyncio
+import contextvars
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from ovsam import InputError
+
+LOOK = 0.25  # seconds between two looks at what is waited for
+PATIENCE = 5.0  # seconds for which a list of words lets questions pass before it takes a turn as well
+LISTS = 200  # whose state is kept
+
+Show = Callable[[str, float | None], None]  # is told in words, and as a share, how far something is
+
+
+def no_show(text: str, share: float | None = None) -> None:
+    pass
+
+
+class Turns:
+    """Questions to the models, one at a time in the order of arrival.
+
+    `free` is held while a model runs.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.free = most, threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "question")
+        self._asked: list[Future] = []
+
+    def waiting(self) -> list[Future]:
+        """The questions that are not answered yet."""
+        return [one for one in self._asked if not one.done()]
+
+    async def take(self, question: Callable[[], Any], show: Show = no_show) -> Any:
+        """Wait for the turn of a question and return its answer. A question that is cancelled loses its place; one that
+        runs already is answered to nobody.
+
+        Raises InputError where too many wait.
+        """
+        ahead = self.waiting()
+        if len(ahead) >= self.most:
+            raise InputError(f"{self.most} questions are waiting already; ask again in a minute.")
+        context = contextvars.copy_context()  # by which a ZeroGPU Space finds out whose question it is
+        turn = self._thread.submit(context.run, self._run, question)
+        self._asked = [*ahead, turn]
+        answer = asyncio.wrap_future(turn)
+        answer.add_done_callback(lambda one: one.cancelled() or one.exception())  # else a lost error is logged
+        try:
+            while not turn.done():
+                place = sum(not one.done() for one in ahead)
+                show(f"{place} before you" if place else "The model is running", None)
+                await asyncio.wait([answer], timeout=LOOK)
+            return turn.result()
+        finally:
+            turn.cancel()
+
+    def _run(self, question: Callable[[], Any]) -> Any:
+        with self.free:
+            return question()
+
+    def let_pass(self) -> None:
+        """Wait while there are questions, but not for ever."""
+        end = time.monotonic() + PATIENCE
+        while self.waiting() and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+class WordLists:
+    """Long lists of words, each embedded once, in small parts between the questions."""
+
+    def __init__(self, turns: Turns):
+        self._turns, self._lock = turns, threading.Lock()
+        self._lists: OrderedDict[Any, _List] = OrderedDict()
+
+    def begin(self, name: Any, embed: Callable[[Callable[[int, int], None]], Any]) -> "_List":
+        """Begin to embed a list in the background, unless that was done; `embed` takes a function that it calls after
+        each part with the number of words that are done and of all."""
+        with self._lock:
+            known = self._lists.get(name)
+            if known is None or known.error is not None:
+                known = self._lists[name] = _List()
+                # A daemon, so that closing the demo does not wait for it.
+                threading.Thread(target=self._embed, args=(known, embed), daemon=True).start()
+            while len(self._lists) > LISTS:
+                self._lists.popitem(last=False)
+            return known
+
+    async def ready(self, name: Any, embed: Callable, show: Show = no_show) -> None:
+        """Wait until a list is embedded; raises what went wrong."""
+        known = self.begin(name, embed)
+        while not known.ready.is_set():
+            text = f"{known.done:,} of {known.total:,} words" if known.total else "The words are next"
+            show(text, known.done / known.total if known.total else None)
+            await asyncio.sleep(LOOK)
+        if known.error is not None:
+            raise known.error
+
+    def _embed(self, known: "_List", embed: Callable) -> None:
+        def rest(done: int, total: int) -> None:
+            known.done, known.total = done, total
+            self._turns.free.release()
+            try:
+                self._turns.let_pass()
+            finally:
+                self._turns.free.acquire()
+
+        try:
+            self._turns.let_pass()
+            with self._turns.free:
+                embed(rest)
+        except Exception as error:  # for those who wait for it
+            known.error = error
+        known.ready.set()
+
+
+class _List:
+    """How far a list is."""
+
+    def __init__(self):
+        self.done = self.total = 0
+        self.error: Exception | None = None
+        self.ready = threading.Event()
