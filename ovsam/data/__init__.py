@@ -10,6 +10,7 @@ from ovsam.data.folders import Folders
 from ovsam.data.huggingface import HuggingFace
 from ovsam.data.lvis import Lvis
 from ovsam.data.mixture import Mixture, SharedWords, merge_words
+from ovsam.data.moving import MovingScenes
 from ovsam.data.pictures import PictureData
 from ovsam.data.sa1b import Sa1b
 from ovsam.data.scenes.drawing import SceneConfig
@@ -23,6 +24,7 @@ __all__ = [
     "HuggingFace",
     "Lvis",
     "Mixture",
+    "MovingScenes",
     "PictureData",
     "Sa1b",
     "Sample",
@@ -82,6 +84,7 @@ READERS: dict[str, Callable[..., SegmentationData]] = {
     "folders": Folders,
     "huggingface": HuggingFace,
     "mixture": open_mixture,
+    "moving": MovingScenes,
 }
 
 

@@ -27,7 +27,7 @@ from ovsam.modeling.geometry import boxes_from_clip, maps_from_clip, maps_to_cli
 from ovsam.modeling.locations import boxed_locations, pointed_locations
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.modeling.sam import SAM_SIDES, DecodedMasks, SamFeatures
-from ovsam.modeling.sam.base import check_prompts
+from ovsam.modeling.sam.base import Part, check_prompts
 from ovsam.modeling.sam.video import EdgeTamVideoSide
 from ovsam.modeling.scoring import (
     AnyNaming,
@@ -71,7 +71,7 @@ class OVSamPreTrainedModel(PreTrainedModel):
 MEMORY_WEIGHTS = rf"^sam\.model\.({'|'.join(EdgeTamVideoSide.memory_parts)})"
 
 
-def _sam_part(config: OVSamConfig, part: Literal["all", "vision", "decoder"]) -> nn.Module:
+def _sam_part(config: OVSamConfig, part: Part) -> nn.Module:
     return SAM_SIDES[config.sam_config.model_type](config.sam_config, part=part)
 
 
@@ -140,7 +140,7 @@ class OVSamModel(OVSamPreTrainedModel):
     def __init__(self, config: OVSamConfig):
         super().__init__(config)
         composition = config.composition
-        self.sam = _sam_part(config, "decoder" if composition == "clip" else "all")
+        self.sam = _sam_part(config, "tracker" if composition == "clip" else "all")
         self.clip = _clip_part(config, "text" if composition == "sam" else "all")
         self.sam2clip = _sam2clip(config) if composition == "clip" else None
         self.clip2sam = _clip2sam(config) if config.clip2sam_config else None

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import Sam2VideoConfig
 
 from ovsam.errors import InputError
+from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.modeling.tracking import OVSamVideoOutput, OVSamVideoSession, Tracker
@@ -102,3 +104,33 @@ class OVSamVideoModel(OVSamModel):
         features = self.encode(*pixels)
         session._encoded = frame_idx, features
         return features
+
+
+def with_memory(model: OVSamModel, **memory: Any) -> OVSamVideoModel:
+    """Return a copy of a model whose SAM side has the memory of SAM 2, with new weights: for training it.
+
+    Args:
+        model: a model whose SAM side is SAM 2 or EdgeTAM, for images.
+        memory: fields of Sam2VideoConfig, such as num_maskmem; widths are those of the SAM side.
+
+    Raises:
+        InputError: the mask decoder of the SAM side is not SAM 2's.
+    """
+    side = model.sam
+    if not any(kind in ("sam2_video", "edgetam_video") for kind in side.trackers):
+        raise InputError(
+            f"The SAM side is {model.config.sam_config.model_type!r}; a memory is added to sam2 and edgetam only."
+        )
+    image = model.config.sam_config.to_dict()
+    parts = {name: part for name, part in image.items() if name.endswith("_config")}
+    for name in ("prompt_encoder_config", "mask_decoder_config"):
+        parts[name].pop("model_type")  # the image model's
+    widths = ("memory_attention_hidden_size", "memory_encoder_hidden_size", "mask_downsampler_embed_dim")
+    settings = dict.fromkeys((*widths, "memory_fuser_embed_dim"), side.width)
+    settings |= {"image_size": side.image_size, "memory_attention_rope_feat_sizes": [side.grid] * 2}
+    settings["multimask_output_for_tracking"] = False  # a memory is no ambiguous prompt
+    config = OVSamConfig.from_dict(model.config.to_dict())
+    config.sam_config = Sam2VideoConfig(**parts, **settings | memory)
+    whole = OVSamVideoModel(config)
+    whole.load_state_dict(model.state_dict(), strict=False)
+    return whole.to(model.device, model.dtype).train(model.training)

@@ -256,15 +256,14 @@ class Tracker:
 
     def _segment(self, session, group, frame, sam, recalled, first: bool) -> dict[int, TrackedMasks]:
         """Segment objects that have the same number of points."""
-        config, points, labels = self.sam.model.config, None, None
+        points, labels = None, None
         count = _points(session, group[0], frame)
         if count:
             given = [session.prompts[number][frame] for number in group]
             points = torch.stack([one.points.to(self.model.device) for one in given])[None]
             labels = torch.stack([one.labels.to(self.model.device) for one in given])[None]
-        multimask = config.multimask_output_in_sam and (first or config.multimask_output_for_tracking)
-        multimask &= config.multimask_min_pt_num <= count <= config.multimask_max_pt_num
-        return _each(group, self.sam.segment(sam, recalled, points, labels, multimask))
+        best = self.sam.takes_best(count, first)
+        return _each(group, self.sam.segment(sam, recalled, points, labels, best))
 
     def _remember(
         self, session, frame: int, sam: SamFeatures, fresh: dict[int, TrackedMasks], conditioned: Iterable[int]

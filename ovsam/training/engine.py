@@ -113,6 +113,10 @@ def train_recipe(
     held_out = _held_out(recipe, words, size)
 
     stage = _build_stage(recipe, words, base)
+    if held_out is not None and not hasattr(stage, "predict"):
+        raise InputError(
+            f"The stage {recipe['stage']} measures no held-out images; remove [eval], and measure with `ovsam eval`."
+        )
     check_trainable(stage, recipe["stage"])
     if optim["gradient_checkpointing"]:
         recompute_activations(stage)
@@ -134,7 +138,9 @@ def train_recipe(
     if main:
         draw_curves(folder, trainer.state.log_history)
         if base is not None:
-            _add_words(base.model, [word.name for word in source.words])
+            base.model = stage.model  # the stage memory may have added one
+            if "words" in accepted_arguments(STAGES[recipe["stage"]].__mro__):
+                _add_words(base.model, [word.name for word in source.words])
             write_model(base, folder)
         else:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in stage.published_state().items()}
@@ -235,7 +241,8 @@ def _build_stage(recipe: dict, words: list[Word], base: Segmenter | None) -> nn.
     if "model" in accepted and base is not None:
         if base.processor.clip_images is not None:
             raise InputError(
-                f"In {model['base']} SAM and CLIP have different inputs; `finetune` needs a model with one input."
+                f"In {model['base']} SAM and CLIP have different inputs; the stage {recipe['stage']} "
+                "needs a model with one input."
             )
         given["model"] = base.model
     stage = kind(**given)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 READERS = Path(__file__).parents[1] / "data" / "readers"
 RECIPES = sorted(path for path in (ROOT / "adapters").glob("*/recipe.toml"))
 READ = {path.parent.name: tomllib.loads(path.read_text(encoding="utf-8")) for path in RECIPES}
-DRY_RUN = [name for name, recipe in READ.items() if recipe["stage"] not in ("calibrate", "finetune")]
+DRY_RUN = [name for name, recipe in READ.items() if recipe["stage"] not in ("calibrate", "finetune", "memory")]
 QUICK = ("clip2sam-siglip2", "concepts-convnext", "mae-vit")  # the others run in the whole suite
 # What is smaller in a dry run; the rest of [stage_args] is the recipe's.
 SMALLER = {"width": 16, "prompts": 2, "layers": 1, "heads": 4, "mask_locations": 8, "architecture": "test_vit"}

@@ -14,6 +14,8 @@ from ovsam.modeling.sam.decode import MaskPrompts, decode_masks
 
 __all__ = ["DecodedMasks", "SamFeatures", "SamSide"]
 
+Part = Literal["all", "vision", "decoder", "tracker"]
+
 # Defaults of SAM 2, for families whose configuration has none.
 STABILITY_DELTA = 0.05
 STABILITY_THRESHOLD = 0.98
@@ -29,8 +31,8 @@ class SamSide(nn.Module):
 
     Args:
         config: configuration of the whole SAM, for all values of `part`.
-        part: "all"; "vision", the modules that `encode` needs; or "decoder", the modules that `decode` needs. Weights
-            have the same names in all three.
+        part: "all"; "vision", the modules that `encode` needs; "decoder", the modules that `decode` needs; or
+            "tracker", these and the memory of a video model. Weights have the same names in all of them.
 
     Attributes:
         model_class: the transformers class of `model`.
@@ -57,7 +59,7 @@ class SamSide(nn.Module):
     image_layers: tuple[str, ...] = ()
     finer_maps: int = 0
 
-    def __init__(self, config: PreTrainedConfig, part: Literal["all", "vision", "decoder"] = "all"):
+    def __init__(self, config: PreTrainedConfig, part: Part = "all"):
         super().__init__()
         prompts = config.prompt_encoder_config
         if not isinstance(prompts.image_size, int):
@@ -84,7 +86,7 @@ class SamSide(nn.Module):
             # fp32 and stays so in from_pretrained(dtype=...), which keeps the dtype in which each tensor was built.
             self.model.shared_image_embedding = encoder.shared_embedding.float()
             self.register_state_dict_post_hook(_untie_in_state_dict)
-        if part == "decoder":
+        if part in ("decoder", "tracker"):
             for name in self.encoder_parts:
                 setattr(self.model, name, None)
 

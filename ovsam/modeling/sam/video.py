@@ -9,17 +9,20 @@ Shapes: B images, P objects on each, L = h*w positions, T tokens of one spatial 
 width.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EdgeTamVideoModel, PreTrainedConfig, Sam2VideoModel
-from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, get_1d_sine_pe, rotate_pairwise
+from transformers.models.sam2_video.modeling_sam2_video import (
+    NO_OBJ_SCORE,
+    Sam2VideoPositionEmbeddingSine,
+    get_1d_sine_pe,
+    rotate_pairwise,
+)
 
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import DecodedMasks, SamFeatures, TrackedMasks
-from ovsam.modeling.sam.base import check_prompts
+from ovsam.modeling.sam.base import Part, check_prompts
 from ovsam.modeling.sam.decode import decode_masks
 from ovsam.modeling.sam.memory import Recall
 from ovsam.modeling.sam.sam2 import Sam2Side
@@ -49,11 +52,12 @@ class Sam2VideoSide(Sam2Side):
         "occlusion_spatial_embedding_parameter",
     )
 
-    def __init__(self, config: PreTrainedConfig, part: Literal["all", "vision", "decoder"] = "all"):
+    def __init__(self, config: PreTrainedConfig, part: Part = "all"):
         super().__init__(config, part)
-        if part != "all":
+        if part in ("vision", "decoder"):
             for name in self.memory_parts:
                 setattr(self.model, name, None)
+        self._cells = Sam2VideoPositionEmbeddingSine(self.width // 2, normalize=True)  # as the vision encoder's
         sizes = list(config.memory_attention_rope_feat_sizes)
         if sizes != [self.grid, self.grid] or config.image_size != self.image_size:
             raise InputError(
@@ -109,7 +113,7 @@ class Sam2VideoSide(Sam2Side):
 
     def _image_position(self, raw: Tensor) -> Tensor:
         """Sine codes of the image's cells, [1, C, h, w]."""
-        return self.model.vision_encoder.neck.position_encoding((1, *raw.shape[1:]), raw.device, raw.dtype)
+        return self._cells((1, *raw.shape[1:]), raw.device, raw.dtype)
 
     def _spatial_position(self, raw: Tensor) -> Tensor:
         """Position codes of the tokens of one spatial memory, [T, 64]."""
@@ -142,6 +146,13 @@ class Sam2VideoSide(Sam2Side):
         """Replaces `recall` on the first frame of an object: [B, P, C, h, w]."""
         assert features.embedding is not None
         return features.embedding[:, None].expand(-1, objects, -1, -1, -1)
+
+    def takes_best(self, points: int, first: bool) -> bool:
+        """Whether the best of the three masks of an ambiguous prompt is taken, as configured, for a number of points
+        (a box has two; 0 without a prompt) on the first frame of an object or on a later one."""
+        config = self.model.config
+        ambiguous = config.multimask_min_pt_num <= points <= config.multimask_max_pt_num
+        return config.multimask_output_in_sam and ambiguous and (first or config.multimask_output_for_tracking)
 
     def segment(
         self,
@@ -206,10 +217,9 @@ class Sam2VideoSide(Sam2Side):
         shown = (decoded.object_logits > 0).to(token.dtype)  # [B, P, 1]
         pointer = shown * self.model.object_pointer_proj(token) + (1 - shown) * self.model.no_object_pointer
         logits = masks.masks[:, :, 0]
-        hidden = decoded.object_logits[..., None] <= 0
-        return TrackedMasks(
-            logits.masked_fill(hidden, NO_OBJ_SCORE), masks.iou[:, :, 0], decoded.object_logits, pointer
-        )
+        if not self.training:  # in training a wrong score must not hide the mask from its loss
+            logits = logits.masked_fill(decoded.object_logits[..., None] <= 0, NO_OBJ_SCORE)
+        return TrackedMasks(logits, masks.iou[:, :, 0], decoded.object_logits, pointer)
 
     # ------------------------------------------------------------------------------------- masks -> memory
 

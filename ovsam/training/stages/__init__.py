@@ -1,7 +1,8 @@
 """The training stages by their names in recipes.
 
 A stage is a module whose `forward(image, masks, word_ids, known)` takes a batch of a SegmentationData and returns
-{"loss": ..., metric: ...}; `predict`, with the same arguments, returns the predictions for each image.
+{"loss": ..., metric: ...}; `predict`, with the same arguments, returns the predictions for each image. A stage of clips
+(`memory`) has no `predict`.
 """
 
 from ovsam.training.stages.adapters import AdaptersStage
@@ -10,6 +11,7 @@ from ovsam.training.stages.clip2sam import Clip2SamStage
 from ovsam.training.stages.concepts import ConceptsStage
 from ovsam.training.stages.finetune import FinetuneStage
 from ovsam.training.stages.mae import MaeStage
+from ovsam.training.stages.memory import MemoryStage
 from ovsam.training.stages.sam import SamStage
 from ovsam.training.stages.sam2clip import Sam2ClipStage
 
@@ -22,4 +24,5 @@ STAGES = {
     "adapters": AdaptersStage,
     "mae": MaeStage,
     "finetune": FinetuneStage,
+    "memory": MemoryStage,
 }
