@@ -14,6 +14,7 @@ from ovsam.processing.vocabulary import Vocabulary, to_vocabulary
 
 
 def check_device(device: str | torch.device) -> torch.device:
+    """The device, once a tensor was made on it."""
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
@@ -33,8 +34,9 @@ def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def names_of(call: Callable) -> list[str]:
-    """The arguments that a method takes by name."""
-    return [name for name, one in inspect.signature(call).parameters.items() if name != "self" and one.kind != 4]
+    """The arguments that a method takes by name, without those of **."""
+    taken = inspect.signature(call).parameters.values()
+    return [one.name for one in taken if one.name != "self" and one.kind != one.VAR_KEYWORD]
 
 
 def check_options(post: dict[str, Any]) -> dict[str, Any]:

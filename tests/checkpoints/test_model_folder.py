@@ -1,4 +1,4 @@
-"""A folder of a whole model is refused in one sentence wherever it is not sound; its code never runs."""
+"""An invalid folder of a whole model raises an error of one sentence; its code never runs."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Every reader on a miniature set in its format's true layout (tests/data/readers), and every refusal."""
+"""Every reader on a miniature set in its format's layout (tests/data/readers), and every error."""
 
 import io
 import json

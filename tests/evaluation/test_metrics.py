@@ -1,4 +1,4 @@
-"""The metrics by hand: perfect answers get full marks, and known mistakes get known marks."""
+"""The metrics by hand: perfect predictions, and known errors."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Figures of records: perfect answers get full marks, and known mistakes get known marks."""
+"""Figures of records: perfect predictions, and known errors."""
 
 from pathlib import Path
 

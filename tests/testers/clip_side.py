@@ -1,5 +1,5 @@
-"""What every CLIP side must do: give maps and unit embeddings of the described shapes, pool what its dense map holds,
-pass gradients, survive files, parts and half precision."""
+"""Tests of every CLIP side: maps and unit embeddings of the described shapes, pooling, gradients, files, parts and half
+precision."""
 
 import copy
 import re

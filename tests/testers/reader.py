@@ -1,5 +1,5 @@
-"""What every reader of a data set must do: give samples of the described shapes, the same ones again, through workers
-too, and name the options that it needs."""
+"""Tests of every reader of a data set: samples of the described shapes, the same ones again, also through workers, and
+errors about missing options."""
 
 import pickle
 

@@ -1,5 +1,4 @@
-"""What every SAM side must do: give the masks of its own library, survive files, parts and half precision, refuse
-prompts that cannot be."""
+"""Tests of every SAM side: masks of its own library, files, parts, half precision, and errors about invalid prompts."""
 
 import copy
 

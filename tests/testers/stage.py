@@ -1,5 +1,5 @@
-"""What every training stage must do: learn, change the parameters that it declares and no others, go on from the state
-that it published, and predict; with the tiny towers and the drawn batch that stages are tested on."""
+"""Tests of every training stage: the loss falls, only declared parameters change, the published state is loaded again,
+and predictions; with tiny towers and a drawn batch."""
 
 import pytest
 import torch

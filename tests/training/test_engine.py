@@ -1,4 +1,4 @@
-"""The engine around the stages: order, checkpoints, resuming, several processes, reports and refusals.
+"""The engine around the stages: order, checkpoints, resuming, several processes, reports and errors.
 
 A toy stage stands in for the real ones: it has random numbers of its own, and a part that is not used at every step.
 """
