@@ -1,6 +1,5 @@
 """`ovsam segment`: segment objects in images, by text queries, points or boxes, or all of them."""
 
-import glob
 import math
 import os
 import sys
@@ -18,8 +17,9 @@ from ovsam.processing.arguments import MIN_TILE, check_inside
 from ovsam.processing.images import is_url, open_image
 from ovsam.processing.vocabulary import Vocabulary, split_words
 from ovsam.results.formats import FORMATS
-from ovsam.results.formats.base import PICTURES
 from ovsam_cli import arguments
+from ovsam_cli.image_names import list_images
+from ovsam_cli.table import Printer, header, rows
 
 if TYPE_CHECKING:
     from ovsam.inference.segmenter import Segmenter
@@ -48,7 +48,6 @@ PARSER = {
 }
 MAX_PHRASE = 64  # words, more than any text tower takes; towers with a lower limit check it themselves
 OUTPUTS = ("overlay", "cutouts", "tsv", *FORMATS)
-COLUMNS = ("image", "label", "score", "mask_score", "x1", "y1", "x2", "y2", "area")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -128,7 +127,7 @@ def check(args: Namespace) -> None:
     args.words = _check_question(args)
     if args.half and args.proposer:
         raise InputError("--half is for the model's own proposals; leave out --proposer.")
-    named = list(dict.fromkeys(_pictures(args.images)))
+    named = list(dict.fromkeys(list_images(args.images)))
     _check_output(args, named)
     if args.json:
         check_target(args.json, "--json")
@@ -154,7 +153,7 @@ def run(args: Namespace) -> int:
     _quieten(args.verbose, args.quiet)
     half = "float16" if (args.device or _default_device()).startswith("cuda") else "bfloat16"
     segmenter = ovsam.load(args.model, device=args.device, dtype=half if args.half else None)
-    printer, found, places = _Printer(args), [], _names(args)
+    printer, found, places = Printer(args), [], _names(args)
     for name, image, results in _answers(segmenter, args):
         results.file_name = "stdin" if name == STDOUT else name
         results = _thin(results, args)
@@ -173,51 +172,12 @@ def run(args: Namespace) -> int:
         write_labels(found, args.output, args.format, labels)
         printer.say(f"{args.format}: {args.output}")
     elif args.output and args.format == "tsv":
-        write_text(args.output, _header() + "".join(map(_rows, found)))
+        write_text(args.output, header() + "".join(map(rows, found)))
         printer.say(f"tsv: {args.output}")
     if args.json:
         write_coco(found, args.json, labels=args.words.labels if args.words else ())
         printer.say(f"json: {args.json}")
     return 0 if not args.failed else 1 if found else 2
-
-
-class _Printer:
-    """The table: aligned on a terminal, with tabs in a pipe."""
-
-    def __init__(self, args: Namespace):
-        used = STDOUT in (args.json, args.output)
-        self.quiet, self.out = args.quiet, sys.stderr if used else sys.stdout
-        self.people = args.format != "tsv" and self.out.isatty() or used
-        if not self.people and not self.quiet and not (args.format == "tsv" and args.output):
-            print(_header(), end="", file=self.out)
-        self.rows = not (args.format == "tsv" and args.output)
-
-    def add(self, results: "Results") -> None:
-        if self.quiet:
-            return
-        line = f"{results.file_name}: {len(results)} found ({results.model})"
-        print(line, file=self.out if self.people else sys.stderr)
-        if self.people and results:
-            print(results.table(), file=self.out)
-        elif self.rows and not self.people:
-            print(_rows(results), end="", file=self.out)
-
-    def say(self, line: str) -> None:
-        if not self.quiet:
-            print(line, file=self.out if self.people else sys.stderr)
-
-
-def _header() -> str:
-    return "\t".join(COLUMNS) + "\n"
-
-
-def _rows(results: "Results") -> str:
-    lines = []
-    for one in results:
-        place = [f"{value:g}" for value in one.box]
-        cells = [results.file_name, one.label, f"{one.score:.4f}", f"{one.mask_score:.4f}", *place, str(one.area)]
-        lines.append("\t".join(" ".join(cell.split()) for cell in cells) + "\n")
-    return "".join(lines)
 
 
 def _answers(segmenter: "Segmenter", args: Namespace) -> Iterator[tuple[str, Image.Image, "Results"]]:
@@ -286,41 +246,6 @@ def _write_cutouts(results: "Results", image: Image.Image, folder: Path) -> Iter
         path = folder / f"{number:03}-{label}.png"
         _save(cut, path)
         yield path
-
-
-def _pictures(given: list[str], depth: int = 0) -> Iterator[str]:
-    """Yield the names of images: files, URLs and -, and those of folders, patterns and @lists."""
-    for name in given:
-        if name == STDOUT or is_url(name) or os.path.isfile(name):
-            yield name
-        elif name.startswith("@") and depth == 0:
-            yield from _pictures(_read_list(name[1:]), depth + 1)
-        elif os.path.isdir(name):
-            inside = sorted(str(path) for path in Path(name).rglob("*") if path.suffix.lower() in PICTURES)
-            if not inside:
-                raise InputError(f"{name} is a folder without images; they end in {', '.join(PICTURES)}.")
-            yield from inside
-        elif glob.has_magic(name):
-            matches = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
-            if not matches:
-                raise InputError(f"There is no file like {name}; check the pattern.")
-            yield from matches
-        else:
-            yield name  # reported when it is opened
-
-
-def _read_list(path: str) -> list[str]:
-    """The lines of a text file; relative paths start from its folder."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The list {path} cannot be read ({error}); it must be a text file with one image a line."
-        ) from error
-    named = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not named:
-        raise InputError(f"The list {path} is empty; it must be a text file with one image a line.")
-    return [line if is_url(line) else os.path.join(os.path.dirname(path), line) for line in named]
 
 
 def _check_question(args: Namespace) -> Vocabulary | None:
