@@ -71,7 +71,7 @@ compare(plain, processor, reference, "with ovsam imported")
 
 
 @dataclass
-class Built:
+class HubFolder:
     """A folder ready for upload. `left_out` are files of the source that are not in it; `notes` are for the user."""
 
     folder: Path
@@ -161,11 +161,11 @@ def check_folder(folder: Path) -> RemoteCodeConfig:
     return config
 
 
-def build(folder: Path, repo: str, scratch: Path) -> Built:
+def build(folder: Path, repo: str, scratch: Path) -> HubFolder:
     """Build the folder to upload from a checked one, and load it back in a clean process, with and without ovsam
     imported before. Raises InputError if its outputs differ from those of the source."""
     model, processor = open_source(folder)
-    built = Built(scratch / "built")
+    built = HubFolder(scratch / "built")
     built.folder.mkdir()
 
     config = full_precision(json.loads((folder / "config.json").read_text()))
@@ -282,7 +282,9 @@ def load_back(folder: Path, reference: Path, whole: bool) -> None:
         raise InputError(f"The built folder does not work like its source, and was not uploaded: {last}.")
 
 
-def upload(built: Built, repo: str, private: bool = False, revision: str | None = None, create_pr: bool = False) -> str:
+def upload(
+    built: HubFolder, repo: str, private: bool = False, revision: str | None = None, create_pr: bool = False
+) -> str:
     """Upload a built folder in one commit and return its address.
 
     Files are compared with the Hub's afterwards. The visibility of an existing repository is checked before the upload

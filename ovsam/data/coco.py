@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ovsam.data.base import make_words
-from ovsam.data.pictures import Packed, PictureData, Record, check_pictures
+from ovsam.data.pictures import PackedList, PictureData, Record, check_pictures
 from ovsam.errors import InputError
 from ovsam.ops.outlines import check_outline, is_outline
 
@@ -95,7 +95,7 @@ class Coco(PictureData):
                     unknown=sorted(unknown[key]),
                 )
 
-        self.records = Packed(records())
+        self.records = PackedList(records())
         self.pictures = len(self.records)
         self.instances = sum(len(objects[key]) for key in sizes)
 

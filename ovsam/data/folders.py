@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ovsam.data.base import make_words
-from ovsam.data.pictures import Packed, PictureData, Record, check_pictures
+from ovsam.data.pictures import PackedList, PictureData, Record, check_pictures
 from ovsam.errors import InputError
 from ovsam.processing.vocabulary import Vocabulary
 
@@ -73,7 +73,7 @@ class Folders(PictureData):
                     f"None of the {len(paths):,} images of {folder} can be read; the first: {self.skipped[0]}"
                 )
             paths, word_ids = [paths[i] for i in readable], word_ids[readable]
-        self.paths, self.word_ids, self.exhaustive = Packed(paths), word_ids, exhaustive
+        self.paths, self.word_ids, self.exhaustive = PackedList(paths), word_ids, exhaustive
         self.pictures = self.instances = len(paths)
 
     def record(self, number: int) -> Record:

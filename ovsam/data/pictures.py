@@ -57,7 +57,7 @@ class Record:
     unknown: Sequence[int] = field(default_factory=tuple)
 
 
-class Packed:
+class PackedList:
     """A list of records in one buffer, shared by data-loader workers. A list of objects would soon be copied by each
     worker, since reference counts are written to."""
 

@@ -6,7 +6,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ovsam.data.coco import read_json
-from ovsam.data.pictures import Packed, PictureData, Record, check_pictures
+from ovsam.data.pictures import PackedList, PictureData, Record, check_pictures
 from ovsam.errors import InputError
 
 
@@ -55,7 +55,7 @@ class Sa1b(PictureData):
             readable = [path for path, header in pairs if self._accept(str(_picture(path)), header, sizes[path])]
         if not readable:
             raise InputError(f"None of the {len(paths):,} images of {folder} can be read; the first: {self.skipped[0]}")
-        self.records = Packed(map(str, readable))
+        self.records = PackedList(map(str, readable))
         self.pictures, self.instances = len(readable), sum(masks[path] for path in readable)
 
     def record(self, number: int) -> Record:

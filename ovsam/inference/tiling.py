@@ -37,7 +37,7 @@ class Window(NamedTuple):
     y2: int
 
 
-class Piece(NamedTuple):
+class TilePiece(NamedTuple):
     """An instance whose mask is in the coordinates of the whole image, and the window in which it was found."""
 
     instance: Instance
@@ -87,7 +87,7 @@ def segment_tiled(
         return ask(image)
     if len(windows) > MAX_TILES:
         raise InputError(f"Tiles of {tile} pixels would be {len(windows):,}; take larger ones, {MAX_TILES:,} at most.")
-    pieces: list[Piece] = []
+    pieces: list[TilePiece] = []
     results = None
     for window in tqdm(windows, unit=" tiles", disable=len(windows) < QUICK or None):  # None: no terminal, no bar
         results = ask(image.crop(window))
@@ -102,12 +102,12 @@ def segment_tiled(
     return Results(merge(pieces, overview, per_word), size, results.model, results.file_name)
 
 
-def place(instances: Sequence[Instance], window: Window, size: tuple[int, int]) -> list[Piece]:
+def place(instances: Sequence[Instance], window: Window, size: tuple[int, int]) -> list[TilePiece]:
     """Instances of a window, in its coordinates, as pieces of the image of `size` (height, width)."""
-    return [Piece(_move(instance, window.x1, window.y1, size), window) for instance in instances if instance.area]
+    return [TilePiece(_move(instance, window.x1, window.y1, size), window) for instance in instances if instance.area]
 
 
-def merge(pieces: Sequence[Piece], overview: Sequence[Instance] = (), per_word: bool = False) -> list[Instance]:
+def merge(pieces: Sequence[TilePiece], overview: Sequence[Instance] = (), per_word: bool = False) -> list[Instance]:
     """Merge the instances of overlapping windows and of the whole image.
 
     Two pieces of different windows are one object if their masks agree in what the windows share: by IoU, or, for the
@@ -135,7 +135,7 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
     return np.linspace(0, max(0, length - tile), count).round().astype(int).tolist()
 
 
-def _join(pieces: Sequence[Piece], per_word: bool) -> tuple[list[Instance], np.ndarray]:
+def _join(pieces: Sequence[TilePiece], per_word: bool) -> tuple[list[Instance], np.ndarray]:
     """Pieces -> whole objects, and whether a seam still cuts each [n]."""
     if not pieces:
         return [], np.zeros(0, dtype=bool)

@@ -34,7 +34,7 @@ sys.path[:0] = sys.argv[1:]
 from ovsam.errors import InputError
 names = {}
 exec('import huggingface_hub, ovsam, ovsam_cli, torch; from common import picture; from pathlib import Path; '
-     'from transformers import AutoModel, AutoProcessor; from ovsam.checkpoints.push import Built, upload; '
+     'from transformers import AutoModel, AutoProcessor; from ovsam.checkpoints.push import HubFolder, upload; '
      'from ovsam.checkpoints.weight_files import fetch; torch.set_grad_enabled(False)', names)
 time.sleep = lambda seconds: None  # between one try and the next
 answers = sys.stdout
@@ -176,7 +176,7 @@ def test_adapter_as_pull_request_branch_and_private(hub, client, head):
         f"built = build(Path({str(head)!r}), 'tester/head', Path({str(head.parent)!r}))"
     )
     Path(head.parent / "built").rename(built)
-    client.run(f"built = Built(Path({str(built)!r}))")
+    client.run(f"built = HubFolder(Path({str(built)!r}))")
 
     address = client.run("print(upload(built, 'tester/head', private=True))")
     assert address.strip() == f"{hub.url}/tester/head" and hub.repos["tester/head"].private
@@ -211,7 +211,7 @@ def test_weights_of_an_earlier_push_are_deleted(hub, client, head, tmp_path):
     hub.put(
         "tester/old", {"model.safetensors": b"old", "model-00001-of-00002.safetensors": b"old", "notes.txt": b"hers"}
     )
-    client.run(f"built = Built(Path({str(copied(head, tmp_path / 'built'))!r})); upload(built, 'tester/old')")
+    client.run(f"built = HubFolder(Path({str(copied(head, tmp_path / 'built'))!r})); upload(built, 'tester/old')")
     files = hub.files("tester/old")
     assert "model-00001-of-00002.safetensors" not in files and files["notes.txt"].content == b"hers"
     assert files["model.safetensors"].content == (head / "model.safetensors").read_bytes()
@@ -220,7 +220,7 @@ def test_weights_of_an_earlier_push_are_deleted(hub, client, head, tmp_path):
 @pytest.mark.slow
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, client, head):
     hub.put("tester/public", {"README.md": b"here"})
-    said = client.run(f"upload(Built(Path({str(head)!r})), 'tester/public', private=True)")
+    said = client.run(f"upload(HubFolder(Path({str(head)!r})), 'tester/public', private=True)")
     assert said.startswith("InputError: tester/public exists and is public") and said.count("\n") == 1
     assert set(hub.files("tester/public")) == {"README.md"}
 
@@ -230,7 +230,7 @@ def test_broken_upload(hub, client, head):
     """Nothing is committed, the error is one sentence, and the same call then succeeds."""
     hub.cut_uploads = 1000
     hub.objects.clear()  # files on the Hub are not uploaded again
-    call = f"print(upload(Built(Path({str(head)!r})), 'tester/broken'))"
+    call = f"print(upload(HubFolder(Path({str(head)!r})), 'tester/broken'))"
     said = client.run(call)
     assert re.fullmatch(r"InputError: tester/broken was not published \(.+\); run the same command again .+\.\n", said)
     assert set(hub.files("tester/broken")) == {".gitattributes"}
@@ -241,7 +241,7 @@ def test_broken_upload(hub, client, head):
 
 @pytest.mark.slow
 def test_wrong_token_and_unreachable_hub(hub, client, head):
-    call = f"upload(Built(Path({str(head)!r})), 'tester/refused')"
+    call = f"upload(HubFolder(Path({str(head)!r})), 'tester/refused')"
     said = client.run(
         f"huggingface_hub.hf_api.get_token = huggingface_hub.utils._headers.get_token = lambda: 'hf_bad'; {call}"
     )
@@ -294,7 +294,7 @@ def test_wrong_hash(hub, client, head, home):
     assert (folder / "model.safetensors").read_bytes() == weights.content
     # A Hub that stores other bytes than it was sent: found after the upload.
     hub.objects[weights.oid] = bytes(other)
-    said = client.run(f"upload(Built(Path({str(head)!r})), 'tester/stored')")
+    said = client.run(f"upload(HubFolder(Path({str(head)!r})), 'tester/stored')")
     assert (
         said
         == "InputError: The model.safetensors of tester/stored on the Hub differs from the uploaded file: push again.\n"

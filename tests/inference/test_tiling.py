@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from ovsam.errors import InputError
-from ovsam.inference.tiling import Piece, Window, merge, place, segment_tiled, tiles
+from ovsam.inference.tiling import TilePiece, Window, merge, place, segment_tiled, tiles
 from ovsam.ops import rle
 from ovsam.results.results import Results
 
@@ -210,7 +210,7 @@ def test_no_piece_and_one_window():
 
 def test_pieces_are_in_coordinates_of_the_image():
     (piece,) = place(instances((100, 100), ("dog", 0.5, (5, 6, 20, 30))), RIGHT, (100, 160))
-    assert isinstance(piece, Piece) and piece.window == RIGHT
+    assert isinstance(piece, TilePiece) and piece.window == RIGHT
     assert piece.instance.box == (65, 6, 80, 30) and piece.instance.segmentation["size"] == [100, 160]
     expected = np.zeros((100, 160), bool)
     expected[6:30, 65:80] = True

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import torch
 
-from ovsam.checkpoints.convert.base import Kind, Report, check_model, map_tensors, new_folder, read_tensors, write_model
+from ovsam.checkpoints.convert.base import (
+    CheckpointLayout,
+    Report,
+    check_model,
+    map_tensors,
+    new_folder,
+    read_tensors,
+    write_model,
+)
 from ovsam.checkpoints.convert.edgetam import EDGETAM
 from ovsam.checkpoints.convert.efficienttam import EFFICIENTTAM
 from ovsam.checkpoints.convert.open_vocabulary_sam import convert_open_vocabulary_sam
@@ -13,9 +21,9 @@ from ovsam.checkpoints.convert.sam import SAM
 from ovsam.checkpoints.convert.sam2 import SAM2
 from ovsam.errors import InputError
 
-KINDS: dict[str, Kind] = {"sam": SAM, "sam2": SAM2, "edgetam": EDGETAM, "efficienttam": EFFICIENTTAM}
+KINDS: dict[str, CheckpointLayout] = {"sam": SAM, "sam2": SAM2, "edgetam": EDGETAM, "efficienttam": EFFICIENTTAM}
 
-__all__ = ["KINDS", "Kind", "Report", "convert_checkpoint", "map_tensors", "new_folder", "read_tensors"]
+__all__ = ["KINDS", "CheckpointLayout", "Report", "convert_checkpoint", "map_tensors", "new_folder", "read_tensors"]
 
 
 def convert_checkpoint(

@@ -27,7 +27,7 @@ def _answer(model: PreTrainedModel, pixel_values: Tensor, points: Tensor) -> tup
 
 
 @dataclass(frozen=True)
-class Kind:
+class CheckpointLayout:
     """One layout of official checkpoints, and its conversion to a model of transformers.
 
     Attributes:
@@ -201,7 +201,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         folder.rename(path)
 
 
-def write_model(kind: Kind, config: PreTrainedConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def write_model(kind: CheckpointLayout, config: PreTrainedConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write config.json, model.safetensors and the processor's file."""
     with torch.device("meta"):
         model = kind.model_classes[0](config)
@@ -211,7 +211,7 @@ def write_model(kind: Kind, config: PreTrainedConfig, tensors: Mapping[str, Tens
     kind.processor(config.prompt_encoder_config.image_size).save_pretrained(folder)
 
 
-def check_model(kind: Kind, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def check_model(kind: CheckpointLayout, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Load the folder with every class of its kind, compare all weights bit by bit, and run the model on a point.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import EdgeTamModel, EdgeTamVideoConfig, EdgeTamVideoModel
 
-from ovsam.checkpoints.convert.base import Kind
+from ovsam.checkpoints.convert.base import CheckpointLayout
 from ovsam.checkpoints.convert.sam2 import MEMORY, SAM2_PROMPTS_AND_MASKS, feature_sizes, video_processor
 
 # A Perceiver compresses the memory; its attention keeps keys and values in one matrix.
@@ -50,7 +50,7 @@ def _read_config(tensors: Mapping[str, Tensor], image_size: int | None) -> tuple
     return "RepViT-M1", config
 
 
-EDGETAM = Kind(
+EDGETAM = CheckpointLayout(
     title="EdgeTAM (official .pt)",
     marks=(r"^image_encoder\.trunk\.body\.", r"^sam_mask_decoder\.", r"^spatial_perceiver\."),
     read_config=_read_config,

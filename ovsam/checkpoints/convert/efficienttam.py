@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ovsam.checkpoints.convert.base import Kind, count_blocks, shape_of
+from ovsam.checkpoints.convert.base import CheckpointLayout, count_blocks, shape_of
 from ovsam.checkpoints.convert.sam2 import SAM2_PROMPTS_AND_MASKS, image_processor
 from ovsam.errors import InputError
 from ovsam.modeling.sam.efficienttam import EfficientTamConfig, EfficientTamModel, EfficientTamSide
@@ -63,7 +63,7 @@ def _answer(model: PreTrainedModel, pixel_values: Tensor, points: Tensor) -> tup
 
 TRACKER = "is part of the tracker, for which transformers has no class"
 
-EFFICIENTTAM = Kind(
+EFFICIENTTAM = CheckpointLayout(
     title="EfficientTAM (official .pt, Ti or S; image path)",
     marks=(r"^image_encoder\.trunk\.blocks\.", r"^image_encoder\.neck\.convs\.0\.conv_1x1\.", r"^sam_mask_decoder\."),
     read_config=_read_config,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
 
-from ovsam.checkpoints.convert.base import Kind, count_blocks, shape_of
+from ovsam.checkpoints.convert.base import CheckpointLayout, count_blocks, shape_of
 from ovsam.errors import InputError
 
 # Prompt encoder and mask decoder, which have the same layout in SAM 2 and EdgeTAM.
@@ -76,7 +76,7 @@ def _processor(side: int) -> SamProcessor:
     )
 
 
-SAM = Kind(
+SAM = CheckpointLayout(
     title="SAM 1 (official .pth, ViT-B, ViT-L or ViT-H)",
     marks=(r"^image_encoder\.blocks\.", r"^mask_decoder\."),
     read_config=_read_config,

@@ -13,7 +13,7 @@ from transformers import (
     Sam2VideoVideoProcessor,
 )
 
-from ovsam.checkpoints.convert.base import Kind, count_blocks, shape_of
+from ovsam.checkpoints.convert.base import CheckpointLayout, count_blocks, shape_of
 from ovsam.checkpoints.convert.sam import PROMPTS_AND_MASKS
 from ovsam.errors import InputError
 
@@ -125,7 +125,7 @@ def video_processor(side: int) -> Sam2VideoProcessor:
     return Sam2VideoProcessor(image_processor(side).image_processor, videos, target_size=side)
 
 
-SAM2 = Kind(
+SAM2 = CheckpointLayout(
     title="SAM 2 or 2.1 (official .pt, hiera tiny, small, base plus or large)",
     marks=(r"^image_encoder\.trunk\.blocks\.", r"^image_encoder\.neck\.convs\.\d\.conv\.", r"^sam_mask_decoder\."),
     read_config=_read_config,

@@ -178,14 +178,14 @@ def answering_parts(sam: SamSide) -> nn.ModuleList:
     return nn.ModuleList([*parts, decoder.output_hypernetworks_mlps[0]])
 
 
-class Nothing:
+class BackgroundPrompts:
     """Prompts on the background: `points` [B, G, 2], `boxes` [B, G, 4], and whether each is `valid`."""
 
     def __init__(self, points: Tensor, boxes: Tensor, valid: Tensor):
         self.points, self.boxes, self.valid = points, boxes, valid
 
 
-def background_prompts(masks: Tensor, known: Tensor, count: int) -> Nothing:
+def background_prompts(masks: Tensor, known: Tensor, count: int) -> BackgroundPrompts:
     """Draw random background pixels, and boxes around them that overlap no object much; valid only in images annotated
     for all words. masks [B, O, H, W], known [B, W]"""
     b, _, height, width = masks.shape
@@ -196,4 +196,4 @@ def background_prompts(masks: Tensor, known: Tensor, count: int) -> Nothing:
     objects = masks_to_boxes(masks)
     fit = torch.stack([box_iou(mine, theirs).amax(1) for mine, theirs in zip(boxes, objects, strict=True)])  # [B, G]
     valid = known.all(1)[:, None] & free.flatten(1).any(1)[:, None] & (fit < 0.3)
-    return Nothing(points, boxes, valid)
+    return BackgroundPrompts(points, boxes, valid)
