@@ -51,7 +51,7 @@ def loaded(monkeypatch):
     """The segmenters that were loaded, with the arguments of each."""
     loads = []
 
-    def load(model="auto", device=None):
+    def load(model="auto", device=None, dtype=None):
         loads.append((FakeSegmenter(), model, device))
         return loads[-1][0]
 
@@ -215,7 +215,7 @@ def test_errors_are_one_line_before_a_model_is_loaded(folder, loaded, capsys, co
 
 
 def test_an_unknown_model_is_an_error_of_one_line(folder, monkeypatch, capsys):
-    def load(model, device):
+    def load(model, device, dtype):
         raise InputError(f"There is no model {model!r}.")
 
     monkeypatch.setattr(ovsam, "load", load, raising=False)
