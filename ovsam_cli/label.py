@@ -90,6 +90,8 @@ def check(args: Namespace) -> None:
     output = Path(args.output)
     if args.report:
         check_target(args.report, "--report")
+    if "://" in args.output:
+        raise InputError(f"-o {args.output} is an address; it must be a folder of this machine.")
     if output.exists() and not output.is_dir():
         raise InputError(f"-o {output} is a file; it must be a folder.")
     if args.merge:
@@ -153,13 +155,7 @@ def run(args: Namespace) -> int:
                 outcomes = run_ray(todo, load)
             else:
                 outcomes = job.run_local(todo, load(), args.workers, frozenset(journal.done))
-            try:
-                summary = job.record(outcomes, journal, sum(map(len, every)))
-            except OSError as error:
-                raise InputError(
-                    f"{journal.path} cannot be written ({error.strerror or error}); the {len(journal.done)} images "
-                    "before are kept: free some space, and run the same command again."
-                ) from error
+            summary = job.record(outcomes, journal, sum(map(len, every)))
         journal.finish(len(summary.failed))
     job.write_errors(_errors(args), summary.failed)
     seconds = time.monotonic() - start

@@ -12,6 +12,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from label_stub import FakeSegmenter
@@ -214,7 +215,7 @@ def test_a_full_disk_keeps_the_records(photos, segmenter, monkeypatch, capsys):
 
     monkeypatch.setattr(os, "write", write_until_full)
     assert label(photos) == 2
-    assert "journal.jsonl cannot be written (No space left on device); the 8 images before are kept" in (
+    assert "journal.jsonl cannot be written (No space left on device); its records of 8 images are kept" in (
         capsys.readouterr().err
     )
     monkeypatch.setattr(os, "write", write)
@@ -251,6 +252,7 @@ def test_errors_are_raised_before_the_model_is_loaded(photos, monkeypatch, capsy
         assert message in capsys.readouterr().err
     assert label(photos, text="") == 2 and "There is nothing to search for" in capsys.readouterr().err
     assert label("--merge", "empty", text="") == 2 and "There is no journal in empty" in capsys.readouterr().err
+    assert label(photos, out="s3://bucket/out") == 2 and "-o s3://bucket/out is an address" in capsys.readouterr().err
     assert label(photos, out="file") == 2 and "-o file is a file" in capsys.readouterr().err
     assert label(photos, out="file/out") == 2 and "file/out cannot be written to" in capsys.readouterr().err
 
@@ -390,17 +392,86 @@ def test_addresses(photos):
         with pytest.raises(InputError, match="no.png"):
             list_items([f"{address}/no.png"]).items[0].open()
 
-    fsspec = pytest.importorskip("fsspec")
-    memory = fsspec.filesystem("memory")
-    for number in (1, 4):
-        memory.pipe(f"/bucket/a/00{number}.png", (photos / f"1/00{number}.png").read_bytes())
-    memory.pipe("/bucket/a/notes.txt", b"")
-    for given in ("memory://bucket/a", "memory://bucket/a/*.png"):
-        items = list_items([given]).items
-        assert [item.key.lstrip("/") for item in items] == ["bucket/a/001.png", "bucket/a/004.png"]
-        assert items[0].open().size == (48, 40)
-    with pytest.raises(InputError, match="There is nothing at memory://bucket/no"):
+
+def test_inputs_on_other_file_systems(photos, segmenter):
+    bucket = fsspec.filesystem("memory")
+    bucket.store.clear()
+    upload(bucket, "/bucket", photos)
+    check_file_system("memory://bucket")
+    with pytest.raises(InputError, match="There is no image at memory://bucket/no; check the address"):
         list_items(["memory://bucket/no"])
+    with pytest.raises(InputError, match="memory://bucket/a/some.tar.gz is compressed as a whole"):
+        list_items(["memory://bucket/a/some.tar.gz"])
+    (item,) = list_items(["memory://bucket/a/001.png"]).items
+    bucket.rm("/bucket/a/001.png")  # deleted meanwhile
+    with pytest.raises(InputError, match="memory://.*bucket/a/001.png cannot be read"):
+        item.open()
+    assert label("memory://bucket/a", "--format", "coco,labelme") == 0
+    assert sorted(one.file_name for one in Results.from_coco("out/coco.json")) == [
+        "bucket/a/#b.png",
+        "bucket/a/004.png",
+    ]
+    assert label("memory://bucket/a", out="memory://bucket/out") == 2
+
+
+def test_inputs_on_s3(photos, monkeypatch):
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    try:
+        for name, value in (("ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port())),
+                            ("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret")):  # fmt: skip
+            monkeypatch.setenv(f"AWS_{name}", value)
+        bucket = fsspec.filesystem("s3", skip_instance_cache=True)
+        bucket.mkdir("bucket")
+        upload(bucket, "bucket", photos)
+        check_file_system("s3://bucket")
+    finally:
+        server.stop()
+
+
+def upload(bucket, root, photos):
+    """Two images, a list and two archives of them, and what is no image."""
+    first, second = (photos / f"1/00{number}.png" for number in (1, 4))
+    with zipfile.ZipFile("some.zip", "w") as archive, tarfile.open("some.tar", "w") as tar:
+        for path in (first, second):
+            archive.write(path, f"in/{path.name}")
+            tar.add(path, f"in/{path.name}")
+    files = {"a/001.png": first.read_bytes(), "a/004.png": second.read_bytes(), "a/#b.png": second.read_bytes()}
+    files |= {"a/notes.md": b"", "a/.hidden.png": b"", "a/some.tar.gz": b"", "list.txt": b"# one\na/004.png\n"}
+    files |= {name: Path(name).read_bytes() for name in ("some.zip", "some.tar")}
+    for name, content in files.items():
+        bucket.pipe(f"{root}/{name}", content)
+
+
+def check_file_system(address):
+    with Image.open("photos/1/004.png") as image:
+        expected = np.asarray(image)
+    for given, names in (
+        ("a", ["a/#b.png", "a/001.png", "a/004.png"]),
+        ("a/00*.png", ["a/001.png", "a/004.png"]),
+        ("a/004.png", ["a/004.png"]),
+        ("list.txt", ["a/004.png"]),
+        ("some.zip", ["some.zip/in/001.png", "some.zip/in/004.png"]),
+        ("*.tar", ["some.tar/in/001.png", "some.tar/in/004.png"]),
+    ):
+        items = list_items([f"{address}/{given}"]).items
+        assert [item.key for item in items] == [f"bucket/{name}" for name in names], given
+        np.testing.assert_array_equal(np.asarray(items[-1].open()), expected)
+
+
+def test_a_file_system_without_its_package(monkeypatch, capsys):
+    monkeypatch.setattr(ovsam, "load", None)
+    for module in ("gcsfs", "smbclient"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for address, message in (
+        ("gs://bucket/a", "gs://bucket/a needs a further package: Please install gcsfs to access Google Storage."),
+        ("smb://bucket/a", "needs a further package"),
+        ("no-such://bucket/a", "no-such://bucket/a cannot be listed (Protocol not known: no-such)."),
+    ):
+        assert label(address) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
 def test_leftovers_are_removed(tmp_path):

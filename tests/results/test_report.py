@@ -18,7 +18,7 @@ def results():
     masks = np.zeros((3, 48, 64), bool)
     masks[0, :20, :30] = masks[1, 30:, 40:] = masks[2, 20:25, 10:50] = True
     labels, ids, scores = ["cat", "dog", "cat"], [0, 1, 0], [0.9, 0.6, 0.3]
-    yield Results.from_arrays(masks, labels, ids, scores, scores, labels, "text", file_name="a.png")
+    yield Results.from_arrays(masks, labels, ids, scores, scores, labels, "text", file_name="in/a.png")
     yield Results.from_arrays(masks[1:2], ["dog"], [1], [0.2], [0.2], ["dog"], "text", file_name="b.png")
     yield Results([], (48, 64), file_name="</script><b>c.png")
 
@@ -40,24 +40,33 @@ def test_a_person_filters_the_page(tmp_path):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((tmp_path / "report.html").as_uri())
 
-        def cards():  # they are laid out a moment after the page has them
-            page.wait_for_function("[...document.querySelectorAll('figcaption')].every(one => one.innerText)")
-            return [text.split("\n") for text in page.locator("figcaption").all_inner_texts()]
+        def cards():
+            """The lines of each caption, their parts apart by a space."""
+            return page.evaluate(
+                """[...document.querySelectorAll("figcaption")].map(caption => [...caption.children].map(
+                line => [...line.childNodes].map(part => part.textContent).filter(Boolean).join(" ")))"""
+            )
+
+        def label(name):
+            return page.locator("aside button", has_text=name)
 
         assert cards() == [
             ["b.png", "dog 0.20"],  # the lowest score first
-            ["a.png", "cat 0.30, dog 0.60, cat 0.90"],
-            ["</script><b>c.png", "nothing found"],
+            ["a.png", "in/", "cat 0.30 0.90", "dog 0.60"],
+            ["script><b>c.png", "</", "nothing found"],
         ]
         assert page.inner_text("#shown") == "3 of 3 images, 4 objects"
         assert page.locator("figure image").count() == 2 and page.locator("figure path").count() == 4
-        assert page.locator("aside button").all_inner_texts() == ["cat\n2", "dog\n2"]
-        assert page.locator("aside button").first.locator("rect[height='10']").count() == 2
-        page.locator("aside button").first.click()
-        assert cards() == [["a.png", "cat 0.30, cat 0.90"]]
+        assert page.locator("aside button").all_inner_texts() == ["all labels\n4", "cat\n2", "dog\n2"]
+        assert label("cat").locator("rect[height='10']").count() == 2
+        page.locator("figcaption").get_by_text("0.30").hover()  # shows its mask alone
+        assert page.locator("path.hot title").all_text_contents() == ["cat 0.30"]
+        label("cat").click()
+        assert cards() == [["a.png", "in/", "cat 0.30 0.90"]] and not page.locator("path.hot").count()
+        assert label("cat").get_attribute("aria-pressed") == "true"
         page.fill("#high", "0.5")
         page.dispatch_event("#high", "change")
-        assert cards() == [["a.png", "cat 0.30"]] and page.inner_text("#shown") == "1 of 3 images, 1 objects"
-        page.locator("aside button").first.click()
-        assert [name for name, _ in cards()] == ["b.png", "a.png"] and not errors
+        assert cards() == [["a.png", "in/", "cat 0.30"]] and page.inner_text("#shown") == "1 of 3 images, 1 objects"
+        label("all labels").click()
+        assert [name for name, *_ in cards()] == ["b.png", "a.png"] and not errors
         browser.close()

@@ -179,7 +179,7 @@ def record(
 ) -> Summary:
     """Write outcomes to the journal while the next ones are computed, and show the progress.
 
-    Raises OSError if the journal cannot be written, such as on a full disk; it has all outcomes before.
+    Raises InputError if the journal cannot be written, such as on a full disk; it has all outcomes before.
     """
     summary = Summary(before=len(journal.done))
     bar = tqdm(total=total, initial=len(journal.done), unit=" images", disable=not progress, mininterval=0.5)

@@ -81,7 +81,7 @@ class Journal:
             self._write([{"ovsam_journal": VERSION, "job": job, **facts}])
 
     def append(self, results: Iterable[Labelled]) -> None:
-        """Write one record for each image, synced to the disk; raises OSError if the disk is full."""
+        """Write one record for each image, synced to the disk; raises InputError if the disk is full."""
         results = [result for result in results if result.file_name not in self.done]
         if results:
             self._write([to_record(result) for result in results])
@@ -98,9 +98,12 @@ class Journal:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
             os.fsync(self._file)
-        except OSError:
+        except OSError as error:
             os.truncate(self._file, self._end)  # remove an incomplete record
-            raise
+            raise InputError(
+                f"{self.path} cannot be written ({error.strerror or error}); its records of {len(self.done)} images "
+                "are kept: free some space, and run the same command again."
+            ) from error
         self._end += len(content)
 
     def __enter__(self) -> Self:

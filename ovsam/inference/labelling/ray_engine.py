@@ -48,7 +48,7 @@ def run_ray(
         actors: how many models; by default as many as the cluster has GPUs, or one without.
 
     Raises:
-        InputError: Ray is not installed.
+        InputError: Ray is not installed, or its cluster cannot be reached.
     """
     try:
         import ray
@@ -56,7 +56,10 @@ def run_ray(
     except ImportError as error:
         raise InputError('The engine ray needs Ray, which `pip install "ovsam[ray]"` brings.') from error
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        try:
+            ray.init(log_to_driver=False)
+        except ConnectionError as error:
+            raise InputError(f"The Ray cluster cannot be reached ({error}); start it, or unset RAY_ADDRESS.") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     gpus = int(ray.cluster_resources().get("GPU", 0))
     rows = [{"place": place, "content": pickle.dumps(list(batch))} for place, batch in enumerate(todo)]

@@ -5,23 +5,27 @@ This module does not import torch: items are sent to the processes that open the
 
 import csv
 import glob
+import json
 import os
+import posixpath
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import IO
 from urllib.parse import urlparse
 
 from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.processing.images import is_url, open_image
-from ovsam.results.formats.base import PICTURES, load_json
+from ovsam.results.formats.base import PICTURES
 
 ARCHIVES = (".zip", ".tar")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LISTS = (".txt", ".csv", ".json")
 PATTERN = "*?["
 COLUMNS = ("path", "image", "file_name", "filename", "file", "url")  # of a CSV list
@@ -43,7 +47,7 @@ class Item:
 
     def open(self) -> Image.Image:
         """Open the upright RGB image; raises InputError if it is missing, damaged or not an image."""
-        if not self.member and ("://" not in self.location or is_url(self.location)):
+        if not self.member and (is_url(self.location) or "://" not in self.location):
             return open_image(self.location)
         try:
             content = self._read()
@@ -59,18 +63,14 @@ class Item:
         return f"{self.member} in {self.location}" if self.member else self.location
 
     def _read(self) -> bytes:
-        if self.span is not None:
-            with open(self.location, "rb") as archive:
-                archive.seek(self.span[0])
-                return archive.read(self.span[1])
-        if self.member:
+        if self.member and self.span is None:
             zipped, lock = _open_zip(self.location)
             with lock:
                 return zipped.read(self.member)
-        import fsspec
-
-        with fsspec.open(self.location, "rb") as file:
-            return file.read()
+        start, length = self.span or (0, -1)
+        with _open_bytes(self.location) as file:
+            file.seek(start)
+            return file.read(length)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def list_items(inputs: Sequence[str]) -> Listing:
     Folders are searched recursively, without hidden files. A .txt list has a path or an address a line, a .csv list a
     column called path, image, file_name, filename, file or url (or else the first), a COCO JSON file its images;
     relative paths in a list refer to its folder. Archives are .zip and uncompressed .tar files, as in WebDataset.
-    Addresses are http(s) of one image each, and those of any file system that fsspec opens (s3://, gs://, ...): of an
-    image, of a folder, or a pattern.
+    An http(s) address is that of one image. All other inputs may be on any file system that fsspec supports (s3://,
+    gs://, ...).
 
     Raises:
         InputError: an input does not exist, a list is invalid, an archive is damaged or compressed as a whole, there
@@ -125,9 +125,11 @@ def _root(given: str) -> str | None:
 
 
 def _key(location: str, member: str, base: Path | None) -> str:
-    if "://" in location:
+    if is_url(location):
         address = urlparse(location)
         key = f"{address.netloc}{address.path}" + (f"_{address.query}" if address.query else "")
+    elif "://" in location:
+        key = location.split("://", 1)[1].lstrip("/")
     else:
         key = Path(location).as_posix().lstrip("/")
         if base is not None and Path(location).is_relative_to(base):
@@ -136,34 +138,44 @@ def _key(location: str, member: str, base: Path | None) -> str:
 
 
 def _find(given: str) -> Iterator[Place]:
-    if "://" in given:
+    path = os.path.abspath(given)
+    if is_url(given):
+        yield given, "", None
+    elif "://" in given:
         yield from _find_remote(given)
-        return
-    path = Path(os.path.abspath(given))
-    if path.is_dir():
+    elif os.path.isdir(path):
         yield from _find_in_folder(path)
-    elif path.is_file():
-        ending = path.suffix.lower()
-        if ending in ARCHIVES:
-            yield from _find_in_archive(path)
-        elif ending in LISTS:
-            yield from _find_in_list(path)
-        elif path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
-            raise InputError(f"{given} is compressed as a whole, so its images cannot be read one by one; unpack it.")
-        else:
-            yield str(path), "", None
+    elif os.path.isfile(path):
+        yield from _find_in_file(path)
     elif any(c in given for c in PATTERN):
-        matches = sorted(one for one in glob.glob(str(path), recursive=True) if os.path.isfile(one))
+        matches = sorted(one for one in glob.glob(path, recursive=True) if os.path.isfile(one))
         if not matches:
             raise InputError(f"No file matches {given}; check the pattern.")
-        for one in matches:
-            if Path(one).suffix.lower() in (*ARCHIVES, *PICTURES):
-                yield from _find(one)
+        yield from _find_matches(matches)
     else:
         raise InputError(f"There is no {given}; name a file, a folder, a pattern, a list, an archive or an address.")
 
 
-def _find_in_folder(folder: Path) -> Iterator[Place]:
+def _find_matches(locations: Iterable[str]) -> Iterator[Place]:
+    for one in locations:
+        if PurePosixPath(one).suffix.lower() in (*ARCHIVES, *PICTURES):
+            yield from _find_in_file(one)
+
+
+def _find_in_file(location: str) -> Iterator[Place]:
+    """`location` is a path or the address of a file."""
+    name = location.lower()
+    if name.endswith(ARCHIVES):
+        yield from _find_in_archive(location)
+    elif name.endswith(LISTS):
+        yield from _find_in_list(location)
+    elif name.endswith(COMPRESSED):
+        raise InputError(f"{location} is compressed as a whole, so its images cannot be read one by one; unpack it.")
+    else:
+        yield location, "", None
+
+
+def _find_in_folder(folder: str) -> Iterator[Place]:
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
@@ -171,72 +183,98 @@ def _find_in_folder(folder: Path) -> Iterator[Place]:
                 yield os.path.join(place, name), "", None
 
 
-def _find_in_archive(path: Path) -> Iterator[Place]:
+def _find_in_archive(location: str) -> Iterator[Place]:
     def wanted(name: str) -> bool:
         return Path(name).suffix.lower() in PICTURES and not PurePosixPath(name).name.startswith(".")
 
     try:
-        if path.suffix.lower() == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    if wanted(name):
-                        yield str(path), name, None
-        else:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    if member.isfile() and wanted(member.name):
-                        yield str(path), member.name, (member.offset_data, member.size)
+        with _open_bytes(location) as file:
+            if location.lower().endswith(".zip"):
+                with zipfile.ZipFile(file) as archive:
+                    for name in archive.namelist():
+                        if wanted(name):
+                            yield location, name, None
+            else:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in tar:
+                        if member.isfile() and wanted(member.name):
+                            yield location, member.name, (member.offset_data, member.size)
     except (zipfile.BadZipFile, tarfile.TarError) as error:
-        raise InputError(f"{path} is not a readable {path.suffix} archive ({error}).") from error
+        raise InputError(f"{location} is not a readable {location[-4:]} archive ({error}).") from error
 
 
-def _find_in_list(path: Path) -> Iterator[Place]:
-    ending = path.suffix.lower()
+def _find_in_list(location: str) -> Iterator[Place]:
+    with _open_bytes(location) as file:
+        text = file.read().decode("utf-8-sig", "replace")
+    ending = PurePosixPath(location).suffix.lower()
     if ending == ".json":
-        content = load_json(path)
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{location} is not a JSON file: {error}.") from error
         images = content.get("images") if isinstance(content, dict) else None
         if not isinstance(images, list) or not all(isinstance(one, dict) and one.get("file_name") for one in images):
-            raise InputError(f"{path} is not a COCO JSON file: it must list its images, each with a file_name.")
+            raise InputError(f"{location} is not a COCO JSON file: it must list its images, each with a file_name.")
         names = [one["file_name"] for one in images]
+    elif ending == ".csv":
+        rows = [row for row in csv.reader(text.splitlines()) if row]
+        heads = [head.strip().lower() for head in rows[0]] if rows else []
+        column = next((heads.index(name) for name in COLUMNS if name in heads), None)
+        rows = rows if column is None else rows[1:]
+        names = [row[column or 0].strip() for row in rows if len(row) > (column or 0)]
     else:
-        text = path.read_text(encoding="utf-8-sig")
         names = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-        if ending == ".csv":
-            rows = [row for row in csv.reader(text.splitlines()) if row]
-            heads = [head.strip().lower() for head in rows[0]] if rows else []
-            column = next((heads.index(name) for name in COLUMNS if name in heads), None)
-            rows = rows if column is None else rows[1:]
-            names = [row[column or 0].strip() for row in rows if len(row) > (column or 0)]
     for name in names:
-        yield (name if "://" in name else os.path.normpath(path.parent / name.replace("\\", "/"))), "", None
+        yield _beside(location, name.replace("\\", "/")), "", None
+
+
+def _beside(location: str, name: str) -> str:
+    """Return the location of a file that a list names relative to its own folder."""
+    if "://" in name:
+        return name
+    if "://" not in location:
+        return os.path.normpath(os.path.join(os.path.dirname(location), name))
+    scheme, path = location.split("://", 1)
+    return f"{scheme}://{posixpath.normpath(posixpath.join(posixpath.dirname(path), name))}"
 
 
 def _find_remote(address: str) -> Iterator[Place]:
-    if is_url(address):
-        yield address, "", None
-        return
-    try:
-        import fsspec
-    except ImportError as error:
-        raise InputError(f"{address} needs fsspec; `pip install fsspec`, and its package for this system.") from error
+    """List the images of a file, a folder or a pattern of a file system that fsspec supports."""
+    import fsspec
 
     try:
         system, path = fsspec.core.url_to_fs(address)
-        scheme = address.split("://")[0]
+        if system.isfile(path):
+            yield from _find_in_file(address)
+            return
         if any(c in path for c in PATTERN):
-            found = system.glob(path)
+            found = list(_find_matches(map(system.unstrip_protocol, sorted(system.glob(path)))))
         else:
-            found = [path] if system.isfile(path) else system.find(path)
+            found = [
+                (system.unstrip_protocol(one), "", None)
+                for one in sorted(system.find(path))
+                if (name := PurePosixPath(one)).suffix.lower() in PICTURES and not name.name.startswith(".")
+            ]
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"{address} needs a further package: {error}.") from error
     except Exception as error:  # each file system raises errors of its own
         raise InputError(f"{address} cannot be listed ({error}).") from error
     if not found:
-        raise InputError(f"There is nothing at {address}; check the address.")
-    for one in sorted(found):
-        if Path(one).suffix.lower() in PICTURES:
-            yield f"{scheme}://{one.removeprefix(f'{scheme}://')}", "", None
+        raise InputError(f"There is no image at {address}; check the address.")
+    yield from found
+
+
+def _open_bytes(location: str) -> IO[bytes]:
+    if "://" not in location:
+        return open(location, "rb")
+    import fsspec
+
+    return fsspec.open(location, "rb").open()
 
 
 @lru_cache(maxsize=64)
-def _open_zip(path: str) -> tuple[zipfile.ZipFile, threading.Lock]:
+def _open_zip(location: str) -> tuple[zipfile.ZipFile, threading.Lock]:
     """Open a zip file and keep it open, since its table of contents may be long."""
-    return zipfile.ZipFile(path), threading.Lock()
+    return zipfile.ZipFile(_open_bytes(location)), threading.Lock()
