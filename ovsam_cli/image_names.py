@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ovsam.errors import InputError
-from ovsam.ops.files import STDOUT
+from ovsam.ops.files import STDOUT, only_files
 from ovsam.processing.images import is_url
 from ovsam.results.formats.base import PICTURES
 
@@ -19,7 +19,8 @@ def list_images(given: list[str], depth: int = 0) -> Iterator[str]:
         elif name.startswith("@") and depth == 0:
             yield from list_images(_read_list(name[1:]), depth + 1)
         elif os.path.isdir(name):
-            inside = sorted(str(path) for path in Path(name).rglob("*") if path.suffix.lower() in PICTURES)
+            named = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in PICTURES)
+            inside = [str(path) for path in only_files(named, name)]
             if not inside:
                 raise InputError(f"{name} is a folder without images; they end in {', '.join(PICTURES)}.")
             yield from inside

@@ -15,7 +15,7 @@ from ovsam.data.pictures import PictureData
 from ovsam.data.sa1b import Sa1b
 from ovsam.data.scenes.drawing import SceneConfig
 from ovsam.errors import InputError
-from ovsam.ops.arguments import accepted_arguments
+from ovsam.ops.arguments import accepted_arguments, check_arguments
 
 __all__ = [
     "READERS",
@@ -49,13 +49,14 @@ def open_data(config: dict[str, Any]) -> SegmentationData:
     """
     options = dict(config)
     kind = options.pop("format", "emojiscenes")
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise InputError(f"[data] has the format {kind!r}; choose one of {', '.join(READERS)}.")
     accepted = reader_keys(kind)
     if unknown := options.keys() - accepted.keys():
         raise InputError(f"[data] has {min(unknown)!r}, which {kind} does not take; it takes {', '.join(accepted)}.")
     if missing := [key for key, needed in accepted.items() if needed and key not in options]:
         raise InputError(f"[data] lacks {', '.join(missing)}, which the format {kind} needs.")
+    check_arguments(options, _chain(kind), f"[data] of format {kind}")
     return READERS[kind](**options)
 
 
@@ -90,8 +91,12 @@ READERS: dict[str, Callable[..., SegmentationData]] = {
 
 def reader_keys(kind: str) -> dict[str, bool]:
     """Return the keys of a format's reader, and whether each is required."""
-    reader = READERS[kind]
-    # Further keys are passed on: to the parent class, or by open_scenes to SceneConfig.
-    chain: list[Any] = list(reader.__mro__) if isinstance(reader, type) else [reader, SceneConfig]
-    accepted = accepted_arguments(chain)
+    accepted = accepted_arguments(_chain(kind))
     return {name: one.default is one.empty for name, one in accepted.items() if name != "words"}
+
+
+def _chain(kind: str) -> list[Any]:
+    """The functions that take the keys of a format: further keys are passed on to the parent class, or by open_scenes
+    to SceneConfig."""
+    reader = READERS[kind]
+    return list(reader.__mro__) if isinstance(reader, type) else [reader, SceneConfig]

@@ -1,10 +1,11 @@
 """COCO JSON files: instances with polygons or run lengths. Also reads the output of `ovsam segment --json`."""
 
-import json
+import contextlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from tqdm.auto import tqdm
 
@@ -12,6 +13,22 @@ from ovsam.data.base import make_words
 from ovsam.data.pictures import PackedList, PictureData, Record, check_pictures
 from ovsam.errors import InputError
 from ovsam.ops.outlines import check_outline, is_outline
+from ovsam.ops.schema import place, read_json
+from ovsam.results.formats.coco import CocoAnnotation, CocoCategory, CocoImage, Id
+
+
+class PartialImage(CocoImage, total=False):
+    """An image with the keys of LVIS, which restrict its annotation to some categories."""
+
+    coco_url: str | None
+    neg_category_ids: list[Id]
+    not_exhaustive_category_ids: list[Id]
+
+
+class CocoFile(TypedDict):
+    images: list[PartialImage]
+    categories: list[CocoCategory]
+    annotations: list[CocoAnnotation]
 
 
 class Coco(PictureData):
@@ -38,6 +55,7 @@ class Coco(PictureData):
     """
 
     format = "coco"
+    schema: Any = CocoFile
 
     def __init__(
         self,
@@ -52,10 +70,9 @@ class Coco(PictureData):
         folder = path.parent if images is None else Path(images)
         if not folder.is_dir():
             raise InputError(f"There is no folder {folder}; `images` must be the folder of the images.")
-        content = read_json(path)
-        self._check_format(path, content)
+        content = self._read(path)
         categories = _by_id(path, "category", "categories", content)
-        names = [self._name(path, category) for category in categories.values()]
+        names = [self._name(path, i, category) for i, category in enumerate(categories.values())]
         novel = self._novel(categories.values(), names, novel)
         words, places = make_words(names, [self._keywords(c) for c in categories.values()], novel)
         super().__init__(words, **options)
@@ -72,7 +89,8 @@ class Coco(PictureData):
         if len(used) < len(pictures):
             left_out = len(pictures) - len(used)
             self.notes.append(f"Images without objects, skipped (keep_empty = true keeps them): {left_out:,}.")
-        files = {key: self._find_file(path, folder, image) for key, image in used.items()}
+        number = {key: i for i, key in enumerate(pictures)}
+        files = {key: self._find_file(path, number[key], folder, image) for key, image in used.items()}
         sizes = self._measure(used, files, check)
         if not sizes:
             raise InputError(f"None of the {len(used):,} images of {path} can be read; the first: {self.skipped[0]}")
@@ -80,18 +98,19 @@ class Coco(PictureData):
         def records() -> Iterator[Record]:
             for key in tqdm(sizes, desc="reading the outlines", unit="", disable=len(sizes) < 1000):
                 width, height = sizes[key]
-                for annotation, _ in objects[key]:
+                outlines = [content["annotations"][i]["segmentation"] for i, _ in objects[key]]
+                for (i, _), outline in zip(objects[key], outlines, strict=True):
                     try:
-                        check_outline(annotation["segmentation"], height, width)
+                        check_outline(outline, height, width)
                     except InputError as error:
-                        name = f"The annotation {annotation.get('id')} of {path} (in {files[key]})"
-                        raise InputError(f"{name} {error}.") from error
+                        where = place(f"annotations[{i}].segmentation", path)
+                        raise InputError(f"{where} (in {files[key]}) {error}.") from error
                 yield Record(
                     picture=files[key],
-                    outlines=[annotation["segmentation"] for annotation, _ in objects[key]],
+                    outlines=outlines,
                     word_ids=[word for _, word in objects[key]],
                     size=sizes[key],
-                    known=self._known(used[key], {word for _, word in objects[key]}, word_ids),
+                    known=self._known(path, number[key], used[key], {word for _, word in objects[key]}, word_ids),
                     unknown=sorted(unknown[key]),
                 )
 
@@ -104,23 +123,21 @@ class Coco(PictureData):
 
     def _sort_annotations(
         self, path: Path, annotations: Sequence[dict], pictures: dict, word_ids: dict
-    ) -> tuple[dict[Any, list[tuple[dict, int]]], dict[Any, set[int]]]:
-        """Return the objects of each image, as annotation and word, and its words that are not annotated
+    ) -> tuple[dict[Any, list[tuple[int, int]]], dict[Any, set[int]]]:
+        """Return the objects of each image, as index of the annotation and word, and its words that are not annotated
         exhaustively."""
-        objects: dict[Any, list[tuple[dict, int]]] = defaultdict(list)
+        objects: dict[Any, list[tuple[int, int]]] = defaultdict(list)
         unknown: dict[Any, set[int]] = defaultdict(set)
         novel = {i for i, word in enumerate(self.words) if word.split == "novel"}
         crowds, boxes, held_out = 0, 0, 0
         for key in pictures:
             unknown[key] |= novel
-        for annotation in annotations:
-            key, category = annotation.get("image_id"), annotation.get("category_id")
+        for number, annotation in enumerate(annotations):
+            key, category = annotation["image_id"], annotation["category_id"]
             for kind, value, there in (("image", key, pictures), ("category", category, word_ids)):
                 if value not in there:
-                    raise InputError(
-                        f"The annotation {annotation.get('id')} of {path} has the {kind} {value!r}, "
-                        f"which is missing in the {kind} ids of the file."
-                    )
+                    where = place(f"annotations[{number}].{kind}_id", path)
+                    raise InputError(f"{where} is {value!r}, which is missing in the {kind} ids of the file.")
             word = word_ids[category]
             if word in novel:
                 held_out += 1
@@ -131,7 +148,7 @@ class Coco(PictureData):
                 boxes += 1
                 unknown[key].add(word)
             else:
-                objects[key].append((annotation, word))
+                objects[key].append((number, word))
         if held_out:
             self.notes.append(f"Annotations of held-out classes, skipped: {held_out:,}.")
         if crowds:
@@ -154,15 +171,17 @@ class Coco(PictureData):
 
     # Overridden for LVIS.
 
-    def _check_format(self, path: Path, content: Any) -> None:
-        partial = _format(content) == "LVIS" and all("file_name" in image for image in content["images"])
-        check_format(path, content, "LVIS" if partial else "COCO", "COCO's instances")
+    def _read(self, path: Path) -> dict:
+        content = read_coco(path, self.schema, ("COCO", "LVIS"), "COCO's instances")
+        partial = all("file_name" in image for image in content["images"])  # images of both kinds in one file
+        if _format(content) == "LVIS" and not partial:
+            raise _other_format(path, content, "COCO's instances")
+        return content
 
-    def _name(self, path: Path, category: dict) -> str:
-        name = category.get("name")
-        if not isinstance(name, str) or not name.strip():
-            raise InputError(f"The category {category['id']!r} of {path} has no name; every category needs one.")
-        return name.strip()
+    def _name(self, path: Path, number: int, category: dict) -> str:
+        if not (name := category["name"].strip()):
+            raise InputError(f"{place(f'categories[{number}].name', path)} is empty; every category needs a name.")
+        return name
 
     def _keywords(self, category: dict) -> Sequence[str]:
         return ()
@@ -170,19 +189,19 @@ class Coco(PictureData):
     def _novel(self, categories: Collection[dict], names: Sequence[str], novel: Collection[str]) -> Collection[str]:
         return novel
 
-    def _find_file(self, path: Path, folder: Path, image: dict) -> str:
-        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-            raise InputError(f"The image {image['id']!r} of {path} has no file_name; it must name its image file.")
+    def _find_file(self, path: Path, number: int, folder: Path, image: dict) -> str:
+        if not image.get("file_name"):
+            raise InputError(f"{place(f'images[{number}]', path)} has no file_name; it must name its image file.")
         name = image["file_name"].replace("\\", "/")
         return first_file(folder / name, folder / Path(name).name, Path(name))
 
-    def _known(self, image: dict, present: set[int], word_ids: dict) -> list[int] | None:
+    def _known(self, path: Path, number: int, image: dict, present: set[int], word_ids: dict) -> list[int] | None:
         if "neg_category_ids" not in image:
             return None
         absent, doubtful = image["neg_category_ids"], image.get("not_exhaustive_category_ids", ())
         if unknown := [category for category in (*absent, *doubtful) if category not in word_ids]:
             raise InputError(
-                f"The image {image['id']!r} names the category {unknown[0]!r} in neg_category_ids or "
+                f"{place(f'images[{number}]', path)} has the category {unknown[0]!r} in neg_category_ids or "
                 "not_exhaustive_category_ids, which is not among the category ids of the file."
             )
         words = present | {word_ids[category] for category in absent}
@@ -191,44 +210,50 @@ class Coco(PictureData):
 
 def _size(image: dict) -> tuple[int, int]:
     """Return the width and height in the file, 0 if they are missing."""
-    return int(image.get("width") or 0), int(image.get("height") or 0)
+    return image.get("width") or 0, image.get("height") or 0
 
 
 def first_file(*candidates: Path) -> str:
     """Return the first path that exists, else the first one."""
-    return str(next((path for path in candidates if path.is_file()), candidates[0]))
+    return str(next((path for path in candidates if os.path.isfile(path)), candidates[0]))
 
 
 def _by_id(path: Path, kind: str, table: str, content: dict) -> dict[Any, dict]:
     found: dict[Any, dict] = {}
-    for entry in content[table]:
-        if "id" not in entry:
-            raise InputError(f"{path} has one of its {table} without an id; every {kind} needs a unique id.")
+    for number, entry in enumerate(content[table]):
         if found.setdefault(entry["id"], entry) is not entry:
-            raise InputError(f"{path} has the {kind} id {entry['id']!r} twice; every {kind} needs a unique id.")
+            where = place(f"{table}[{number}].id", path)
+            raise InputError(f"{where} is {entry['id']!r}, as that of another {kind}; every {kind} needs its own.")
     return found
 
 
-def read_json(path: Path) -> Any:
-    """Load a JSON file; raises InputError if it is missing or invalid."""
-    if not path.is_file():
-        raise InputError(f"There are no annotations at {path}; check the path.")
+def read_coco(path: Path, schema: Any, formats: Sequence[str], title: str) -> Any:
+    """Return the content of a JSON file with the tables of COCO and LVIS as `schema`.
+
+    Raises:
+        InputError: the file is missing, not JSON, has another format, which the message names, or an invalid value.
+    """
+    content = None
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not a JSON file: {error}.") from error
+        content = read_json(path, schema, "JSON file of annotations")
+    except InputError:
+        with contextlib.suppress(InputError):
+            if _format(other := read_json(path)) not in formats:
+                content = other
+        if content is None:
+            raise
+    if _format(content) not in formats:
+        raise _other_format(path, content, title)
+    return content
 
 
-def check_format(path: Path, content: Any, wanted: str, title: str) -> None:
-    """Raise InputError, with the format it looks like, unless a JSON file has the tables of COCO and LVIS."""
+def _other_format(path: Path, content: Any, title: str) -> InputError:
+    """The error for a file that is not the wanted one of COCO and LVIS; it states the format that it looks like."""
     found = _format(content)
-    if found != wanted:
-        looks = f"looks like {found}" if found else "has an unknown format"
-        remedy = '; read it with format = "lvis"' if found == "LVIS" else ""
-        remedy = '; read it with format = "coco"' if found == "COCO" else remedy
-        raise InputError(
-            f"{path} must be a JSON file of {title} (images, annotations, categories); it {looks}{remedy}."
-        )
+    looks = f"looks like {found}" if found else "has an unknown format"
+    remedy = '; read it with format = "lvis"' if found == "LVIS" else ""
+    remedy = '; read it with format = "coco"' if found == "COCO" else remedy
+    return InputError(f"{path} must be a JSON file of {title} (images, annotations, categories); it {looks}{remedy}.")
 
 
 def _format(content: Any) -> str:
@@ -245,9 +270,9 @@ def _format(content: Any) -> str:
         return ""
     if all(isinstance(content.get(table), list) for table in ("images", "annotations", "categories")):
         annotations, images = content["annotations"], content["images"]
-        if annotations and "segments_info" in annotations[0]:
+        if annotations and isinstance(annotations[0], dict) and "segments_info" in annotations[0]:
             return "COCO's panoptic format"
-        if images and "neg_category_ids" in images[0]:
+        if images and isinstance(images[0], dict) and "neg_category_ids" in images[0]:
             return "LVIS"
         return "COCO"
     for keys, name in (

@@ -11,6 +11,7 @@ import numpy as np
 from ovsam.data.base import make_words
 from ovsam.data.pictures import PackedList, PictureData, Record, check_pictures
 from ovsam.errors import InputError
+from ovsam.ops.files import only_files
 from ovsam.processing.vocabulary import Vocabulary
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -82,7 +83,8 @@ class Folders(PictureData):
 
 
 def _pictures(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
+    named = sorted(Path(entry) for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
+    return [path.name for path in only_files(named, folder)]
 
 
 def _word(name: str) -> tuple[str, tuple[str, ...]]:

@@ -2,17 +2,30 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 from urllib.parse import urlparse
 
-from ovsam.data.coco import Coco, check_format, first_file
+from ovsam.data.coco import Coco, PartialImage, first_file, read_coco
 from ovsam.errors import InputError
+from ovsam.ops.schema import place
+from ovsam.results.formats.coco import CocoAnnotation, CocoCategory
 
 # Two errors of the file, corrected as in the vocabulary "lvis".
 MENDED = {
     "speaker (stero equipment)": "speaker (stereo equipment)",
     "monitor (computer equipment) computer monitor": "monitor (computer equipment)",
 }
+
+
+class LvisCategory(CocoCategory):
+    frequency: str
+    synonyms: NotRequired[list[str]]
+
+
+class LvisFile(TypedDict):
+    images: list[PartialImage]
+    categories: list[LvisCategory]
+    annotations: list[CocoAnnotation]
 
 
 class Lvis(Coco):
@@ -29,6 +42,7 @@ class Lvis(Coco):
     """
 
     format = "lvis"
+    schema: Any = LvisFile
 
     def __init__(
         self, annotations: str | Path, images: str | Path | None = None, rare_is_novel: bool = False, **options
@@ -36,13 +50,11 @@ class Lvis(Coco):
         self.rare_is_novel = rare_is_novel
         super().__init__(annotations, images, **options)
 
-    def _check_format(self, path: Path, content: Any) -> None:
-        check_format(path, content, "LVIS", "LVIS v1")
-        if content["categories"] and "frequency" not in content["categories"][0]:
-            raise InputError(f"{path} looks like LVIS, but its categories have no frequency; use the files of LVIS v1.")
+    def _read(self, path: Path) -> dict:
+        return read_coco(path, self.schema, ("LVIS",), "LVIS v1")
 
-    def _name(self, path: Path, category: dict) -> str:
-        name = _spaced(super()._name(path, category))
+    def _name(self, path: Path, number: int, category: dict) -> str:
+        name = _spaced(super()._name(path, number, category))
         return MENDED.get(name, name)
 
     def _keywords(self, category: dict) -> Sequence[str]:
@@ -53,10 +65,10 @@ class Lvis(Coco):
         rare = [name for category, name in pairs if self.rare_is_novel and category["frequency"] == "r"]
         return [*novel, *rare]
 
-    def _find_file(self, path: Path, folder: Path, image: dict) -> str:
+    def _find_file(self, path: Path, number: int, folder: Path, image: dict) -> str:
         address = image.get("coco_url") or image.get("file_name")
         if not address:
-            raise InputError(f"The image {image['id']!r} of {path} has neither a coco_url nor a file_name.")
+            raise InputError(f"{place(f'images[{number}]', path)} has neither a coco_url nor a file_name.")
         *_, split, name = "", *Path(urlparse(address).path).parts
         return first_file(folder / split / name, folder / name)
 

@@ -65,7 +65,7 @@ class Mixture(SegmentationData):
     ):
         if not sets or len(sets) != len(shares):
             raise InputError(f"A mixture needs data sets and a share for each; it got {len(sets)} and {len(shares)}.")
-        if min(shares) <= 0:
+        if not min(shares) > 0:
             raise InputError(f"A data set has the share {min(shares)} of a mixture; shares must be greater than 0.")
         if len({data.size for data in sets}) > 1:
             sizes = ", ".join(f"{data.format} {data.size}" for data in sets)

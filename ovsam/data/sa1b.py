@@ -1,13 +1,32 @@
 """A folder of SA-1B: sa_1.jpg beside sa_1.json, whose masks have no names (Kirillov et al. 2023)."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from tqdm.auto import tqdm
 
-from ovsam.data.coco import read_json
 from ovsam.data.pictures import PackedList, PictureData, Record, check_pictures
 from ovsam.errors import InputError
+from ovsam.ops.schema import Pixels, checked, place, read_json
+
+
+class SizedImage(TypedDict):
+    width: Pixels
+    height: Pixels
+
+
+class SizedRunLengths(TypedDict):
+    size: list[int]
+    counts: str | list[int]
+
+
+class NamelessMask(TypedDict):
+    segmentation: SizedRunLengths
+
+
+class Sa1bFile(TypedDict):
+    image: SizedImage
+    annotations: list[NamelessMask]
 
 
 class Sa1b(PictureData):
@@ -38,7 +57,7 @@ class Sa1b(PictureData):
         sizes: dict[Path, tuple[int, int]] = {}
         for path in tqdm(paths, desc="reading SA-1B", unit="", disable=len(paths) < 1000):
             try:
-                content = read_json(path)
+                content = read_json(path, title="JSON file of SA-1B")
             except InputError as error:  # an archive that was not extracted completely
                 self.skipped.append(str(error))
                 continue
@@ -70,14 +89,13 @@ def _picture(path: Path) -> Path:
 
 def _parse(path: Path, content: Any) -> tuple[tuple[int, int], list[Any]]:
     """Return the width and height of the image, and its outlines. Raises InputError for another format or size."""
-    try:
-        width, height = content["image"]["width"], content["image"]["height"]
-        outlines = [annotation["segmentation"] for annotation in content["annotations"]]
-        wrong = next((list(outline["size"]) for outline in outlines if list(outline["size"]) != [height, width]), None)
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is not a JSON file of SA-1B: it must have one image, and annotations with run lengths."
-        ) from error
-    if wrong:
-        raise InputError(f"{path} has a mask of size {wrong}; its image has {[height, width]} (height, width).")
+    if not isinstance(content, dict) or not content.keys() >= {"image", "annotations"}:
+        raise InputError(f"{path} is not a JSON file of SA-1B: it must have image and annotations.")
+    content = checked(content, Sa1bFile, str(path))
+    width, height = content["image"]["width"], content["image"]["height"]
+    outlines = [annotation["segmentation"] for annotation in content["annotations"]]
+    for number, outline in enumerate(outlines):
+        if outline["size"] != [height, width]:
+            where = place(f"annotations[{number}].segmentation.size", path)
+            raise InputError(f"{where} is {outline['size']}; it must be that of the image, {[height, width]}.")
     return (width, height), outlines

@@ -3,14 +3,18 @@
 import contextlib
 import io
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from pycocotools.coco import COCO
 
+from ovsam.data.coco import PartialImage, read_coco
 from ovsam.data.lvis import MENDED
 from ovsam.errors import InputError
 from ovsam.evaluation.metrics_ap import Truth
-from ovsam.ops import rle
+from ovsam.ops import outlines, rle
+from ovsam.ops.schema import place
+from ovsam.results.formats.coco import CocoAnnotation, CocoCategory
 
 ABSENT_WORDS = 10  # absent class names queried per image besides the present ones
 
@@ -51,6 +55,27 @@ COCO_IN_LVIS = {
 }
 
 
+class EvalImage(PartialImage, total=False):
+    absent_words: list[str]
+
+
+class EvalCategory(CocoCategory, total=False):
+    frequency: str
+    split: str
+
+
+class EvalAnnotation(CocoAnnotation, total=False):
+    area: float
+    bbox: list[float]
+
+
+class EvalFile(TypedDict):
+    images: list[EvalImage]
+    categories: list[EvalCategory]
+    annotations: list[EvalAnnotation]
+    synonyms: NotRequired[dict[str, str]]
+
+
 class EvalSet:
     """The images, objects and class names of a data set.
 
@@ -77,7 +102,7 @@ class EvalSet:
 
     def _split(self, class_id: int, usual: bool) -> str:
         if self.frequency:
-            return "novel" if self.frequency[class_id] == "r" else "base"
+            return "novel" if self.frequency.get(class_id) == "r" else "base"
         word = self.words[class_id]
         if usual and "split" not in self.coco.cats[class_id]:
             return "" if word in COCO_NEITHER else "novel" if word in COCO_NOVEL else "base"
@@ -152,19 +177,59 @@ def open_set(path: str | Path, images: str | Path | None = None) -> EvalSet:
 
 def open_coco(annotations: Path) -> COCO:
     """Open a COCO JSON file; raises InputError if it is missing or invalid."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(str(annotations))
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file {annotations}; name a COCO JSON file.") from error
-    except (ValueError, AssertionError, KeyError, TypeError) as error:
-        raise InputError(f"{annotations} is not a COCO JSON file of instances: {error}.") from error
-    if not coco.anns or not coco.cats:
+    content = read_coco(annotations, EvalFile, ("COCO", "LVIS"), "COCO's instances")
+    if not content["annotations"] or not content["categories"]:
         raise InputError(f"{annotations} has no annotations or no categories; it must have both.")
-    for annotation in coco.anns.values():  # hand-made files often lack keys that pycocotools needs
-        annotation.setdefault("iscrowd", 0)
-        if annotation.get("segmentation") and not {"area", "bbox"} <= annotation.keys():
-            code = coco.annToRLE(annotation)
-            annotation.setdefault("area", float(rle.area(code)))
-            annotation.setdefault("bbox", list(rle.bbox(code)))
+    _check(annotations, content)
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
     return coco
+
+
+def _check(path: Path, content: dict) -> None:
+    """Check what a schema cannot: references and outlines. Adds keys that pycocotools needs and hand-made files
+    lack."""
+    for table in ("images", "categories"):
+        for number, entry in enumerate(content[table]):
+            if not isinstance(entry["id"], int) or entry["id"] < 0:
+                where = place(f"{table}[{number}].id", path)
+                raise InputError(f"{where} is {entry['id']!r}; for an evaluation it must be a whole number, 0 or more.")
+    sizes = {image["id"]: (image.get("height"), image.get("width")) for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    words = {category["name"].replace("_", " ").strip() for category in content["categories"]}
+    for number, image in enumerate(content["images"]):
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            if unknown := set(image.get(key, ())) - categories:
+                where = place(f"images[{number}].{key}", path)
+                raise InputError(f"{where} has {min(unknown, key=str)!r}, which is missing in the category ids.")
+        if unknown := set(image.get("absent_words", ())) - words:
+            where = place(f"images[{number}].absent_words", path)
+            raise InputError(f"{where} has {min(unknown)!r}, which is missing in the categories.")
+    for number, annotation in enumerate(content["annotations"]):
+        where = f"annotations[{number}]"
+        for kind, there in (("image", sizes), ("category", categories)):
+            if annotation[f"{kind}_id"] not in there:
+                found = annotation[f"{kind}_id"]
+                raise InputError(
+                    f"{place(f'{where}.{kind}_id', path)} is {found!r}, which is missing in the {kind} ids."
+                )
+        annotation.setdefault("iscrowd", 0)
+        annotation["id"] = number + 1 if annotation.get("id") is None else annotation["id"]
+        if not outlines.is_outline(annotation.get("segmentation")):
+            annotation.pop("segmentation", None)
+            continue
+        height, width = sizes[annotation["image_id"]]
+        if not height or not width:
+            raise InputError(f"{place(f'{where}.image_id', path)} is an image without width and height; add them.")
+        try:
+            outlines.check_outline(annotation["segmentation"], height, width)
+        except InputError as error:
+            raise InputError(f"{place(f'{where}.segmentation', path)} {error}.") from error
+        if "area" not in annotation or len(annotation.get("bbox") or ()) != 4:
+            code = outlines.to_rle(annotation["segmentation"], height, width)
+            annotation.setdefault("area", float(rle.area(code)))
+            annotation["bbox"] = list(rle.bbox(code))
+        if isinstance(annotation["segmentation"], list):  # pycocotools takes four numbers for a box
+            annotation["segmentation"] = outlines.polygons(annotation["segmentation"])

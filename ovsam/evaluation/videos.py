@@ -1,23 +1,50 @@
 """Videos with true masks for evaluation: folders in the layout of DAVIS, a json of YouTube-VIS, moving scenes."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
 
 from ovsam.data.scenes.moving import SCENES, SEED, MovingScene, open_moving
 from ovsam.errors import InputError
-from ovsam.ops import rle
+from ovsam.ops import outlines, rle
+from ovsam.ops.schema import Side, place, read_json
 
 ABSENT = 3  # absent class names that are queried in a video of YouTube-VIS
 
 Masks = dict[int, np.ndarray]
+
+
+class VideoFacts(TypedDict):
+    id: Annotated[int, msgspec.Meta(ge=0)]
+    width: Side
+    height: Side
+    file_names: list[str]
+
+
+class VideoTrack(TypedDict):
+    id: int
+    video_id: int
+    segmentations: list[outlines.Segmentation | None]
+    category_id: NotRequired[int | None]
+
+
+class VideoCategory(TypedDict):
+    id: int
+    name: str
+
+
+class VideoFile(TypedDict):
+    """A JSON file of YouTube-VIS."""
+
+    videos: list[VideoFacts]
+    annotations: list[VideoTrack]
+    categories: NotRequired[list[VideoCategory]]
 
 
 @dataclass(frozen=True)
@@ -106,15 +133,20 @@ def _read_masks(paths: Sequence[Path], frame: int) -> Masks | None:
 
 
 def _youtube_vis(path: Path, images: Path) -> list[Video]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, VideoFile)
     names = {one["id"]: one["name"] for one in content.get("categories", ())}
     found = []
     for video in content["videos"]:
-        own = [one for one in content["annotations"] if one["video_id"] == video["id"]]
-        tracks = {
-            one["id"]: [None if s is None else _run_lengths(s, video) for s in one["segmentations"]] for one in own
-        }
-        words = {one["id"]: names[one["category_id"]] for one in own if one.get("category_id") in names}
+        tracks, words = {}, {}
+        for number, one in enumerate(content["annotations"]):
+            if one["video_id"] != video["id"]:
+                continue
+            where = place(f"annotations[{number}].segmentations", path)
+            if len(one["segmentations"]) != len(video["file_names"]):
+                raise InputError(f"{where} has {len(one['segmentations'])} frames of {len(video['file_names'])}.")
+            tracks[one["id"]] = [_run_lengths(s, video, where) for s in one["segmentations"]]
+            if one.get("category_id") in names:
+                words[one["id"]] = names[one["category_id"]]
         others = sorted({*names.values()} - {*words.values()})
         absent = np.random.default_rng(video["id"]).permutation(others)[:ABSENT].tolist() if words else []
         frames = [images / name for name in video["file_names"]]
@@ -126,7 +158,10 @@ def _decode(tracks: dict[int, list[dict | None]], frame: int) -> Masks:
     return {number: rle.decode(each[frame]) for number, each in tracks.items() if each[frame] is not None}
 
 
-def _run_lengths(segmentation: dict, video: dict) -> dict:
-    if isinstance(segmentation["counts"], list):
-        return coco.frPyObjects(segmentation, video["height"], video["width"])
-    return segmentation
+def _run_lengths(segmentation: outlines.Segmentation | None, video: dict, where: str) -> dict | None:
+    if segmentation is None:
+        return None
+    try:
+        return outlines.to_rle(segmentation, video["height"], video["width"])
+    except InputError as error:
+        raise InputError(f"{where} {error}.") from error

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.inference.encoded import EncodedImage
+from ovsam.ops.files import only_files
 from ovsam.processing.images import open_image
 
 DEFAULT_RATE = Fraction(25)  # frames a second of sources without a rate
@@ -49,7 +50,9 @@ class FrameSource:
         self.source, self.rate, self.length = source, DEFAULT_RATE, None
         self._container: Any = None
         if isinstance(source, str | os.PathLike) and Path(source).is_dir():
-            self._files = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in PICTURES)
+            self._files = only_files(
+                sorted(path for path in Path(source).iterdir() if path.suffix.lower() in PICTURES), source
+            )
             if not self._files:
                 raise InputError(f"There are no images in {source}; it must have one image for each frame.")
             self.length = len(self._files)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import secrets
@@ -10,11 +11,13 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from ovsam.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 STDOUT = "-"
 READER_SECONDS = 5.0  # how long to wait for a reader of a pipe
@@ -77,6 +80,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """`write_whole` for text in UTF-8; characters that UTF-8 cannot encode become question marks."""
     content = text.encode("utf-8", "replace")
     write_whole(path, lambda temporary: temporary.write_bytes(content))
+
+
+def only_files(paths: Iterable[Path], folder: str | os.PathLike[str]) -> list[Path]:
+    """The files among the paths found in a folder; a warning counts the pipes, devices and folders, which are
+    skipped."""
+    named = list(paths)
+    found = [path for path in named if path.is_file()]
+    if len(found) < len(named):
+        logger.warning("%s: %d skipped, which are not files.", folder, len(named) - len(found))
+    return found
 
 
 def remove_leftovers(target: Path) -> None:

@@ -4,7 +4,7 @@ string).
 All are converted to the run lengths of pycocotools, {"size": [H, W], "counts": bytes}.
 """
 
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -13,25 +13,35 @@ from pycocotools import mask as coco
 from ovsam.errors import InputError
 
 Rle = dict[str, Any]
+
+
+class RunLengths(TypedDict, total=False):
+    """Run lengths of a file, not yet checked."""
+
+    size: list[int]
+    counts: Any
+
+
+Segmentation = list[list[float] | float] | RunLengths  # of a file, not yet checked (see ovsam.ops.schema)
+LONGEST = 20_000_000  # px; pycocotools takes 40 bytes for each pixel of a polygon's length, and crashes without memory
 SLACK = 2.0  # px by which a polygon may exceed the image, from rounding by annotation tools; it is clipped
 
 
 def is_outline(segmentation: Any) -> bool:
     """Whether there is an outline; boxes and lines have none."""
-    return bool(_polygons(segmentation) if isinstance(segmentation, list) else segmentation)
+    return bool(polygons(segmentation) if isinstance(segmentation, list) else segmentation)
 
 
 def check_outline(segmentation: Any, height: int, width: int) -> None:
     """Raise InputError unless this is an outline inside an image of this size; the message lacks its subject."""
     if isinstance(segmentation, list):
-        for polygon in _polygons(segmentation):
+        for polygon in polygons(segmentation):
             _check_polygon(polygon, height, width)
     elif isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
         if list(segmentation["size"]) != [height, width]:
             raise InputError(f"has a mask of size {segmentation['size']}; it must be {[height, width]} (height, width)")
-        counts = segmentation["counts"]
-        lengths = np.asarray(counts) if isinstance(counts, list) else _run_lengths(counts)
-        if lengths.dtype.kind != "i" or lengths.min() < 0 or lengths.sum() != height * width:
+        lengths = _lengths(segmentation["counts"])
+        if lengths.sum() != height * width:
             raise InputError(f"has run lengths that do not add up to the {height * width} pixels of its image")
     else:
         raise InputError("has a segmentation that is neither polygons nor run lengths (size and counts)")
@@ -41,8 +51,8 @@ def to_rle(segmentation: Any, height: int, width: int) -> Rle:
     """Raises InputError like `check_outline`; pycocotools itself hangs or crashes on invalid run lengths."""
     check_outline(segmentation, height, width)
     if isinstance(segmentation, list):
-        polygons = [[float(value) for value in polygon] for polygon in _polygons(segmentation)]
-        return coco.merge(coco.frPyObjects(polygons, height, width))
+        points = [[float(value) for value in polygon] for polygon in polygons(segmentation)]
+        return coco.merge(coco.frPyObjects(points, height, width))
     counts = segmentation["counts"]
     if isinstance(counts, list):
         return coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
@@ -54,10 +64,14 @@ def _check_polygon(polygon: Any, height: int, width: int) -> None:
         points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)  # [x, y, x, y, ...] -> [n, 2]
     except (TypeError, ValueError) as error:
         raise InputError("has a polygon that is not a list of numbers x, y, x, y, ...") from error
+    if not points.size:
+        raise InputError("has a polygon without points")
     low, high = points.min(0), points.max(0)
     if not (low >= -SLACK).all() or not (high <= np.array([width, height]) + SLACK).all():  # nor is NaN inside
         reach = f"x {low[0]:g} to {high[0]:g} and y {low[1]:g} to {high[1]:g}"
         raise InputError(f"lies outside its image: it has {reach}, the image is {width}x{height} pixels")
+    if np.abs(np.diff(points, axis=0)).max(1).sum() > LONGEST:
+        raise InputError(f"has a polygon that is longer than {LONGEST:,} pixels")
 
 
 def from_mask(mask: np.ndarray) -> Rle:
@@ -70,17 +84,30 @@ def turn(rle: Rle, orientation: int) -> Rle:
     return from_mask(np.asarray(Image.fromarray(coco.decode(rle)).transpose(UPRIGHT[orientation])))
 
 
-def _polygons(segmentation: list) -> list[Any]:
+def polygons(segmentation: list) -> list[Any]:
     """Polygons of three points or more; some tools write a single one without the list around it."""
-    polygons = [segmentation] if segmentation and isinstance(segmentation[0], int | float) else segmentation
-    return [polygon for polygon in polygons if not isinstance(polygon, list) or len(polygon) >= 6]
+    found = [segmentation] if segmentation and isinstance(segmentation[0], int | float) else segmentation
+    return [polygon for polygon in found if not isinstance(polygon, list) or len(polygon) >= 6]
+
+
+def _lengths(counts: Any) -> np.ndarray:
+    """The lengths of the runs; raises InputError unless all are counts of pixels."""
+    if isinstance(counts, str | bytes):
+        lengths = _run_lengths(counts)
+    elif isinstance(counts, list) and all(type(one) is int and 0 <= one < 1 << 35 for one in counts):
+        lengths = np.asarray(counts, dtype=np.int64)
+    else:
+        raise InputError("has run lengths that are not in COCO's format")
+    if len(lengths) and lengths.min() < 0:
+        raise InputError("has run lengths below 0, which do not add up to its image")
+    return lengths
 
 
 def _run_lengths(counts: str | bytes) -> np.ndarray:
     """COCO's compressed counts. A number is written in groups of 5 bits, the lowest first, each a character from 48 on;
     bit 32 means that more groups follow, bit 16 of the last is the sign. From the fourth number on, the difference to
     the number two before it is written."""
-    text = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8)
+    text = np.frombuffer(counts.encode("utf-8", "replace") if isinstance(counts, str) else counts, dtype=np.uint8)
     groups = text.astype(np.int64) - 48
     ends = np.flatnonzero((groups & 32) == 0)
     if not len(groups) or groups.min() < 0 or groups.max() > 63 or not len(ends) or ends[-1] != len(groups) - 1:

@@ -21,7 +21,7 @@ def read_data(section: dict[str, Any], seed: int, length: int, size: int | None 
     """
     kind = section.get("format", "emojiscenes")
     common = {"seed": seed, "length": length, "size": None if "canvas" in section else size}
-    known = reader_keys(kind) if kind in READERS else {}
+    known = reader_keys(kind) if isinstance(kind, str) and kind in READERS else {}
     return open_data({k: v for k, v in common.items() if k in known and v is not None} | section)
 
 

@@ -1,43 +1,79 @@
 """Recipes: recipe.toml is read, completed with defaults, overridden by the command line, and compared between runs."""
 
-import copy
 import inspect
 import json
 import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from ovsam.errors import InputError
-from ovsam.ops.arguments import accepted_arguments
+from ovsam.ops.arguments import accepted_arguments, check_arguments
 from ovsam.ops.files import write_text
+from ovsam.ops.schema import Share, checked, read_json, read_text
+from ovsam.processing.arguments import short
 from ovsam.training.stages import STAGES
 
 CALIBRATE = "calibrate"  # the only stage that is not gradient-based (calibrate.py)
-NEEDED = ("stage", "seed", "data")
-# The keys of each section with their defaults; None: required. The keys of [data] and [stage_args] are those of the
-# reader and of the stage.
-SECTIONS: dict[str, dict[str, Any]] = {
-    "optim": {
-        "batch_size": None,  # for each process
-        "steps": None,
-        "learning_rate": None,
-        "weight_decay": 0.05,
-        "warmup_steps": 0,
-        "accumulate": 1,  # number of batches of one step
-        "save_steps": 500,
-        "logging_steps": 50,
-        "workers": -1,  # processes that read images; -1: none on a CPU, up to 12 with a GPU
-        "bf16": True,  # on a GPU only
-        "gradient_checkpointing": False,
-    },
-    "eval": {"every": None, "data": None, "pictures": 64},
-    "rehearsal": {"share": 0.25, "scenes": {}},  # only where a recipe has the table; scenes: a SceneConfig
-}
-CALIBRATION = {"pictures": 60, "absent": 0.03, "temperature": True, "novel": 0}  # the [stage_args] of calibrate
-MAY_BE_ZERO = {"weight_decay", "warmup_steps", "share", "workers", "absent", "novel"}
-TOP_LEVEL = {"stage", "seed", "data", "stage_args", "weights", "model", *SECTIONS}
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+CountOrNone = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Table = dict[str, Any]
+
+
+class Optim(msgspec.Struct, kw_only=True):
+    batch_size: Count  # for each process
+    steps: Count
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+    weight_decay: Amount = 0.05
+    warmup_steps: CountOrNone = 0
+    accumulate: Count = 1  # number of batches of one step
+    save_steps: Count = 500
+    logging_steps: Count = 50
+    # Processes that read images; -1: none on a CPU, up to 12 with a GPU.
+    workers: Annotated[int, msgspec.Meta(ge=-1, le=2**20)] = -1
+    bf16: bool = True  # on a GPU only
+    gradient_checkpointing: bool = False
+
+
+class Eval(msgspec.Struct, kw_only=True):
+    every: Count
+    data: Table
+    pictures: Count = 64
+
+
+class Rehearsal(msgspec.Struct, kw_only=True):
+    share: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.25
+    scenes: Table = {}  # a SceneConfig
+
+
+class Calibration(msgspec.Struct, kw_only=True):
+    """The [stage_args] of calibrate."""
+
+    pictures: Count = 60
+    absent: Share = 0.03
+    temperature: bool = True
+    novel: CountOrNone = 0
+
+
+class Recipe(msgspec.Struct, kw_only=True):
+    """The tables of a recipe. The keys of [data] and [stage_args] are those of the reader and of the stage."""
+
+    stage: str
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    data: Table
+    stage_args: Table = {}
+    weights: str | list[str] | msgspec.UnsetType = msgspec.UNSET
+    model: Table | msgspec.UnsetType = msgspec.UNSET
+    optim: Optim | msgspec.UnsetType = msgspec.UNSET
+    eval: Eval | msgspec.UnsetType = msgspec.UNSET
+    rehearsal: Rehearsal | msgspec.UnsetType = msgspec.UNSET
+
+
+TABLES: dict[str, Any] = {"optim": Optim, "eval": Eval, "rehearsal": Rehearsal}
 # Keys that may differ between a run and its continuation, since they change no weights.
 HARMLESS = ("optim.save_steps", "optim.logging_steps", "optim.workers", "eval.")
 RECORD = "recipe.json"
@@ -64,16 +100,17 @@ def read_recipe(
     if not path.is_file():
         raise InputError(f"There is no recipe at {path}; pass the path of a recipe.toml, such as one of adapters/.")
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        recipe = tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not a TOML file: {error}.") from error
     for setting in settings:
         _set(recipe, setting)
     if (data is None) != (images is None):
         raise InputError("--data and --images go together: a COCO JSON file, and the folder of its images.")
     if data is not None:
-        own = {k: v for k, v in recipe.get("data", {}).items() if k not in ("format", "annotations", "images")}
-        own = own if recipe.get("data", {}).get("format") == "coco" else {}
+        own = checked(recipe.get("data", {}), Table, str(path), "data")
+        kept = own if own.get("format") == "coco" else {}
+        own = {k: v for k, v in kept.items() if k not in ("format", "annotations", "images")}
         jsons, folders = (
             [str(one)] if isinstance(one, str | os.PathLike) else [str(path) for path in one] for one in (data, images)
         )
@@ -87,22 +124,43 @@ def read_recipe(
             for json, folder in zip(jsons, folders, strict=True)
         ]
         recipe["data"] = sets[0] if len(sets) == 1 else {"format": "mixture", "sets": sets}
-    if missing := [key for key in NEEDED if key not in recipe]:
-        raise InputError(f"{path} lacks {', '.join(missing)}; the recipes of adapters/ show what is needed.")
-    if unknown := recipe.keys() - TOP_LEVEL:
-        raise InputError(f"{path} has {', '.join(sorted(unknown))}; a recipe takes {', '.join(sorted(TOP_LEVEL))}.")
-    if recipe["stage"] not in (*STAGES, CALIBRATE):
-        raise InputError(f"{path} has the stage {recipe['stage']!r}; choose one of {', '.join((*STAGES, CALIBRATE))}.")
-    recipe.setdefault("stage_args", {})
-    for name, defaults in SECTIONS.items():
-        if name in recipe or (name == "optim" and recipe["stage"] != CALIBRATE):
-            recipe[name] = _complete(path, name, recipe.get(name, {}), defaults, steps)
-    if recipe["stage"] == CALIBRATE:
-        recipe["stage_args"] = _complete(path, "stage_args", recipe["stage_args"], CALIBRATION, None)
-        if "base" not in recipe.get("model", {}):
-            raise InputError(f"{path} lacks base in [model]: a preset, a folder or a Hub id of the model to calibrate.")
+    recipe = _checked(path, recipe, steps)
     _check_start(path, recipe)
     return recipe
+
+
+def _checked(path: Path, recipe: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    """Return a recipe with all defaults; raises InputError for unknown and missing keys and for wrong values."""
+    fields = Recipe.__struct_fields__
+    if missing := [key for key in Recipe.__struct_fields__[:3] if key not in recipe]:
+        raise InputError(f"{path} lacks {', '.join(missing)}; the recipes of adapters/ show what is needed.")
+    if unknown := recipe.keys() - set(fields):
+        raise InputError(f"{path} has {', '.join(sorted(unknown))}; a recipe takes {', '.join(sorted(fields))}.")
+    if recipe["stage"] not in (stages := (*STAGES, CALIBRATE)):
+        raise InputError(f"{path} has the stage {short(recipe['stage'])}; choose one of {', '.join(stages)}.")
+    if recipe["stage"] != CALIBRATE:
+        optim = checked(recipe.get("optim", {}), Table, str(path), "optim")
+        recipe["optim"] = optim if steps is None else optim | {"steps": steps}
+    for name, table in TABLES.items():
+        _check_keys(path, name, recipe.get(name, {}), table)
+    recipe = msgspec.to_builtins(checked(recipe, Recipe, str(path)))
+    if recipe["stage"] == CALIBRATE:
+        _check_keys(path, "stage_args", recipe["stage_args"], Calibration)
+        recipe["stage_args"] = msgspec.to_builtins(checked(recipe["stage_args"], Calibration, str(path), "stage_args"))
+        if "base" not in recipe.get("model", {}):
+            raise InputError(f"{path} lacks base in [model]: a preset, a folder or a Hub id of the model to calibrate.")
+    return recipe
+
+
+def _check_keys(path: Path, name: str, given: Any, table: Any) -> None:
+    fields = {field.name: field.required for field in msgspec.structs.fields(table)}
+    if not isinstance(given, dict):
+        return  # the schema describes it
+    if unknown := given.keys() - fields.keys():
+        known = ", ".join(sorted(fields))
+        raise InputError(f"{path} has {', '.join(sorted(unknown))} in [{name}], which takes {known}.")
+    if given and (missing := [key for key, required in fields.items() if required and key not in given]):
+        raise InputError(f"{path} lacks {', '.join(missing)} in [{name}].")
 
 
 def _set(recipe: dict, setting: str) -> None:
@@ -121,22 +179,6 @@ def _set(recipe: dict, setting: str) -> None:
         recipe[key] = value.strip()
 
 
-def _complete(path: Path, name: str, given: dict, defaults: dict, steps: int | None) -> dict:
-    if unknown := given.keys() - defaults.keys():
-        known = ", ".join(sorted(defaults))
-        raise InputError(f"{path} has {', '.join(sorted(unknown))} in [{name}], which takes {known}.")
-    section = copy.deepcopy(defaults) | given
-    if name == "optim" and steps is not None:
-        section["steps"] = steps
-    if missing := [key for key, value in section.items() if value is None]:
-        raise InputError(f"{path} lacks {', '.join(missing)} in [{name}].")
-    for key, value in section.items():
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if numeric and key != "workers" and (value < 0 or value == 0 and key not in MAY_BE_ZERO):
-            raise InputError(f"{path} has {key} = {value} in [{name}]; it must be more than 0.")
-    return section
-
-
 def _check_start(path: Path, recipe: dict) -> None:
     """Check that the stage takes its arguments, and that the weights it starts from exist."""
     given, model = recipe["stage_args"], recipe.get("model", {})
@@ -149,6 +191,7 @@ def _check_start(path: Path, recipe: dict) -> None:
             raise InputError(
                 f"{path} has {', '.join(sorted(unknown))} in [stage_args]; the stage {recipe['stage']} takes {takes}."
             )
+        check_arguments(given, STAGES[recipe["stage"]].__mro__, f"[stage_args] of {path}")
         missing = {n for n in names if accepted[n].default is inspect.Parameter.empty} - given.keys()
         if missing == {"model"}:
             raise InputError(f"{path} lacks base in [model]: a preset, a folder or a Hub id of the model to fine-tune.")
@@ -156,7 +199,7 @@ def _check_start(path: Path, recipe: dict) -> None:
             raise InputError(f"{path} lacks {', '.join(sorted(missing))} in [stage_args].")
         if "towers" in accepted and not model:
             raise InputError(f"{path} lacks [model]: the towers that the stage {recipe['stage']} needs.")
-    named = [value for key, value in given.items() if key.endswith("weights") and value]
+    named = [value for key, value in given.items() if key.endswith("weights") and value and isinstance(value, str)]
     for file in (*weight_files(recipe), *named):
         if not Path(file).is_file():
             raise InputError(f"{path} starts from {file}, which does not exist; train that recipe first.")
@@ -186,7 +229,7 @@ def check_unchanged(folder: Path, recipe: dict) -> None:
     record = folder / RECORD
     if not record.is_file():
         raise InputError(f"{folder} has a checkpoint but no {RECORD}, which describes its run; use another --output.")
-    before, now = dict(_flat(json.loads(record.read_text()))), dict(_flat(json.loads(json.dumps(recipe))))
+    before, now = dict(_flat(read_json(record, Table))), dict(_flat(json.loads(json.dumps(recipe))))
     changed = [
         f"{key} was {before.get(key, 'not set')!r} and is {now.get(key, 'not set')!r}"
         for key in sorted(before.keys() | now.keys())

@@ -233,22 +233,25 @@ def edit(table, **values):
     ("change", "message"),
     [
         (lambda c: c["annotations"].clear(), "has no instances to train on"),
-        (edit("categories", name=" "), "The category 7 of .* has no name"),
-        (lambda c: c["categories"][1].pop("name"), "The category 3 of .* has no name"),
-        (edit("categories", id=3), "has the category id 3 twice"),
-        (edit("annotations", category_id=5), "annotation 1 of .* has the category 5, which is missing"),
-        (edit("annotations", image_id=None), "annotation 1 of .* has the image None, which is missing"),
-        (lambda c: c["images"].append(c["images"][0] | {"file_name": "2.png"}), "has the image id 1 twice"),
-        (lambda c: c["images"][0].pop("id"), "one of its images without an id"),
-        (lambda c: c["images"][0].pop("file_name"), "The image 1 of .* has no file_name"),
+        (edit("categories", name=" "), r"categories\[0\].name of .* is empty"),
+        (lambda c: c["categories"][1].pop("name"), r"categories\[1\] of .* lacks name"),
+        (edit("categories", id=3), r"categories\[1\].id of .* is 3, as that of another category"),
+        (edit("annotations", category_id=5), r"annotations\[0\].category_id of .* is 5, which is missing"),
+        (edit("annotations", image_id=None), r"annotations\[0\].image_id of .* is null; it must be"),
+        (
+            lambda c: c["images"].append(c["images"][0] | {"file_name": "2.png"}),
+            r"images\[\d\].id of .* is 1, as that of another image",
+        ),
+        (lambda c: c["images"][0].pop("id"), r"images\[0\] of .* lacks id"),
+        (lambda c: c["images"][0].pop("file_name"), r"images\[0\] of .* has no file_name"),
         (
             edit("annotations", segmentation=[rectangle(0, 0, 60, 10)]),
-            r"annotation 1 of .*1\.png\) lies outside .* 48x32",
+            r"annotations\[0\].segmentation of .*1\.png\) lies outside .* 48x32",
         ),
         (edit("annotations", segmentation=[rectangle(0, -9, 40, 10)]), "lies outside its image: .* y -9 to 10"),
         (edit("annotations", segmentation=[[0, 0, float("nan"), 5, 9, 9]]), "lies outside its image"),
         (edit("annotations", segmentation=[[0, 0, 9, 0, 9, 9, 9]]), "not a list of numbers x, y, x, y"),
-        (edit("annotations", segmentation=[["a"] * 6]), "not a list of numbers"),
+        (edit("annotations", segmentation=[["a"] * 6]), r"annotations\[0\].segmentation\[0\].* is a string"),
         (edit("annotations", segmentation={"size": [48, 32], "counts": [1536]}), r"size \[48, 32\].* \[32, 48\]"),
         (edit("annotations", segmentation={"size": [32, 48], "counts": [3, 40]}), "do not add up to .* 1536 pixels"),
         (edit("annotations", segmentation={"size": [32, 48], "counts": "X1"}), "do not add up to"),
@@ -256,7 +259,7 @@ def edit(table, **values):
             edit("annotations", segmentation={"size": [32, 48], "counts": "~~"}),
             "run lengths that are not in COCO's format",
         ),
-        (edit("annotations", segmentation="1.png"), "neither polygons nor run lengths"),
+        (edit("annotations", segmentation="1.png"), r"annotations\[0\].segmentation of .* is a string; it must be"),
     ],
 )
 def test_invalid_coco_annotations_raise_an_error(tmp_path, change, message):
@@ -291,7 +294,7 @@ def test_the_error_about_a_json_of_another_format_names_the_format(tmp_path, con
 
 
 def test_a_missing_file_and_other_content_raise_an_error(tmp_path):
-    with pytest.raises(InputError, match="no annotations at .*nowhere.json"):
+    with pytest.raises(InputError, match="no JSON file of annotations at .*nowhere.json"):
         open_data({"format": "coco", "annotations": tmp_path / "nowhere.json"})
     (tmp_path / "cut.json").write_text('{"images": [')
     with pytest.raises(InputError, match="cut.json is not a JSON file"):
@@ -492,7 +495,9 @@ def test_sa1b_skips_incomplete_pairs_and_raises_an_error_for_masks_of_another_si
     content = json.loads((folder / "sa_1.json").read_text())
     content["annotations"][1]["segmentation"]["size"] = [96, 64]
     (folder / "sa_1.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"sa_1.json has a mask of size \[96, 64\]; its image has \[64, 96\]"):
+    with pytest.raises(
+        InputError, match=r"annotations\[1\].segmentation.size of .*sa_1.json is \[96, 64\]; .* \[64, 96\]"
+    ):
         open_data({"format": "sa1b", "folder": folder})
     (folder / "sa_1.json").write_text("[]")
     with pytest.raises(InputError, match="sa_1.json is not a JSON file of SA-1B"):

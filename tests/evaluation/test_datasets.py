@@ -40,8 +40,8 @@ def test_other_paths_than_data_sets_raise_an_error(tmp_path):
         open_coco(write(tmp_path, annotations=[]))
     (tmp_path / "list.json").write_text("[1, 2]")
     for name, sentence in (
-        ("list.json", "not a COCO JSON file"),
-        ("nothing.json", "There is no file"),
+        ("list.json", "must be a JSON file of COCO"),
+        ("nothing.json", "There is no JSON file"),
         ("", "not a test set"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from ovsam.errors import InputError
-from ovsam.ops.files import check_output_folder, check_target, write_text, write_whole
+from ovsam.ops.files import check_output_folder, check_target, only_files, write_text, write_whole
 
 
 def test_a_new_file_and_its_folders(tmp_path):
@@ -124,3 +124,11 @@ def test_a_closed_pipe_is_one_sentence():
         and error
         == "ovsam: error: The output cannot be written: its reader has closed the pipe; keep the reader running.\n"
     )
+
+
+def test_pipes_and_folders_among_files_are_skipped_with_a_count(tmp_path, caplog):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    (tmp_path / "c.png").touch()
+    assert only_files(sorted(tmp_path.iterdir()), tmp_path) == [tmp_path / "c.png"]
+    assert "2 skipped, which are not files" in caplog.text

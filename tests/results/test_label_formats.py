@@ -233,15 +233,15 @@ def test_coco_of_other_tools(tmp_path, caplog):
     assert found[0].mask[5:25, 5:25].all() and found[0].mask[30:40, 30:40].any() and not found[0].mask[:5].any()
     assert "1 crowds (iscrowd) left out" in caplog.text and "1 boxes without an outline left out" in caplog.text
     for wrong, message in (
-        ({"category_id": 5}, "has the category 5, which is missing in the file"),
-        ({"image_id": 5}, "has the image 5, which is missing in the file"),
-        ({"segmentation": [[0, 0, 500, 0, 500, 9]]}, "The annotation 1 of The data set lies outside"),
+        ({"category_id": 5}, r"annotations\[0\].category_id of the data set is 5, which is missing"),
+        ({"image_id": 5}, r"annotations\[0\].image_id of the data set is 5, which is missing"),
+        ({"segmentation": [[0, 0, 500, 0, 500, 9]]}, r"annotations\[0\].segmentation of the data set lies outside"),
     ):
         broken = content | {"annotations": [content["annotations"][0] | wrong]}
         with pytest.raises(InputError, match=message):
             Results.from_coco(broken)
     del content["images"][0]["width"]
-    with pytest.raises(InputError, match="The image 7 of The data set has no size"):
+    with pytest.raises(InputError, match=r"images\[0\] of the data set has no width and height"):
         Results.from_coco(content)
 
 
@@ -283,7 +283,7 @@ def test_labelme_of_people(tmp_path):
     assert found[0].area == 400 and found[1].area == pytest.approx(314, abs=12)
     shapes[0]["points"][0][0] = 300
     (tmp_path / "a.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="The shape 1 of .*a.json lies outside its image"):
+    with pytest.raises(InputError, match=r"The value shapes\[0\] of .*a.json lies outside its image"):
         Results.from_labelme(tmp_path)
 
 
@@ -305,10 +305,10 @@ def test_label_studio_of_people(tmp_path):
     np.testing.assert_array_equal(found[0].mask, mask)
     brush["value"]["rle"] = brush["value"]["rle"][:-8]
     (tmp_path / "a.json").write_text(json.dumps([task]))
-    with pytest.raises(InputError, match="The region b of task 1 in .* has incomplete run lengths"):
+    with pytest.raises(InputError, match=r"The region b of .*, task \[0\], has incomplete run lengths"):
         Results.from_label_studio(tmp_path / "a.json")
     (tmp_path / "a.json").write_text(json.dumps([{"data": {"image": "a.png"}}]))
-    with pytest.raises(InputError, match="Task 1 of .* has no size"):
+    with pytest.raises(InputError, match=r"The value \[0\] of .* has no size"):
         Results.from_label_studio(tmp_path / "a.json")
 
 

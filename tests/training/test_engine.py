@@ -389,7 +389,7 @@ def test_invalid_runs_raise_an_error():
         ({"stage": "tos"}, "has the stage 'tos'; choose one of"),
         ({"steps": 3}, "has steps; a recipe takes"),
         ({"optim": {"lr": 0.1}}, r"has lr in \[optim\], which takes"),
-        ({"optim": {"steps": 0}}, "has steps = 0"),
+        ({"optim": {"steps": 0}}, "The value optim.steps of .* must be a whole number >= 1"),
         ({"stage_args": {"nose": 1}}, r"has nose in \[stage_args\]; the stage toy takes coin, noise"),
         ({"eval": {"every": 2}}, r"lacks data in \[eval\]"),
         ({"weights": "nowhere.safetensors"}, "starts from nowhere.safetensors, which does not exist"),

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from common import SIZE, D, clip_config, randomise, sam_config
 from safetensors.torch import load_file
 
+from ovsam.data import open_data
 from ovsam.errors import InputError
 from ovsam.modeling.adapters.concepts import ConceptHead, ConceptHeadConfig
 from ovsam.modeling.clip import CLIP_SIDES, OpenClipConfig
@@ -178,3 +179,51 @@ def test_one_recipe_serves_all_sizes_of_sam(tmp_path):
         recipes.read_recipe(path, settings=["model.sam"])
     with pytest.raises(InputError, match="not a table"):
         recipes.read_recipe(path, settings=["seed.sam=1"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('seed="x"', "The value seed of .* is a string; it must be a whole number"),
+        ("seed=-1", "The value seed of .* must be a whole number >= 0"),
+        ("seed=true", "The value seed of .* is true or false"),
+        ('data="x"', "The value data of .* is a string; it must be a table"),
+        ("optim=[]", "The value optim of .* is a list; it must be a table"),
+        ("optim.steps=1.5", "The value optim.steps of .* is a number; it must be a whole number"),
+        ("optim.learning_rate=nan", "The value optim.learning_rate of .* must be a number > 0"),
+        ("optim.learning_rate=0", "The value optim.learning_rate of .* must be a number > 0"),
+        ("optim.bf16=1", "The value optim.bf16 of .* is a whole number; it must be true or false"),
+        ("optim.batch_size=99999999999999999", "The value optim.batch_size of .* must be a whole number <="),
+        ("stage=[1]", "has the stage"),
+        ("stage_args=3", "The value stage_args of .* is a whole number"),
+        ('stage_args.width="wide"', r"The value width of \[stage_args\] of .* is a string; it must be a whole number"),
+        ("stage_args.word_weight=inf", r"The value word_weight of \[stage_args\] of .* must be a number <="),
+        ("weights=[[1]]", r"The value weights\[0\] of .* is a list; it must be a string"),
+        ("model=1", "The value model of .* is a whole number"),
+    ],
+)
+def test_a_wrong_value_of_a_recipe_is_one_sentence_with_its_place(setting, message):
+    path = ROOT / "adapters" / "concepts-tiny" / "recipe.toml"
+    with pytest.raises(InputError, match=message) as caught:
+        recipes.read_recipe(path, settings=[setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_no_text_or_too_deep_is_refused(tmp_path):
+    for content in (b"\xff\xfe\0", b"a = " + b"[" * 5000, b"a = 1\na = 2", b""):
+        (tmp_path / "recipe.toml").write_bytes(content)
+        with pytest.raises(InputError, match="recipe.toml"):
+            recipes.read_recipe(tmp_path / "recipe.toml")
+
+
+def test_wrong_values_of_a_reader_are_one_sentence():
+    for table, message in (
+        ({"format": "coco", "annotations": 5}, r"The value annotations of \[data\].* it must be a string"),
+        ({"format": "coco", "annotations": "a.json", "novel": "cat"}, "The value novel of .* must be a list"),
+        ({"format": "coco", "annotations": "a.json", "size": 1.5}, "The value size of .* must be a whole number"),
+        ({"format": ["coco"]}, "has the format"),
+        ({"length": "x"}, "The value length of .* must be a whole number"),
+        ({"format": "mixture", "sets": [5]}, r"The value sets\[0\] of .* must be a table"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_data(table)

@@ -210,10 +210,12 @@ def _find_in_list(location: str) -> Iterator[Place]:
     if ending == ".json":
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{location} is not a JSON file: {error}.") from error
         images = content.get("images") if isinstance(content, dict) else None
-        if not isinstance(images, list) or not all(isinstance(one, dict) and one.get("file_name") for one in images):
+        if not isinstance(images, list) or not all(
+            isinstance(one, dict) and isinstance(one.get("file_name"), str) and one["file_name"] for one in images
+        ):
             raise InputError(f"{location} is not a COCO JSON file: it must list its images, each with a file_name.")
         names = [one["file_name"] for one in images]
     elif ending == ".csv":

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ovsam.errors import InputError
-from ovsam.results.formats.base import Labelled, LabelledImage, load_json
+from ovsam.ops.schema import read_json
+from ovsam.results.formats.base import Labelled, LabelledImage
 from ovsam.results.formats.coco import read_coco, write_coco
 from ovsam.results.formats.cvat import read_cvat, write_cvat
 from ovsam.results.formats.geojson import read_geojson, write_geojson
@@ -116,7 +117,7 @@ def recognise(source: str | os.PathLike[str]) -> str:
         example = next(iter(sorted(path.rglob("*.json"))), None)
         if example is None:
             raise InputError(f"{path} has no label files; name a folder or a file of labels.")
-        if example.with_suffix(".png").is_file() and "instances" in load_json(example):
+        if example.with_suffix(".png").is_file() and "instances" in read_json(example):
             return "masks"
         found = recognise(example)
         if found != "labelme":
@@ -130,7 +131,7 @@ def recognise(source: str | os.PathLike[str]) -> str:
         raise InputError(f"{path} is one label file of YOLO; name the folder of its data.yaml.")
     if path.suffix.lower() == ".png":
         return "masks"
-    content = load_json(path)
+    content = read_json(path)
     if isinstance(content, list) and all(isinstance(task, dict) and "data" in task for task in content):
         return "label-studio"
     if isinstance(content, dict):

@@ -1,6 +1,5 @@
 """Shared code of the label formats: the records that readers return, numbers of labels, names of label files."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
+from ovsam.ops.files import only_files
 from ovsam.processing.images import open_file, orientation_of, stored_size
 from ovsam.results.instance import Instance
 
@@ -95,20 +95,12 @@ class Stems:
         return name
 
 
-def load_json(path: str | os.PathLike[str]) -> Any:
-    """Load a JSON file; raises InputError if it is missing or invalid."""
-    if not Path(path).is_file():
-        raise InputError(f"There is no file {path}; check the path.")
-    try:
-        return json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not a JSON file: {error}.") from error
-
-
 def files_below(folder: str | os.PathLike[str], endings: Sequence[str]) -> list[Path]:
-    """Sorted files below a folder, or the given file itself; raises InputError if there are none."""
+    """Sorted files below a folder, or the given file itself; raises InputError if there are none. Folders, pipes and
+    devices of such names are skipped with a warning."""
     path = Path(folder)
-    found = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.suffix.lower() in endings)
+    named = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.suffix.lower() in endings)
+    found = only_files(named, folder)
     if not found:
         raise InputError(f"There is no {' or '.join(endings)} file in {folder}; check the path.")
     return found

@@ -6,15 +6,64 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from ovsam.errors import InputError
 from ovsam.ops import outlines
 from ovsam.ops.files import write_whole
-from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, load_json, upright_size
+from ovsam.ops.schema import Pixels, Share, checked, place, read_json
+from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, upright_size
 from ovsam.results.instance import Instance
 
 logger = logging.getLogger(__name__)
+
+Id = int | str | float  # some tools write 1.0
+
+
+class _Identified(TypedDict):
+    id: Id
+
+
+class CocoImage(_Identified, total=False):
+    file_name: str | None
+    width: Pixels | None
+    height: Pixels | None
+
+
+class CocoCategory(_Identified):
+    name: str
+
+
+class _OfImage(TypedDict):
+    image_id: Id
+    category_id: Id
+
+
+class CocoAnnotation(_OfImage, total=False):
+    """An instance; an outline is checked against the size of its image, by `ovsam.ops.outlines`."""
+
+    id: Id | None
+    segmentation: outlines.Segmentation | None
+    iscrowd: bool | int | None
+
+
+class LabelAnnotation(CocoAnnotation, total=False):
+    """An instance with what `to_coco` adds."""
+
+    score: Share | None
+    mask_score: Share | None
+    prompt: Any
+    source: str | None
+    topk: list[tuple[str, float]] | None
+    objectness: Share | None
+
+
+class LabelFile(TypedDict):
+    images: list[CocoImage]
+    categories: list[CocoCategory]
+    annotations: list[LabelAnnotation]
+    info: NotRequired[Any]
+
 
 EXTRAS = ("score", "mask_score", "prompt", "source", "topk", "objectness")  # keys of an annotation beyond COCO's own
 
@@ -84,41 +133,39 @@ def read_coco(
     Raises:
         InputError: the file is missing or has another format, has unknown ids, or an outline does not fit its image.
     """
-    name = "The data set" if isinstance(source, Mapping) else str(source)
-    content = source if isinstance(source, Mapping) else load_json(source)
-    if not isinstance(content, Mapping) or not all(
-        isinstance(content.get(table), list) for table in ("images", "annotations", "categories")
-    ):
-        raise InputError(f"{name} is not a COCO JSON file: it must have the lists images, annotations and categories.")
-    places = {category["id"]: place for place, category in enumerate(content["categories"])}
-    names = [str(category["name"]) for category in content["categories"]]
-    model = str(content.get("info", {}).get("model", "")) if isinstance(content.get("info"), Mapping) else ""
+    if isinstance(source, Mapping):
+        name, content = "the data set", checked(dict(source), LabelFile, "the data set")
+    else:
+        name, content = str(source), read_json(source, LabelFile)
+    info = content.get("info")
+    model = str(info.get("model", "")) if isinstance(info, dict) else ""
+    places = {category["id"]: number for number, category in enumerate(content["categories"])}
+    names = [category["name"] for category in content["categories"]]
     found = {}
-    for image in content["images"]:
-        size = int(image.get("height") or 0), int(image.get("width") or 0)
+    for number, picture in enumerate(content["images"]):
+        size = picture.get("height") or 0, picture.get("width") or 0
         if not all(size):
-            if images is None:
-                raise InputError(f"The image {image['id']!r} of {name} has no size; pass the folder of the images.")
-            size = upright_size(Path(images) / image["file_name"])
-        found[image["id"]] = LabelledImage(size, image.get("file_name") or None, model=model)
+            if images is None or not picture.get("file_name"):
+                where = place(f"images[{number}]", name)
+                raise InputError(f"{where} has no width and height; pass the folder of the images.")
+            size = upright_size(Path(images) / picture["file_name"])
+        found[picture["id"]] = LabelledImage(size, picture.get("file_name") or None, model=model)
     skipped = {"crowds (iscrowd)": 0, "boxes without an outline": 0}
-    for annotation in content["annotations"]:
-        image, place = found.get(annotation.get("image_id")), places.get(annotation.get("category_id"))
-        if image is None or place is None:
-            kind = "image" if image is None else "category"
-            raise InputError(
-                f"The annotation {annotation.get('id')} of {name} has the {kind} {annotation.get(kind + '_id')!r}, "
-                "which is missing in the file."
-            )
+    for number, annotation in enumerate(content["annotations"]):
+        for kind, there in (("image", found), ("category", places)):
+            if annotation[f"{kind}_id"] not in there:
+                where = place(f"annotations[{number}].{kind}_id", name)
+                raise InputError(f"{where} is {annotation[f'{kind}_id']!r}, which is missing in the {kind} ids.")
         if annotation.get("iscrowd") or not outlines.is_outline(annotation.get("segmentation")):
             skipped["crowds (iscrowd)" if annotation.get("iscrowd") else "boxes without an outline"] += 1
             continue
+        image, category = found[annotation["image_id"]], places[annotation["category_id"]]
         try:
             counts = outlines.to_rle(annotation["segmentation"], *image.size)["counts"]
         except InputError as error:
-            raise InputError(f"The annotation {annotation.get('id')} of {name} {error}.") from error
-        known = {key: annotation[key] for key in EXTRAS if key in annotation}
-        image.add(names[place], place, {"size": list(image.size), "counts": counts.decode("ascii")}, **known)
+            raise InputError(f"{place(f'annotations[{number}].segmentation', name)} {error}.") from error
+        known = {key: annotation[key] for key in EXTRAS if annotation.get(key) is not None}
+        image.add(names[category], category, {"size": list(image.size), "counts": counts.decode("ascii")}, **known)
     for kind, count in skipped.items():
         if count:
             logger.warning("%s: %d %s left out.", name, count, kind)

@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,8 +13,33 @@ from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.files import write_whole
 from ovsam.ops.polygons import fill
+from ovsam.ops.schema import Coordinate, Pixels, Point, Share, Side, checked
 from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, visible
 from ovsam.results.instance import Instance
+
+
+class ImageFacts(TypedDict):
+    height: Side
+    width: Side
+
+
+class MaskFacts(TypedDict):
+    left: Pixels
+    top: Pixels
+    width: Pixels
+    height: Pixels
+    rle: str
+
+
+class PolygonFacts(TypedDict):
+    points: str
+
+
+class BoxFacts(TypedDict):
+    xtl: Coordinate
+    ytl: Coordinate
+    xbr: Coordinate
+    ybr: Coordinate
 
 
 def to_cvat(result: Labelled, image_id: int = 0) -> ElementTree.Element:
@@ -71,7 +96,7 @@ def read_cvat(path: str | os.PathLike[str]) -> list[LabelledImage]:
         raise InputError(f"There is no file {path}; check the path.")
     try:
         root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # also unknown encodings
         raise InputError(f"{path} is not an XML file: {error}.") from error
     if root.tag != "annotations" or root.find("track") is not None:
         raise InputError(
@@ -79,17 +104,18 @@ def read_cvat(path: str | os.PathLike[str]) -> list[LabelledImage]:
         )
     numbers, found = Numbers(name.text or "" for name in root.iterfind("meta//label/name")), []
     for element in root.iterfind("image"):
-        size = int(element.get("height")), int(element.get("width"))
+        where = f"the image {element.get('name')!r} of {path}"
+        facts = checked(element.attrib, ImageFacts, where, texts=True)
+        size = facts["height"], facts["width"]
         image = LabelledImage(size, element.get("name") or None)
         for shape in element:
             label = shape.get("label", "")
-            try:
-                segmentation = _mask(shape, size)
-            except (InputError, ValueError, TypeError) as error:
-                raise InputError(f"A {shape.tag} of the image {image.file_name} in {path} {error}.") from error
+            source = f"a {shape.tag} of {where}"
+            segmentation = _mask(shape, size, source)
             if segmentation is not None:
                 score = shape.find("attribute[@name='score']")
-                known = {} if score is None or not score.text else {"score": float(score.text)}
+                text = "" if score is None else score.text
+                known = {"score": checked(text, Share, f"the score of {source}", texts=True)} if text else {}
                 image.add(label, numbers.of(label), segmentation, **known)
         found.append(image)
     return found
@@ -103,21 +129,31 @@ def _run_lengths(instance: Instance) -> dict[str, Any]:
     return {"rle": ", ".join(map(str, counts)), "left": x1, "top": y1, "width": x2 - x1, "height": y2 - y1}
 
 
-def _mask(shape: ElementTree.Element, size: tuple[int, int]) -> rle.RLE | None:
+def _mask(shape: ElementTree.Element, size: tuple[int, int], source: str) -> rle.RLE | None:
     if shape.tag == "mask":
-        left, top, width, height = (int(shape.get(key)) for key in ("left", "top", "width", "height"))
-        counts = [int(count) for count in shape.get("rle").split(",")]
-        if sum(counts) != width * height:
-            raise InputError(f"has run lengths that do not add up to its {width * height} pixels")
+        facts = checked(shape.attrib, MaskFacts, source, texts=True)
+        counts = checked(facts["rle"].replace(" ", "").split(","), list[Pixels], f"the rle of {source}", texts=True)
+        if sum(counts) != facts["width"] * facts["height"]:
+            raise InputError(f"The rle of {source} does not add up to {facts['width'] * facts['height']} pixels.")
+        if facts["left"] + facts["width"] > size[1] or facts["top"] + facts["height"] > size[0]:
+            raise InputError(f"The box of {source} lies outside of it.")
         flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        return rle.encode(flat.reshape(height, width), left, top, size)
+        return rle.encode(flat.reshape(facts["height"], facts["width"]), facts["left"], facts["top"], size)
     if shape.tag == "polygon":
-        points = [[float(value) for value in point.split(",")] for point in shape.get("points").split(";")]
-        return fill([points], *size)
-    if shape.tag == "box" and not float(shape.get("rotation") or 0):
-        x1, y1, x2, y2 = (float(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr"))
-        return fill([[[x1, y1], [x2, y1], [x2, y2], [x1, y2]]], *size)
+        text = checked(shape.attrib, PolygonFacts, source)["points"]
+        corners = [point.split(",") for point in text.replace(" ", "").split(";")]
+        return _fill(checked(corners, list[Point], f"the points of {source}", texts=True), size, source)
+    if shape.tag == "box" and (shape.get("rotation") or "0").strip("0.") == "":
+        x1, y1, x2, y2 = (checked(shape.attrib, BoxFacts, source, texts=True)[key] for key in BoxFacts.__annotations__)
+        return _fill([[x1, y1], [x2, y1], [x2, y2], [x1, y2]], size, source)
     return None
+
+
+def _fill(corners: list[list[float]], size: tuple[int, int], source: str) -> rle.RLE:
+    try:
+        return fill([corners], *size)
+    except InputError as error:
+        raise InputError(f"A{source[1:]} {error}.") from error
 
 
 def _meta(labels: Iterable[str]) -> ElementTree.Element:

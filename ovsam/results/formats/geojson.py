@@ -4,16 +4,47 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 
 from ovsam.errors import InputError
 from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, parts
-from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, load_json, visible
+from ovsam.ops.schema import Coordinate, Point, Share, Side, checked, place, read_json
+from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, visible
 
 PIXELS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+Ring = Annotated[list[Point], msgspec.Meta(min_length=3)]
+
+
+class ImageFacts(TypedDict):
+    height: Side
+    width: Side
+    file_name: NotRequired[str | None]
+    transform: NotRequired[Annotated[list[Coordinate], msgspec.Meta(min_length=6, max_length=6)] | None]
+
+
+class Geometry(TypedDict):
+    type: Literal["Polygon", "MultiPolygon"]
+    coordinates: Any  # of a depth that depends on the type
+
+
+class Properties(TypedDict, total=False):
+    label: str
+    score: Share | None
+    mask_score: Share | None
+
+
+class Feature(TypedDict):
+    geometry: Geometry
+    properties: Properties
+
+
+class GeojsonFile(TypedDict):
+    image: ImageFacts
+    features: list[Feature]
 
 
 def to_geojson(
@@ -83,25 +114,35 @@ def read_geojson(source: str | os.PathLike[str]) -> list[LabelledImage]:
     """
     found, numbers = [], Numbers()
     for path in files_below(source, (".geojson", ".json")):
-        content = load_json(path)
-        facts = content.get("image") if isinstance(content, dict) else None
-        if not isinstance(facts, dict) or not {"height", "width"} <= facts.keys():
+        content = read_json(path)
+        if not isinstance(content, dict) or "image" not in content:
             raise InputError(f"{path} does not hold the size of its image; only GeoJSON files of ovsam can be read.")
+        content = checked(content, GeojsonFile, str(path))
+        facts = content["image"]
         a, b, c, d, e, f = facts.get("transform") or PIXELS
-        inverse = np.linalg.inv([[a, b, c], [d, e, f], [0, 0, 1]])
-        image = LabelledImage((int(facts["height"]), int(facts["width"])), facts.get("file_name"))
-        for feature in content["features"]:
-            geometry, known = feature["geometry"], dict(feature["properties"])
-            polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+        try:
+            inverse = np.linalg.inv([[a, b, c], [d, e, f], [0, 0, 1]])
+        except np.linalg.LinAlgError as error:
+            raise InputError(f"{place('image.transform', path)} cannot be inverted; it must map an area.") from error
+        image = LabelledImage((facts["height"], facts["width"]), facts.get("file_name"))
+        for number, feature in enumerate(content["features"]):
+            geometry, known = feature["geometry"], feature["properties"]
+            where = place(f"features[{number}].geometry.coordinates", path)
+            if geometry["type"] == "MultiPolygon":
+                polygons = checked(geometry["coordinates"], list[list[Ring]], where)
+            else:
+                polygons = [checked(geometry["coordinates"], list[Ring], where)]
             rings = [np.array(one, float) @ inverse[:2, :2].T + inverse[:2, 2] for part in polygons for one in part]
+            if not rings:
+                raise InputError(f"{where} is empty; it must have a ring.")
             # Rings are connected by bridges without width, so that holes stay open in one filled polygon.
             whole = np.concatenate([part for one in rings for part in (one, rings[0][:1])])
             try:
                 segmentation = fill([whole.round(6)], *image.size)
             except InputError as error:
-                raise InputError(f"The feature {feature.get('id')} of {path} {error}.") from error
-            scores = {key: known[key] for key in ("score", "mask_score") if key in known}
-            label = str(known.get("label", "object"))
+                raise InputError(f"{where} {error}.") from error
+            scores = {key: known[key] for key in ("score", "mask_score") if known.get(key) is not None}
+            label = known.get("label", "object")
             image.add(label, numbers.of(label), segmentation, **scores)
         found.append(image)
     return found

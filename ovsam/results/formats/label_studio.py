@@ -8,20 +8,60 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 from urllib.parse import parse_qs, urlparse
 from xml.sax.saxutils import quoteattr
 
+import msgspec
 import numpy as np
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.files import write_text, write_whole
 from ovsam.ops.polygons import fill, to_polygon
-from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, load_json, visible
+from ovsam.ops.schema import Coordinate, Point, Share, Side, checked, place, read_json
+from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, visible
 
 SHAPES = ("brush", "polygon", "rectangle")
 SIZES = (3, 4, 8, 16)  # numbers of bits of the length of a run
+Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+
+
+class RegionValue(TypedDict, total=False):
+    rle: list[Byte]
+    points: list[Point]
+    x: Coordinate
+    y: Coordinate
+    width: Coordinate
+    height: Coordinate
+    rotation: float | None
+    labels: list[str]
+    brushlabels: list[str]
+    polygonlabels: list[str]
+    rectanglelabels: list[str]
+
+
+class Region(TypedDict, total=False):
+    """Regions with a size are drawn on the image; others are choices, texts and relations."""
+
+    id: str | int | None
+    type: str
+    value: RegionValue
+    score: Share | None
+    original_width: Side
+    original_height: Side
+
+
+class Answer(TypedDict, total=False):
+    result: list[Region]
+    was_cancelled: bool | None
+    model_version: str | None
+
+
+class Task(TypedDict):
+    data: dict[str, Any]
+    annotations: NotRequired[list[Answer] | None]
+    predictions: NotRequired[list[Answer | int] | None]  # some exports list their ids
 
 
 def to_label_studio(
@@ -100,26 +140,29 @@ def read_label_studio(path: str | os.PathLike[str]) -> list[LabelledImage]:
     Raises:
         InputError: the file is missing or has another format, an image has no size, or a region does not fit its image.
     """
-    tasks = load_json(path)
+    tasks = read_json(path)
     if not isinstance(tasks, list) or not all(isinstance(task, dict) and "data" in task for task in tasks):
         raise InputError(f"{path} is not a JSON file of Label Studio: it must be a list of tasks with data.")
     found, numbers = [], Numbers()
-    for number, task in enumerate(tasks, start=1):
+    for number, task in enumerate(checked(tasks, list[Task], str(path))):
         drawn = [one for one in task.get("annotations") or [] if not one.get("was_cancelled")]
-        chosen = (drawn or task.get("predictions") or [{}])[-1]
-        regions = [region for region in chosen.get("result", []) if "original_width" in region]
+        guessed = [one for one in task.get("predictions") or [] if isinstance(one, dict)]
+        chosen = (drawn or guessed or [{}])[-1]
+        sized = {"original_width", "original_height", "type", "value"}
+        regions = [region for region in chosen.get("result", []) if sized <= region.keys()]
         data = task["data"]
         size = (data.get("height"), data.get("width"))
         if regions:
             size = regions[0]["original_height"], regions[0]["original_width"]
         if not all(size):
-            raise InputError(f"Task {number} of {path} has no size: it must have a region, or width and height.")
-        image = LabelledImage((int(size[0]), int(size[1])), _file_name(data), model=chosen.get("model_version") or "")
+            raise InputError(f"{place(f'[{number}]', path)} has no size: it must have a region, or width and height.")
+        size = checked(size, tuple[Side, Side], f"{place(f'[{number}].data', path)} (height, width)")
+        image = LabelledImage(size, _file_name(data), model=chosen.get("model_version") or "")
         for region in regions:
             try:
                 segmentation, label = _mask(region, image.size)
-            except (InputError, KeyError, ValueError) as error:
-                raise InputError(f"The region {region.get('id')} of task {number} in {path} {error}.") from error
+            except InputError as error:
+                raise InputError(f"The region {region.get('id')} of {path}, task [{number}], {error}.") from error
             if segmentation is not None:
                 known = {"score": float(region["score"])} if region.get("score") is not None else {}
                 image.add(label, numbers.of(label), segmentation, **known)
@@ -180,12 +223,13 @@ def decode_rle(counts: Iterable[int], height: int, width: int) -> np.ndarray:
 def _mask(region: dict[str, Any], size: tuple[int, int]) -> tuple[rle.RLE | None, str]:
     height, width = size
     value, kind = region["value"], region["type"]
-    names = value.get(kind) or value.get("labels") or value.get("brushlabels") or ["object"]
+    named: Any = value.get(kind) or value.get("labels") or value.get("brushlabels")
+    names = named if isinstance(named, list) else ["object"]
     if "rle" in value:
         return rle.encode(decode_rle(value["rle"], height, width)), names[0]
     if "points" in value:
         return fill([np.array(value["points"], float) / 100 * [width, height]], height, width), names[0]
-    if "width" in value and not value.get("rotation") and kind.startswith("rectangle"):
+    if {"x", "y", "width", "height"} <= value.keys() and not value.get("rotation") and kind.startswith("rectangle"):
         x1, y1 = value["x"], value["y"]
         x2, y2 = x1 + value["width"], y1 + value["height"]
         corners = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]) / 100 * [width, height]
@@ -195,8 +239,11 @@ def _mask(region: dict[str, Any], size: tuple[int, int]) -> tuple[rle.RLE | None
 
 def _file_name(data: dict[str, Any]) -> str | None:
     if data.get("file_name"):
-        return data["file_name"]
-    address = urlparse(str(data.get("image") or next(iter(data.values()), "")))
+        return str(data["file_name"])
+    try:
+        address = urlparse(str(data.get("image") or next(iter(data.values()), "")))
+    except ValueError:  # not an address
+        return None
     local = parse_qs(address.query).get("d")
     return (local[0] if local else Path(address.path).name) or None
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -16,8 +16,26 @@ from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, to_polygon
+from ovsam.ops.schema import Point, Side, checked, place, read_json
 from ovsam.processing.images import open_file
-from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, load_json, visible
+from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, visible
+
+LEAST = {"rectangle": 2, "circle": 2, "mask": 2, "polygon": 3}  # numbers of points
+
+
+class Shape(TypedDict):
+    label: str
+    points: list[Point]
+    shape_type: NotRequired[str | None]
+    mask: NotRequired[str | None]
+    description: NotRequired[str | None]
+
+
+class LabelmeFile(TypedDict):
+    shapes: list[Shape]
+    imageHeight: Side
+    imageWidth: Side
+    imagePath: NotRequired[str | None]
 
 
 def to_labelme(result: Labelled, shape: str = "polygon", tolerance: float = 0.0) -> dict[str, Any]:
@@ -80,20 +98,22 @@ def read_labelme(source: str | os.PathLike[str]) -> list[LabelledImage]:
     """
     found, numbers = [], Numbers()
     for path in files_below(source, (".json",)):
-        record = load_json(path)
+        record = read_json(path)
         if not isinstance(record, dict) or not {"shapes", "imageHeight", "imageWidth"} <= record.keys():
             raise InputError(f"{path} is not a file of LabelMe: it must have shapes, imageHeight and imageWidth.")
+        record = checked(record, LabelmeFile, str(path))
         root = path.parent if Path(source).is_file() else Path(source)
-        name = Path(str(record.get("imagePath") or path.stem).replace("\\", "/")).name
-        place = (path.parent.relative_to(root) / name).as_posix()
-        image = LabelledImage((int(record["imageHeight"]), int(record["imageWidth"])), place)
-        for number, shape in enumerate(record["shapes"], start=1):
+        name = Path((record.get("imagePath") or path.stem).replace("\\", "/")).name
+        image = LabelledImage(
+            (record["imageHeight"], record["imageWidth"]), (path.parent.relative_to(root) / name).as_posix()
+        )
+        for number, shape in enumerate(record["shapes"]):
             try:
                 segmentation = _mask(shape, image.size)
             except InputError as error:
-                raise InputError(f"The shape {number} of {path} {error}.") from error
+                raise InputError(f"{place(f'shapes[{number}]', path)} {error}.") from error
             if segmentation is not None:
-                score = re.search(r"score ([\d.]+)", str(shape.get("description") or ""))
+                score = re.search(r"score ([01]\.\d+)", shape.get("description") or "")
                 known = {"score": float(score[1])} if score else {}
                 image.add(shape["label"], numbers.of(shape["label"]), segmentation, **known)
         found.append(image)
@@ -102,10 +122,14 @@ def read_labelme(source: str | os.PathLike[str]) -> list[LabelledImage]:
 
 def _mask(shape: dict[str, Any], size: tuple[int, int]) -> rle.RLE | None:
     height, width = size
-    kind, points = shape.get("shape_type", "polygon"), np.array(shape["points"], float)
+    kind, points = shape.get("shape_type") or "polygon", np.array(shape["points"], float)
+    if len(points) < LEAST.get(kind, 0):
+        raise InputError(f"is a {kind} of {len(points)} points; it must have {LEAST[kind]} or more")
     if kind == "mask":
-        part = np.asarray(open_file(io.BytesIO(base64.b64decode(shape["mask"])))).astype(bool)
         x, y = points[0].astype(int).tolist()
+        part = _from_png(shape.get("mask") or "")
+        if not (0 <= x and 0 <= y and x + part.shape[1] <= width and y + part.shape[0] <= height):
+            raise InputError("has a mask that lies outside its image")
         return rle.encode(part, x, y, size)
     if kind == "rectangle":
         (x1, y1), (x2, y2) = points[:2]
@@ -117,6 +141,16 @@ def _mask(shape: dict[str, Any], size: tuple[int, int]) -> rle.RLE | None:
     elif kind != "polygon":
         return None
     return fill([points], height, width)
+
+
+def _from_png(text: str) -> np.ndarray:
+    try:
+        part = np.asarray(open_file(io.BytesIO(base64.b64decode(text))))
+    except Exception as error:  # each decoder raises errors of its own
+        raise InputError("has a mask that is not a PNG in base64") from error
+    if part.ndim != 2:
+        raise InputError("has a mask in colours; it must be black and white")
+    return part.astype(bool)
 
 
 def _to_png(mask: np.ndarray) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -11,8 +12,20 @@ from PIL import Image
 from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.files import write_text, write_whole
+from ovsam.ops.schema import Share, checked, read_json
 from ovsam.processing.images import Picture, open_file, open_image
-from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, load_json, visible
+from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, visible
+
+
+class Listed(TypedDict):
+    id: int
+    label: str
+    score: NotRequired[Share | None]
+
+
+class MapFile(TypedDict):
+    instances: list[Listed]
+    file_name: NotRequired[str | None]
 
 
 def id_map(result: Labelled) -> np.ndarray:
@@ -56,16 +69,21 @@ def read_masks(source: str | os.PathLike[str]) -> list[LabelledImage]:
     """
     found, numbers = [], Numbers()
     for path in files_below(source, (".png",)):
-        record = load_json(path.with_suffix(".json"))
-        with open_file(path) as picture:
-            owners = np.asarray(picture)
+        listing = path.with_suffix(".json")
+        record = read_json(listing)
+        try:
+            with open_file(path) as picture:
+                owners = np.asarray(picture)
+        except Exception as error:  # each decoder raises errors of its own
+            raise InputError(f"{path} cannot be read as an image: {error}.") from error
         if owners.ndim != 2 or not isinstance(record, dict) or "instances" not in record:
             raise InputError(f"{path} is not a map of instance numbers, or its JSON file does not list them.")
+        record = checked(record, MapFile, str(listing))
         image = LabelledImage(owners.shape, record.get("file_name"))
         for one in record["instances"]:
             mask = owners == one["id"]
             if mask.any():
-                score = float(one.get("score", 1.0))
+                score = 1.0 if one.get("score") is None else one["score"]
                 image.add(one["label"], numbers.of(one["label"]), rle.encode(mask), score=score)
         found.append(image)
     return found

@@ -15,6 +15,7 @@ import numpy as np
 from ovsam.errors import InputError
 from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, to_polygon
+from ovsam.ops.schema import Share, checked, place, read_text
 from ovsam.results.formats.base import (
     Labelled,
     LabelledImage,
@@ -87,14 +88,15 @@ def read_yolo(
         base = next(one for one in pictures if picture.is_relative_to(one))
         image = LabelledImage(upright_size(picture), picture.relative_to(base).as_posix())
         beside = place.parent / "scores" / file.relative_to(place)
-        scores = beside.read_text(encoding="utf-8").split() if beside.is_file() else []
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        listed = read_text(beside).split() if beside.is_file() else []
+        scores = checked(listed, list[Share], str(beside), texts=True)
+        lines = [line for line in read_text(file).splitlines() if line.strip()]
         for i, line in enumerate(lines):
             height, width = image.size
             try:
                 number, *corners = line.split()
                 points = np.array(corners, float).reshape(-1, 2) * [width, height]
-                label = labels[int(number)]
+                label = labels[int(number) if int(number) >= 0 else len(labels)]
             except (ValueError, IndexError) as error:
                 raise InputError(
                     f"Line {i + 1} of {file} must be the number of one of {len(labels)} names and a polygon x, y, ..."
@@ -103,7 +105,7 @@ def read_yolo(
                 segmentation = fill([points], height, width)
             except InputError as error:
                 raise InputError(f"Line {i + 1} of {file} {error}.") from error
-            score = float(scores[i]) if len(scores) == len(lines) else 1.0
+            score = scores[i] if len(scores) == len(lines) else 1.0
             image.add(label, int(number), segmentation, score=score)
         found.append(image)
     return found
@@ -114,16 +116,21 @@ def _names(folder: Path) -> list[str]:
     or numbers with names."""
     classes, yaml = folder / "classes.txt", folder / "data.yaml"
     if classes.is_file():
-        return classes.read_text(encoding="utf-8").split("\n")
+        return read_text(classes).splitlines()
     if not yaml.is_file():
         raise InputError(f"There is no data.yaml in {folder}; it must give the names of the label numbers.")
-    lines = iter(yaml.read_text(encoding="utf-8").splitlines())
+    lines = iter(read_text(yaml).splitlines())
     first = next((line for line in lines if line.startswith("names:")), None)
     if first is None:
         raise InputError(f"{yaml} has no names; add a list `names`.")
     if inline := first.removeprefix("names:").strip():
-        listed = ast.literal_eval(inline)
-        return list(listed.values() if isinstance(listed, dict) else listed)
+        try:
+            listed = ast.literal_eval(inline)
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise InputError(
+                f"{place('names', yaml)} cannot be read; it must be a list such as ['cat', 'dog']."
+            ) from error
+        return checked(list(listed.values()) if isinstance(listed, dict) else listed, list[str], f"names of {yaml}")
     names = []
     for line in lines:
         entry = line.strip()
@@ -132,5 +139,16 @@ def _names(folder: Path) -> list[str]:
         if not (line.startswith((" ", "-"))):
             break
         name = entry.removeprefix("-").strip() if entry.startswith("-") else entry.partition(":")[2].strip()
-        names.append(json.loads(name) if name.startswith('"') else name.strip("'"))
+        names.append(_unquoted(name, yaml))
     return names
+
+
+def _unquoted(name: str, yaml: Path) -> str:
+    if not name.startswith('"'):
+        return name.strip("'")
+    try:
+        return checked(json.loads(name), str, f"names of {yaml}")
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{place('names', yaml)} has {name}, whose quotes do not match.") from error
