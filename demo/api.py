@@ -18,7 +18,7 @@ import ovsam
 from ovsam.processing import arguments
 from ovsam.processing.vocabulary import split_words
 
-# What one question may hold.
+# Limits of one question.
 MAX_WORDS, MAX_POINTS, MAX_BOXES, MAX_EXEMPLARS = 2_000, 50, 50, 20
 
 BuiltIn = Literal["own", "coco", "lvis", "imagenet21k"]
@@ -34,11 +34,11 @@ def add_endpoints(page_model: str) -> None:
             found = await engine.ask(name_of(model) or page_model, session, upload, question, **asked)
             return sift(found, sliders).to_coco()
         finally:
-            if not request.session_hash:  # nobody could come back to these features
+            if not request.session_hash:  # these features cannot be used again
                 engine.features.forget(session)
 
     async def loaded(model: Any) -> str:
-        """The name of the model, once it is in memory: its default scores are read before the question."""
+        """Load the model and return its name, since its default scores are read before the question."""
         name = name_of(model) or page_model
         await asyncio.to_thread(engine.models.get, name)
         return name
@@ -52,17 +52,17 @@ def add_endpoints(page_model: str) -> None:
         vocabulary: list[str] | BuiltIn = "own",
         model: str = "",
     ) -> dict:
-        """Segment and name what is at clicked points or in boxes.
+        """Segment and classify the objects at points or in boxes.
 
         Args:
-            picture: The picture.
-            points: Clicks on one object: [x, y] on it, [x, y, 0] beside it; pixels from the top left corner.
+            picture: The image.
+            points: Points of one object: [x, y] on it, [x, y, 0] beside it; pixels from the top left corner.
             boxes: Boxes [left, top, right, bottom] in pixels, an object each; together with points, one box.
-            vocabulary: The names to choose from: a list of words, "coco", "lvis", "imagenet21k", or "own", the model's.
+            vocabulary: Class names: a list, "coco", "lvis", "imagenet21k", or "own", those of the model.
             model: A preset or a Hub id; empty for the model of the page.
 
         Returns:
-            A COCO data set of this picture, whose annotations also have label, score, mask_score and topk.
+            A COCO data set of this image; its annotations also have label, score, mask_score and topk.
         """
         prompts = Chosen(clicks(points)).arguments()
         prompts |= {"boxes": few("boxes", arguments.boxes(boxes), MAX_BOXES) or None, "vocabulary": names(vocabulary)}
@@ -81,21 +81,21 @@ def add_endpoints(page_model: str) -> None:
         min_area: int = 0,
         model: str = "",
     ) -> dict:
-        """Find every instance of some words, or of all things that are like the ones in some boxes.
+        """Find all instances of text queries, or all objects similar to those in boxes.
 
         Args:
-            picture: The picture.
-            words: What to find.
-            negative: What only looks like it: an instance that these describe better is left out.
-            exemplars: Boxes [left, top, right, bottom] in pixels around things of which all alike are wanted.
-            score: The least score, 0 to 1; the model's default if not given.
-            mask_score: The least predicted IoU of a mask.
-            overlap: The largest IoU that two masks may have.
-            min_area: The least area in pixels.
+            picture: The image.
+            words: Text queries.
+            negative: Negative queries: instances with a higher score for them are dropped.
+            exemplars: Boxes [left, top, right, bottom] in pixels around example objects.
+            score: The lowest score, 0 to 1; the model's default if not given.
+            mask_score: The lowest predicted IoU of a mask.
+            overlap: The highest IoU of two masks.
+            min_area: The smallest area in pixels.
             model: A preset or a Hub id; empty for the model of the page.
 
         Returns:
-            A COCO data set of this picture, whose annotations also have label, score, mask_score and topk.
+            A COCO data set of this image; its annotations also have label, score, mask_score and topk.
         """
         model = await loaded(model)
         wanted = {
@@ -119,19 +119,19 @@ def add_endpoints(page_model: str) -> None:
         min_area: int = 0,
         model: str = "",
     ) -> dict:
-        """Segment and name everything in a picture.
+        """Segment and classify all objects in an image.
 
         Args:
-            picture: The picture.
-            vocabulary: The names to choose from: a list of words, "coco", "lvis", "imagenet21k", or "own", the model's.
-            score: The minimum score, 0 to 1; any if not given.
-            mask_score: The least predicted IoU of a mask.
-            overlap: The largest IoU that two masks may have.
-            min_area: The least area in pixels.
+            picture: The image.
+            vocabulary: Class names: a list, "coco", "lvis", "imagenet21k", or "own", those of the model.
+            score: The lowest score, 0 to 1; 0 if not given.
+            mask_score: The lowest predicted IoU of a mask.
+            overlap: The highest IoU of two masks.
+            min_area: The smallest area in pixels.
             model: A preset or a Hub id; empty for the model of the page.
 
         Returns:
-            A COCO data set of this picture, whose annotations also have label, score, mask_score and topk.
+            A COCO data set of this image; its annotations also have label, score, mask_score and topk.
         """
         model, words = await loaded(model), names(vocabulary)
         sliders = check_sliders(score, mask_score, overlap, min_area)
@@ -145,7 +145,7 @@ def add_endpoints(page_model: str) -> None:
 
 
 def names(vocabulary: list[str] | BuiltIn) -> list[str] | str | None:
-    if isinstance(vocabulary, str) and vocabulary not in BuiltIn.__args__:  # ovsam would take it for a file's name
+    if isinstance(vocabulary, str) and vocabulary not in BuiltIn.__args__:  # ovsam would read it as a file name
         raise ovsam.InputError(f"A vocabulary is a list of words or one of {', '.join(BuiltIn.__args__)}.")
     if vocabulary is None or vocabulary == "own":
         return None
@@ -153,7 +153,7 @@ def names(vocabulary: list[str] | BuiltIn) -> list[str] | str | None:
 
 
 def word_list(words: Any) -> list[str]:
-    """Words as a list, never as a text: ovsam may take a text for the name of a file of this machine."""
+    """Words as a list, never as a string, which ovsam could read as the name of a file of this machine."""
     if words is None:
         return []
     if isinstance(words, str):
@@ -164,7 +164,7 @@ def word_list(words: Any) -> list[str]:
 
 
 def few(name: str, given: list, most: int) -> list:
-    """One visitor's question must not hold the queue for the others."""
+    """Limit the size of a question, since questions wait for each other."""
     if len(given) > most:
         raise ovsam.InputError(f"There are {len(given):,} {name}; {most:,} are the most here. Ask in parts.")
     return given
@@ -199,9 +199,9 @@ def name_of(model: Any) -> str:
 
 
 def uploaded(picture: Any) -> engine.Upload:
-    """What a client uploaded; it could name any file of this machine, which are not for it."""
+    """The upload of a client; other files of this machine are not accepted."""
     given = picture.get("path") if isinstance(picture, dict) else getattr(picture, "path", None)
     path = Path(given).resolve() if isinstance(given, str) and given and "\0" not in given else None
     if path is None or not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
-        raise ovsam.InputError("The picture must be uploaded.")
+        raise ovsam.InputError("The image must be uploaded.")
     return engine.Upload(path, path.name, hashlib.sha256(path.read_bytes()).hexdigest())

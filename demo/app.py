@@ -1,6 +1,6 @@
 """The demo of ovsam: click on an object to name it, or type words to find their objects. Run it with `ovsam demo`.
 
-image_tab.py and video_tab.py are the page, engine.py asks the models, api.py is for programs.
+image_tab.py and video_tab.py are the page, engine.py runs the models, api.py has the endpoints.
 """
 
 import importlib.metadata
@@ -16,11 +16,11 @@ from page import HERE
 
 from ovsam.checkpoints.presets import choose_auto
 
-WAITING = 200  # events that Gradio holds; questions to a model have a limit of their own, engine.MAX_WAITING
+WAITING = 200  # events in Gradio's queue; engine.MAX_WAITING limits questions to the models
 DELETE_EVERY, DELETE_AFTER = 300, 900  # seconds; for files that Gradio keeps of uploads and downloads
 PAPER, LICENCE = "https://arxiv.org/abs/2401.02955", "https://www.apache.org/licenses/LICENSE-2.0"
 
-demo: gr.Blocks  # the page that is served, made by `main`
+demo: gr.Blocks  # the page, made by `main`
 
 
 def header() -> str:
@@ -47,7 +47,7 @@ def build(model: str) -> gr.Blocks:
 def main(
     model: str | None = None, host: str | None = None, port: int | None = None, share: bool = False, wait: bool = True
 ):
-    """Serve the page; returns its address, once it is closed if `wait`."""
+    """Serve the page; returns its address, after it is closed if `wait`."""
     global demo
     if model in (None, "auto"):
         model = os.environ.get("OVSAM_MODEL") or choose_auto()

@@ -1,4 +1,4 @@
-// One canvas: an image, the outlines of what was found in it, and clicks and boxes that ask about it.
+// The canvas: an image, the outlines of its instances, and clicks and boxes as prompts.
 // Gradio hands in element, trigger, props, upload and watch.
 
 element.innerHTML = `
@@ -52,7 +52,7 @@ function complain(detail) {
 async function take(file) {
   if (!file) return;
   complain("");
-  if (file.size > props.megabytes * 1e6) return complain(`${file.name} has more than ${props.megabytes} MB; save it smaller, as JPEG for one.`);
+  if (file.size > props.megabytes * 1e6) return complain(`${file.name} has more than ${props.megabytes} MB; make it smaller, for example as JPEG.`);
   drop.classList.add("busy");
   try {
     const { path } = await upload(file);

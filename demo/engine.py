@@ -1,4 +1,4 @@
-"""What the page asks of ovsam: models, the features of images, and the limits of both. No Gradio in here."""
+"""The side of ovsam: models, features of images, and their limits. Does not import Gradio."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ from ovsam.checkpoints.embedded import EMBEDDED
 from ovsam.checkpoints.presets import PRESETS
 from ovsam.processing.images import open_file, open_image
 
-try:  # on a ZeroGPU Space a GPU is lent for the length of one such call
+try:  # on a ZeroGPU Space each such call gets a GPU
     from spaces import GPU as on_gpu
 except ImportError:
 
@@ -29,13 +29,13 @@ except ImportError:
 
 
 ON_SPACE = "SPACE_ID" in os.environ
-FLOOR = 0.1  # questions are asked down to about this score, so that the sliders need not ask again
+FLOOR = 0.1  # questions run down to about this score, so that the sliders need no model
 MAX_MEGABYTES = 20
 MAX_PIXELS = 25_000_000
 PICTURES_A_SESSION = 3
 FEATURE_BYTES = int(float(os.environ.get("OVSAM_DEMO_GB", 2)) * 1e9)  # features of all sessions together
 MODELS = 2  # in memory at a time
-MAX_WAITING = 40  # questions; one more is refused
+MAX_WAITING = 40  # questions; one more raises an error
 SHORT_LIST = 100  # words; longer lists are embedded before the question takes its turn
 AT_START = ("coco", "lvis", "imagenet21k")  # vocabularies whose embeddings are made when a model is loaded
 
@@ -75,14 +75,14 @@ class Models:
 
 
 class Features:
-    """Features of pictures, on the CPU: a few a session, so many bytes in all; the least recently used go first.
+    """Features of images, on the CPU, limited in number for each session and in bytes for all.
 
-    What went is made again when it is asked for, so that no session ever sees it go.
+    The least recently used ones are dropped, and computed again when they are needed.
     """
 
     def __init__(self, a_session: int = PICTURES_A_SESSION, size: int = FEATURE_BYTES):
         self.a_session, self.size = a_session, size
-        self._kept: OrderedDict[tuple[str, str, str], Any] = OrderedDict()  # (session, model, picture)
+        self._kept: OrderedDict[tuple[str, str, str], Any] = OrderedDict()  # (session, model, image)
         self._sizes: dict[tuple[str, str, str], int] = {}
         self._lock = threading.RLock()
 
@@ -122,16 +122,16 @@ models = Models()
 features = Features()
 turns = Turns(MAX_WAITING)
 word_lists = WordLists(turns)
-seconds: dict[str, float] = {}  # how long an image took each model the last time
+seconds: dict[str, float] = {}  # duration of the last encoding of each model
 
 
 async def ask(
     model: str, session: str, picture: "Upload", question: str | None, show: Show = no_show, **arguments
 ) -> ovsam.Results | None:
-    """Put a question, a method of Segmenter, to an image; None only encodes it, so that the next answer is quick.
+    """Run a question, a method of Segmenter, on an image; None only encodes it, so that the next question is fast.
 
-    `show` is told how far the question is. Long lists of words are embedded before the question takes its turn, so that
-    they delay nobody else's.
+    `show` gets the progress. Long lists of words are embedded before the question takes its turn, so that they do not
+    delay other questions.
     """
     await asyncio.to_thread(models.get, model)
     for words in (arguments.get("words"), arguments.get("vocabulary")):
@@ -150,14 +150,14 @@ def ask_now(model: str, session: str, picture: "Upload", question: str | None, *
 
 
 async def prepare_words(model: str, words: str | list[str], show: Show = no_show) -> None:
-    """Wait until the embeddings of a list are there."""
+    """Wait until a list is embedded."""
     name = words if isinstance(words, str) else "\n".join(words)
     segmenter = await asyncio.to_thread(models.get, model)
     await word_lists.ready((model, name), lambda progress: segmenter.embed(words, progress), show)
 
 
 def prepare_built_in(model: str) -> None:
-    """Begin to embed the built-in vocabularies, so that no visitor waits for them."""
+    """Start embedding the built-in vocabularies before they are needed."""
     segmenter = models.get(model)
     for words in (segmenter.model.config.vocabulary, *AT_START):
         if words:
@@ -166,14 +166,14 @@ def prepare_built_in(model: str) -> None:
 
 
 def default_score(model: str, question: str) -> float:
-    """The minimum score of the library's answer; `everything` chooses by objectness and takes any score."""
+    """The default threshold of the library; `everything` selects by objectness and has none."""
     return 0.0 if question == "everything" else models.get(model).model.config.score_threshold
 
 
 def floor(model: str, score: float) -> float:
-    """The score to ask down to, so that what scores this much is what the library finds, and sliders can go lower.
+    """The threshold of a question: instances over `score` are those of the library, and sliders can go lower.
 
-    Below its proposal_threshold a model would look at more places, and find more that scores well.
+    Below its proposal_threshold a model would refine more proposals, and find more instances over `score`.
     """
     return min(max(FLOOR, models.get(model).model.config.proposal_threshold), score)
 
@@ -197,12 +197,12 @@ def answer(model: str, question: str, encoded: ovsam.EncodedImage, arguments: di
 
 
 class Upload:
-    """A picture on disk that keeps to the limits, known by what it holds."""
+    """An image on disk within the limits, identified by the hash of its file."""
 
     def __init__(self, path: Path, name: str, sha256: str):
         self.path, self.name, self.sha256 = path, name, sha256
         if path.stat().st_size > MAX_MEGABYTES * 1e6:
-            raise ovsam.InputError(f"{name} has more than {MAX_MEGABYTES} MB; save it smaller, as JPEG for one.")
+            raise ovsam.InputError(f"{name} has more than {MAX_MEGABYTES} MB; make it smaller, for example as JPEG.")
         check_pixels(path, name)
         self.size = self.open().size  # width and height, upright
         self.animated = is_animated(path)
@@ -210,12 +210,12 @@ class Upload:
     def open(self) -> Image.Image:
         try:
             return open_image(self.path)
-        except ovsam.InputError as error:  # where the file lies on this machine is nobody's business
+        except ovsam.InputError as error:  # do not show paths of the server
             raise ovsam.InputError(str(error).replace(str(self.path), self.name)) from error
 
 
 def check_pixels(path: Path, name: str) -> None:
-    """Read the size in the header, before anything is decoded; files without one are for `open_image` to refuse."""
+    """Check the size in the header before decoding; `open_image` raises an error for files without one."""
     try:
         with open_file(path) as picture:
             width, height = picture.size
@@ -239,10 +239,10 @@ def missing(model: str) -> bool:
 
 
 def speed(model: str) -> str:
-    """What a picture costs here, in one sentence; measured, never guessed."""
+    """The measured time of an image, in one sentence."""
     device = models.get(model).device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
     note = " It is small, and finds COCO's 80 words best." if model == EMBEDDED else ""
     if model not in seconds:
-        return f"On {where}; the first picture will show how long one takes.{note}"
-    return f"A picture takes {seconds[model]:.1f} s on {where}, once; questions about it are quicker.{note}"
+        return f"On {where}; the first image shows how long one takes.{note}"
+    return f"An image takes {seconds[model]:.1f} s on {where}, once; questions about it are faster.{note}"

@@ -1,4 +1,4 @@
-"""The downloads: what is shown on the page, in the formats of labelling and training tools."""
+"""The downloads: the instances that the page shows, in the formats of labelling and training tools."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def yolo(results: Results, picture: Path, target: Path) -> Path:
 
 
 def labelme(results: Results, picture: Path, target: Path) -> Path:
-    path = target / f"{stem(results)}.json"  # LabelMe finds it by the picture's name
+    path = target / f"{stem(results)}.json"  # LabelMe finds it by the name of the image
     path.write_text(json.dumps(to_labelme(results), ensure_ascii=False), encoding="utf-8")
     return path
 

@@ -1,4 +1,4 @@
-"""The Image tab: click on an object and read its class name, type words and find their objects, correct, download."""
+"""The Image tab: prompts and text queries, corrections and downloads."""
 
 import asyncio
 import html
@@ -34,7 +34,7 @@ VOCABULARIES = {
     "ImageNet-21k (21,841)": "imagenet21k",
     PASTE: PASTE,
 }
-SHOWN_SIDE = 1600  # px; the browser gets no more of an image than this
+SHOWN_SIDE = 1600  # px, of the longer side in the browser
 
 sessions = Sessions(get_upload_folder)
 
@@ -56,7 +56,7 @@ def vocabulary(choice: str, pasted: str) -> list[str] | str | None:
 
 
 def receive(request: gr.Request, event: gr.EventData):
-    """A new image: show it at once. The words of the last one go."""
+    """A new image: show it at once, without the words of the last one."""
     upload = uploaded(event._data)
     updates = show_picture(sessions.get(request.session_hash, new=True), upload.path)
     if upload.animated:
@@ -78,7 +78,7 @@ def show_picture(session: Session, path: Path) -> dict:
 
 
 def restore(request: gr.Request, event: gr.EventData, *sliders):
-    """The page was reloaded: show what it had."""
+    """The page was reloaded: restore it."""
     session = sessions.restore(request.session_hash, str(event._data["token"]))
     if session is None or session.picture is None:
         return {}
@@ -102,7 +102,7 @@ def forget(request: gr.Request):
 
 
 async def prepare(request: gr.Request, model: str, *, show):
-    """Encode an image before anyone asks about it."""
+    """Encode an image before the first question."""
     session = sessions.get(request.session_hash, new=True)
     if session.picture:
         await engine.ask(model, session.token, session.picture, None, show)
@@ -126,7 +126,7 @@ async def find_everything(request: gr.Request, choice: str, pasted: str, model: 
 
 
 async def find_alike(request: gr.Request, event: gr.EventData, model: str, *sliders, show):
-    """Add all objects that are like one of those on the page."""
+    """Add all objects similar to one on the page."""
     one = sessions.get(request.session_hash).scene.objects(Sliders()).get(event._data["key"])
     if one is None:
         raise ovsam.InputError("That object is gone; choose another one.")
@@ -135,8 +135,8 @@ async def find_alike(request: gr.Request, event: gr.EventData, model: str, *slid
 
 
 async def find(request: gr.Request, kind: str, model: str, sliders: tuple, question: str, show: Show, **asked):
-    """Ask once, down to a low score. The first question of its kind sets the slider of the score to the model's
-    default."""
+    """Run a question once, down to a low score. The first one of its kind sets the slider of the score to the default
+    of the model."""
     session = sessions.get(request.session_hash, new=True)
     picture, sliders = session.given(), Sliders(*sliders)
     await asyncio.to_thread(engine.models.get, model)
@@ -154,7 +154,7 @@ async def point_at(
     request: gr.Request, event: gr.EventData, choice: str, pasted: str, model: str, *sliders,
     show,
 ):  # fmt: skip
-    """A click: x, y, whether it is on the object, and whether it must not begin another one; or a box x1, y1, x2,
+    """A click: x, y, whether it is on the object, and whether it must not start another one; or a box x1, y1, x2,
     y2."""
     session, sliders = sessions.get(request.session_hash, new=True), Sliders(*sliders)
     picture, given = session.given(), event._data
@@ -181,13 +181,13 @@ async def point_at(
 
 
 def change(request: gr.Request, event: gr.EventData, *sliders):
-    """What a person does to an object, or taking that back."""
+    """Apply an action of the user to an object, or undo the last one."""
     session, act = sessions.get(request.session_hash), event._data
     scene, key = session.scene, act.get("key", "")
     match act["act"]:
         case "undo":
             session.undo()
-        case "activate":  # what is only looked at is nothing to undo
+        case "activate":  # a selection is not undone
             session.scene = replace(scene, active=key)
         case "rename":
             session.change(scene.edit(key, label=act["label"].strip()[:200] or None))
@@ -204,7 +204,7 @@ def sift(request: gr.Request, *sliders):
 
 
 def lower(request: gr.Request, event: gr.EventData, *sliders):
-    """Lower the confidence to what the button promised."""
+    """Lower the confidence to the value of the button."""
     score = min(max(float(event._data["score"]), 0.0), 1.0)
     return sift(request, score, *sliders[1:]) | {"score": gr.Slider(value=score)}
 
@@ -221,7 +221,7 @@ def download(request: gr.Request, kind: str, *sliders):
 
 
 async def choose_model(request: gr.Request, model: str, last: str, *, show):
-    """Load another model; where it cannot be loaded, the one before stays."""
+    """Load another model; if it cannot be loaded, the last one stays."""
     show(f"Loading {model}")
     try:
         await asyncio.to_thread(engine.models.get, model)
@@ -316,7 +316,7 @@ def image_tab(model: str) -> None:
 
 
 def model_choices(model: str) -> list[tuple[str, str]]:
-    """The presets, and whether they are here."""
+    """The presets, and whether they are downloaded."""
     return [
         (f"{name} (not available: no connection to the Hub)" if engine.missing(name) else name, name)
         for name in [*offered(), *([model] if model not in offered() else [])]

@@ -1,4 +1,4 @@
-// The list of objects: names with their scores, and what a person can do to them. Gradio hands in element, trigger,
+// The list of objects: class names with their scores, and the actions of a user. Gradio hands in element, trigger,
 // props and watch. All text goes in as text, never as HTML.
 
 function node(tag, attributes = {}, ...children) {

@@ -1,4 +1,4 @@
-"""What both tabs share: handlers whose mistakes become one sentence in one place of the page, and the scripts."""
+"""Shared by both tabs: handlers whose errors become one sentence in one place of the page, and the scripts."""
 
 import asyncio
 import base64
@@ -33,7 +33,7 @@ SAVE = """file => {
 
 
 def sentence(error: Exception) -> str:
-    """What the visitor reads; what is no mistake of theirs goes into the log of the server."""
+    """The message for the visitor; other errors than invalid input are logged on the server."""
     if isinstance(error, ovsam.InputError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -43,7 +43,7 @@ def sentence(error: Exception) -> str:
 
 
 def told(handler: Callable) -> Callable:
-    """For the endpoints: raise a mistake as the sentence it is, in place of a traceback."""
+    """For the endpoints: raise errors as one sentence without a traceback."""
 
     @wraps(handler)
     async def wrapper(*arguments, **keywords):
@@ -59,10 +59,10 @@ class Page(dict):
     """The components of a tab by name. Handlers return values for some of them: {"canvas": ..., "message": ...}."""
 
     def does(self, handler: Callable, keeps_message: bool = False) -> Callable:
-        """A handler as Gradio calls it. Its mistakes become messages. A handler with an argument `show`, which is told
-        how far a question is, runs until it is cancelled, and what it tells is the message until then.
+        """A handler for Gradio. Its errors become messages. A handler with an argument `show` reports its progress
+        with it, which is the message until it is finished or cancelled.
 
-        The message before is taken away unless `keeps_message`.
+        The last message is removed unless `keeps_message`.
         """
         before = {} if keeps_message else {"message": ""}
 
@@ -122,7 +122,7 @@ def busy(text: str, share: float | None = None) -> dict[str, Any]:
 
 
 def message() -> gr.HTML:
-    """The one place for messages of a tab: each takes the place of the last one."""
+    """The place for messages of a tab; each replaces the last one."""
     return gr.HTML(
         "", html_template="", js_on_load=script("message.js"), elem_classes="message", apply_default_css=False,
     )  # fmt: skip

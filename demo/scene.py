@@ -1,6 +1,6 @@
-"""What one visitor has on the page: an image, what was found and drawn in it, and what the person made of that.
+"""The state of one page: an image, its instances and prompts, and the corrections of the user.
 
-A `Scene` is never changed, only replaced, so that undo is the scene before. No model and no Gradio in here.
+A `Scene` is immutable, so that undo is the previous scene. This module has no model and does not import Gradio.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ from ovsam.ops import rle
 from ovsam.results.instance import Instance
 from ovsam.results.overlay import PALETTE
 
-SESSIONS = 200  # open at a time; the one that has been idle for longest goes first
+SESSIONS = 200  # open at a time; the longest idle one is closed first
 GRACE = 60.0  # seconds for which a closed page is kept, so that reloading it loses nothing
 UNDO = 50
-MOST_OVERLAP = 0.6  # IoU; the model itself lets no two masks overlap by more
-SAME = MOST_OVERLAP  # IoU over which an object of a new answer is one that a person has chosen or deleted
-NEAR = 0.15  # of the longer side of an object's box: clicks this far outside of it still belong to the object
-ABSENT = 20  # words without an object that are listed
-LOWERED = 5  # objects that the button for a lower confidence shows at least, if there are as many
+MOST_OVERLAP = 0.6  # IoU; the model suppresses masks that overlap by more
+SAME = MOST_OVERLAP  # IoU over which an object of a new answer is a chosen or deleted one
+NEAR = 0.15  # fraction of the longer side of a box: clicks this far outside still belong to its object
+ABSENT = 20  # listed words without an object
+LOWERED = 5  # objects that the button for a lower confidence adds, if there are as many
 
 
 @dataclass(frozen=True)
 class Sliders:
-    """What is shown of what was found; `overlap` is the largest IoU that two masks may have."""
+    """The filter of the shown instances; `overlap` is the highest IoU of two masks."""
 
     score: float = 0.0
     mask_score: float = 0.0
@@ -49,7 +49,7 @@ class Answer:
     results: Results
     kind: str  # "words", "alike" or "everything"
     turn: int
-    words: tuple[str, ...] = ()  # that were asked for
+    words: tuple[str, ...] = ()  # the text queries
 
     def items(self) -> Iterable[tuple[str, Instance]]:
         return ((f"found {self.turn}.{one.id}", one) for one in self.results)
@@ -57,12 +57,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Chosen:
-    """An object that a person pointed at or changed, which no later question takes away.
+    """An object that the user prompted or changed; later questions keep it.
 
     Attributes:
         points: clicks x, y, 1 (on it) or 0 (beside it).
         box: the box x1, y1, x2, y2 that was drawn around it.
-        found: the box in which a question found it; clicks refine what is in there.
+        found: its box in the answer to a question; clicks refine the object in it.
     """
 
     points: tuple[tuple[float, float, int], ...] = ()
@@ -71,7 +71,7 @@ class Chosen:
     found: tuple[float, ...] | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """What Segmenter.what is asked."""
+        """The arguments of Segmenter.what."""
         box = self.box or self.found
         return {
             "points": [[x, y] for x, y, _ in self.points] or None,
@@ -82,7 +82,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Edit:
-    """A person's word on an object."""
+    """A correction of an object."""
 
     label: str | None = None
     hidden: bool = False
@@ -90,7 +90,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Scene:
-    answers: tuple[Answer, ...] = ()  # the last one about words or everything, and what was like one of its objects
+    answers: tuple[Answer, ...] = ()  # the last one of words or everything, and similar objects
     chosen: Mapping[str, Chosen] = field(default_factory=dict)
     edits: Mapping[str, Edit] = field(default_factory=dict)
     deleted: Mapping[str, Instance] = field(default_factory=dict)
@@ -103,17 +103,17 @@ class Scene:
         return self.answers[0].kind if self.answers else ""
 
     def find(self, found: Results, kind: str, words: Iterable[str] = ()) -> "Scene":
-        """A new answer takes the place of the last one, or is added to it if it is "alike". What a person has chosen,
-        renamed, hidden or deleted stays as it is."""
+        """A new answer replaces the last one, or is added to it if it is "alike". Chosen, renamed, hidden and deleted
+        objects are kept."""
         turn = self.turn + 1
         before = self.answers if kind == "alike" else ()
         return replace(self, answers=(*before, Answer(found, kind, turn, tuple(words))), active="", turn=turn)
 
     def click(self, x: float, y: float, label: int, sliders: Sliders, add: bool = False) -> tuple[str, Chosen | None]:
-        """The object that a click is about, and its prompts; None where the click only selects it.
+        """The object of a click, and its prompts; None if the click only selects it.
 
-        A click beside the object (label 0), one with `add` and one near the active object refine that; one on another
-        object selects it; and any other begins a new one.
+        A click beside the object (label 0), one with `add` and one near the active object refine it; one on another
+        object selects that; any other starts a new object.
         """
         objects = {key: one for key, one in self.objects(sliders).items() if not self.edit_of(key).hidden}
         active = objects.get(self.active)
@@ -136,7 +136,7 @@ class Scene:
         return replace(self, chosen={**self.chosen, key: chosen}, active=key, turn=self.turn + 1)
 
     def edit(self, key: str, **change) -> "Scene":
-        """Rename or hide an object, which is chosen by that."""
+        """Rename or hide an object; it becomes a chosen one."""
         chosen = {**self.chosen, key: self._prompts(key)}
         return replace(self, chosen=chosen, edits={**self.edits, key: replace(self.edit_of(key), **change)})
 
@@ -147,9 +147,9 @@ class Scene:
         return replace(self, chosen=chosen, deleted={**self.deleted, key: gone}, active="")
 
     def objects(self, sliders: Sliders) -> dict[str, Instance]:
-        """Key -> instance under the person's names: what was drawn, the last one first, then what was found and passes
-        the sliders or is chosen, best first. What was found is left out where it is a chosen or a deleted object, or
-        one of an earlier answer."""
+        """Key -> instance under the names of the user: prompted objects, the last one first, then instances that pass
+        the sliders or are chosen, highest score first. Instances that equal a chosen or deleted object, or one of an
+        earlier answer, are left out."""
         found = [key for answer in self.answers for key, _ in answer.items()]
         objects = {key: one.instance for key, one in reversed(self.chosen.items()) if key not in found}
         for answer in self.answers:
@@ -174,7 +174,7 @@ class Scene:
 
     def _named(self, key: str, one: Instance) -> Instance:
         label = self.edit_of(key).label
-        return one if label is None else replace(one, label=label, score=1.0)  # a person said so: that is sure
+        return one if label is None else replace(one, label=label, score=1.0)  # named by the user
 
     def _prompts(self, key: str) -> Chosen:
         """The prompts of an object; raises InputError if it is gone."""
@@ -187,7 +187,7 @@ class Scene:
         raise InputError("That object is gone; choose another one.")
 
     def _was_deleted(self, one: Instance, answer: Answer) -> bool:
-        """Whether a person has deleted this object of an earlier answer; other words may find it again."""
+        """Whether the user has deleted this object of an earlier answer; other words may find it again."""
         here = dict(answer.items())
         return any(
             _same(
@@ -233,20 +233,20 @@ def _is_near(one: Instance, x: float, y: float) -> bool:
 
 
 class Session:
-    """One open page. Its folder holds a copy of its picture and its downloads, and goes with it."""
+    """One open page. Its folder has a copy of its image and its downloads, and is deleted with it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.token = folder.name  # by which a reloaded page finds it again
+        self.token = folder.name  # identifies it for a reloaded page
         self.question = ("", "")  # words and excluded words
         self.picture: Upload | None = None
-        self.model = ""  # that answered last
+        self.model = ""  # of the last answer
         self.scene = Scene()
         self.history: list[Scene] = []
-        self.labels: list[str] = []  # every label of this picture, as it came: numbers them and gives them colours
+        self.labels: list[str] = []  # all labels of this image in order, for their numbers and colours
 
     def receive(self, upload: Path) -> Upload:
-        """Take a copy of an uploaded picture, and begin anew with it."""
+        """Copy an uploaded image, and start anew with it."""
         folder = self.folder / secrets.token_hex(16)
         folder.mkdir(parents=True)
         try:
@@ -271,7 +271,7 @@ class Session:
         self.scene = scene
 
     def answer(self, picture: Upload, model: str, to_scene: Callable[[Scene], Scene]) -> None:
-        """Take in what a model answered about a picture, unless there is another one by now."""
+        """Add the answer about an image, unless another image has replaced it."""
         if picture is self.picture:
             self.model = model
             self.change(to_scene(self.scene))
@@ -286,7 +286,7 @@ class Session:
         return self.labels.index(label)
 
     def shown(self, sliders: Sliders) -> Results:
-        """What every download holds: all that can be seen, with labels numbered alike in all of them."""
+        """The visible instances, for downloads, with the same numbers of labels in all of them."""
         objects = self.scene.objects(sliders)
         seen = [one for key, one in objects.items() if not self.scene.edit_of(key).hidden]
         width, height = self.given().size
@@ -294,7 +294,7 @@ class Session:
         return Results(numbered, (height, width), self.model, self.picture.name)
 
     def view(self, sliders: Sliders) -> dict[str, dict[str, Any]]:
-        """What the browser draws: on the canvas, and in the list of objects."""
+        """The content of the canvas and of the list of objects."""
         scene, shapes, rows = self.scene, [], []
         objects = scene.objects(sliders)
         for key, one in objects.items():
@@ -317,7 +317,7 @@ class Session:
         return {"canvas": canvas, "listing": listing}
 
     def _absent(self, shown: set[str]) -> list[str]:
-        """A line for each word that was asked for and that no shown object has."""
+        """A line for each text query without a shown object."""
         lines = []
         for answer in self.scene.answers:
             instead = {one["text_label"]: one["negative"] for one in answer.results.dropped}
@@ -332,7 +332,7 @@ class Session:
         return [*lines[:ABSENT], *([f"and {more:,} more words"] if more > 0 else [])]
 
     def _below(self, sliders: Sliders) -> dict[str, Any]:
-        """How many instances the sliders leave out, and the confidence at which the best of them are shown."""
+        """The number of instances that the sliders leave out, and the confidence that shows the best of them."""
         below = 0
         scores: list[float] = []
         for answer in self.scene.answers:
@@ -356,8 +356,8 @@ class Sessions:
         with self._lock:
             if name not in self._open:
                 if not new:
-                    raise InputError("This page has rested for too long; choose the image again.")
-                # Its name is the only thing that keeps others out.
+                    raise InputError("This page was idle for too long; choose the image again.")
+                # Its name is secret; it is the only protection from other visitors.
                 self._open[name] = Session(Path(self._folder()) / f"session-{secrets.token_hex(16)}")
                 while len(self._open) > self._most:
                     self._close(next(iter(self._open)))
@@ -365,7 +365,7 @@ class Sessions:
             return self._open[name]
 
     def restore(self, name: str, token: str) -> Session | None:
-        """Give a reloaded page the session that it had."""
+        """Return the session of a page that was reloaded."""
         with self._lock:
             known = next((one for one in self._open.values() if one.token == token), None)
             if known is not None:

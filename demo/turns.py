@@ -1,4 +1,4 @@
-"""Whose question runs: one at a time, in the order of arrival, and long lists of words in between. No model in here."""
+"""The order of questions: one at a time, as they arrive, with long lists of words in between. Has no model."""
 
 import asyncio
 import contextvars
@@ -11,11 +11,11 @@ from typing import Any
 
 from ovsam import InputError
 
-LOOK = 0.25  # seconds between two looks at what is waited for
-PATIENCE = 5.0  # seconds for which a list of words lets questions pass before it takes a turn as well
+LOOK = 0.25  # seconds between two checks of a waiting question
+PATIENCE = 5.0  # seconds for which a list of words gives way to questions
 LISTS = 200  # whose state is kept
 
-Show = Callable[[str, float | None], None]  # is told in words, and as a share, how far something is
+Show = Callable[[str, float | None], None]  # gets the progress as a text and a fraction
 
 
 def no_show(text: str, share: float | None = None) -> None:
@@ -34,19 +34,19 @@ class Turns:
         self._asked: list[Future] = []
 
     def waiting(self) -> list[Future]:
-        """The questions that are not answered yet."""
+        """The unfinished questions."""
         return [one for one in self._asked if not one.done()]
 
     async def take(self, question: Callable[[], Any], show: Show = no_show) -> Any:
-        """Wait for the turn of a question and return its answer. A question that is cancelled loses its place; one that
-        runs already is answered to nobody.
+        """Wait for the turn of a question and return its answer. A cancelled question loses its place; the answer
+        of one that is running is dropped.
 
-        Raises InputError where too many wait.
+        Raises InputError if too many wait.
         """
         ahead = self.waiting()
         if len(ahead) >= self.most:
             raise InputError(f"{self.most} questions are waiting already; ask again in a minute.")
-        context = contextvars.copy_context()  # by which a ZeroGPU Space finds out whose question it is
+        context = contextvars.copy_context()  # a ZeroGPU Space reads the visitor from it
         turn = self._thread.submit(context.run, self._run, question)
         self._asked = [*ahead, turn]
         answer = asyncio.wrap_future(turn)
@@ -65,7 +65,7 @@ class Turns:
             return question()
 
     def let_pass(self) -> None:
-        """Wait while there are questions, but not for ever."""
+        """Wait while there are questions, for a limited time."""
         end = time.monotonic() + PATIENCE
         while self.waiting() and time.monotonic() < end:
             time.sleep(0.01)
@@ -79,8 +79,8 @@ class WordLists:
         self._lists: OrderedDict[Any, _List] = OrderedDict()
 
     def begin(self, name: Any, embed: Callable[[Callable[[int, int], None]], Any]) -> "_List":
-        """Begin to embed a list in the background, unless that was done; `embed` takes a function that it calls after
-        each part with the number of words that are done and of all."""
+        """Start to embed a list in the background unless it was started; `embed` takes a function that it calls after
+        each part with the number of finished words and of all."""
         with self._lock:
             known = self._lists.get(name)
             if known is None or known.error is not None:
@@ -92,7 +92,7 @@ class WordLists:
             return known
 
     async def ready(self, name: Any, embed: Callable, show: Show = no_show) -> None:
-        """Wait until a list is embedded; raises what went wrong."""
+        """Wait until a list is embedded; raises its error."""
         known = self.begin(name, embed)
         while not known.ready.is_set():
             text = f"{known.done:,} of {known.total:,} words" if known.total else "The words are next"
@@ -114,13 +114,13 @@ class WordLists:
             self._turns.let_pass()
             with self._turns.free:
                 embed(rest)
-        except Exception as error:  # for those who wait for it
+        except Exception as error:  # raised by `ready`
             known.error = error
         known.ready.set()
 
 
 class _List:
-    """How far a list is."""
+    """The progress of a list."""
 
     def __init__(self):
         self.done = self.total = 0

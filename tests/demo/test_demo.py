@@ -260,7 +260,7 @@ def test_sessions_are_bounded_and_take_their_files_with_them(tmp_path, session):
     for number in range(5):
         sessions.get(f"s{number}", new=True).receive(tmp_path / "small.png")
     assert len(sessions) == 3 and len(list((tmp_path / "all").iterdir())) == 3
-    with pytest.raises(InputError, match="rested for too long"):
+    with pytest.raises(InputError, match="idle for too long"):
         sessions.get("s0")
     old = sessions.get("s4")
     assert sessions.restore("reloaded", old.token) is old and sessions.restore("other", "guess") is None
@@ -365,7 +365,7 @@ def test_a_client_gets_the_answers_of_the_library_and_of_the_page(page, client):
         ("/what", {"points": [[600, 5]]}, "The point 600,5 is outside the "),
         ("/what", {"points": [[5]]}, "A point is"),
         ("/what", {"boxes": [[5, 6]]}, "each must be 4 numbers"),
-        ("/what", {}, "Pass points, boxes or masks"),
+        ("/what", {}, "pass points, boxes or masks"),
         ("/where", {}, "pass words or exemplars"),
         ("/everything", {"vocabulary": "/etc/passwd"}, "A vocabulary is a list of words or one of own, coco"),
         ("/where", {"words": ["cat"], "model": "/no/model"}, "no"),
