@@ -118,8 +118,6 @@ def check(args: Namespace) -> None:
         raise InputError("--not needs --text; add the text queries to search for.")
     if args.threshold is not None and not args.text:
         raise InputError("--threshold needs --text; selected objects are always tracked.")
-    if args.vocabulary and not (args.points or args.boxes or args.given):
-        raise InputError("--text already gives the text queries; use --vocabulary with --point, --box or --mask.")
     if not (args.output or args.json or args.masks):
         raise InputError("There is no output; give -o OUT.mp4, --json OUT.json or --masks DIR.")
     args.words = Vocabulary(args.text) if args.text else None

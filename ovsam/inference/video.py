@@ -73,7 +73,8 @@ class Prompt:
 
 @dataclass
 class _Object:
-    """State of an object besides its memory. `appearance`: mean features of its mask, L2-normalised."""
+    """State of an object besides its memory. `appearance`: mean features of its mask, L2-normalised; `named`: whether
+    its class names of highest score are those of the vocabulary."""
 
     id: int
     label: str
@@ -85,6 +86,7 @@ class _Object:
     appearance: Tensor | None = None
     area: int = 0
     seen: int = 0
+    named: bool = False
 
 
 class VideoSegmenter:
@@ -122,7 +124,8 @@ class VideoSegmenter:
             words: text queries; their instances are detected on the first frame and every `redetect_every` frames.
             prompts: prompts of selected objects; more can be added while it runs.
             negative, threshold: as in `Segmenter.where`.
-            vocabulary: class names for selected objects; by default the checkpoint's own.
+            vocabulary: class names for selected objects, by default the checkpoint's own; if it is given, also those
+                that are listed for objects of text queries.
             patience: number of frames after which an absent object is removed; found again, it gets its old id.
             exclusive: whether each pixel belongs to one object only.
             every: read only every `every`-th frame.
@@ -318,7 +321,9 @@ class VideoStream:
         matched = {d: live[t] for d, t in zip(*linear_sum_assignment(-allowed), strict=True) if allowed[d, t] >= SAME}
         for place, number in matched.items():
             known = self._objects[number]
-            known.score, known.topk = detected[place].score, detected[place].topk
+            known.score = detected[place].score
+            if not known.named:
+                known.topk = detected[place].topk
         inside = rle.covered([one.segmentation for one in detected], tracks)
         added, taken = False, list(tracks)
         for place, one in enumerate(detected):
@@ -326,23 +331,24 @@ class VideoStream:
                 continue
             if any(share > SAME for share in rle.iou([one.segmentation], taken[len(tracks) :])[0]):
                 continue
-            self._enter(frame, encoded.features, one)
+            absent = [known for number, known in self._objects.items() if number not in live]
+            live.append(self._enter(frame, encoded.features, one, [*self._lost.values(), *absent]))
             taken.append(one.segmentation)
             added = True
         return added
 
-    def _enter(self, frame: Frame, features: OVSamFeatures, one: Instance) -> None:
-        """Add a detection without a track: a lost object or a new one."""
+    def _enter(self, frame: Frame, features: OVSamFeatures, one: Instance, gone: Sequence[_Object]) -> int:
+        """Add a detection without a track: the most similar object of those that are gone, or a new one. Returns its
+        id."""
         mask = torch.from_numpy(one.mask)
         prompt = self.segmenter.processor.video_mask_prompt(mask)
         appearance = _appearance(features, prompt.mask)
-        number = None
-        for lost in self._lost.values():
-            alike = float(appearance @ lost.appearance) if lost.appearance is not None else 0.0
-            ratio = max(one.area, lost.area) / max(1, min(one.area, lost.area))
-            if lost.label == one.label and alike >= ALIKE and ratio <= LARGER:
-                number = lost.id
-                break
+        number, highest = None, ALIKE
+        for known in gone:
+            alike = float(appearance @ known.appearance) if known.appearance is not None else 0.0
+            ratio = max(one.area, known.area) / max(1, min(one.area, known.area))
+            if known.label == one.label and alike >= highest and ratio <= LARGER:
+                number, highest = known.id, alike
         if number is None:
             number = self._new_id()
         self._lost.pop(number, None)
@@ -350,6 +356,7 @@ class VideoStream:
         self._objects[number] = _Object(
             number, one.label, one.label_id, "text", one.prompt, one.score, one.topk, appearance, one.area, frame.index
         )
+        return number
 
     # ---- frames -----------------------------------------------------------------------------------------------------
 
@@ -402,16 +409,21 @@ class VideoStream:
         return FrameResults(frame.index, frame.time, Results(instances, size, self.segmenter.name), frame.image)
 
     def _name(self, encoded: EncodedImage, shown: dict[int, np.ndarray]) -> None:
-        """Set class names and appearances of selected objects that have none yet."""
-        new = [number for number in shown if self._objects[number].appearance is None]
+        """Set class names and appearances of selected objects that have none yet; and, if there is a vocabulary, the
+        class names of highest score of all objects."""
+        objects = {number: self._objects[number] for number in shown}
+        lists = self.vocabulary is not None
+        new = [n for n, known in objects.items() if known.appearance is None or lists and not known.named]
         if not new:
             return
         masks = torch.from_numpy(np.stack([shown[number] for number in new]))
         named = self.segmenter.what(encoded, masks=masks, vocabulary=self.vocabulary, top_k=self.top_k)
         for number, mask, one in zip(new, masks, cast(Results, named).instances, strict=True):
-            known = self._objects[number]
-            known.appearance = _appearance(encoded.features, self.segmenter.processor.video_mask_prompt(mask).mask)
-            known.topk, known.score = one.topk, one.score
+            known = objects[number]
+            known.topk, known.named = one.topk, True
+            if known.appearance is None:
+                known.appearance = _appearance(encoded.features, self.segmenter.processor.video_mask_prompt(mask).mask)
+                known.score = one.score
             if not known.label:
                 known.label, known.label_id = one.label, one.label_id
 

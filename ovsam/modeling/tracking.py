@@ -173,7 +173,14 @@ class Tracker:
         asked = {n: session.prompts[n].pop(frame) for n in session.objects if frame in session.prompts.get(n, {})}
         answered = memory.frames.get(frame)
         for number, prompt in asked.items():
-            mask = self._prompted_mask(features, prompt) if prompt.mask is None else prompt.mask.to(self.model.device)
+            if prompt.mask is not None:
+                mask = prompt.mask.to(self.model.device)
+            else:
+                before = answered.labels.get(number) if answered is not None else None
+                if before is None and number in known:
+                    before = memory.propagate(frame, keys, [number])[0]
+                corrected = None if before is None else to_masks(before[None], keys.side, size).masks  # [1, 1, h, w]
+                mask = self._prompted_mask(features, prompt, corrected)
             labels[number] = cover(mask[None].float(), keys.side)[0]
         if answered is not None:  # a prompted frame that tracking passes by once more
             labels = {n: answered.labels[n] for n in answered.prompted if n in session.objects} | labels
@@ -195,8 +202,9 @@ class Tracker:
             features=features,
         )
 
-    def _prompted_mask(self, features: OVSamFeatures, prompt: VideoPrompt) -> Tensor:
-        """The SAM side's mask of points, or of a box and points, [H/4, W/4] bool."""
+    def _prompted_mask(self, features: OVSamFeatures, prompt: VideoPrompt, before: Tensor | None) -> Tensor:
+        """Return the SAM side's mask of points, or of a box and points, [H/4, W/4] bool. Points alone correct the mask
+        `before`, logits [1, 1, H/4, W/4]."""
         assert prompt.points is not None and prompt.labels is not None
         points, labels = prompt.points.to(self.model.device), prompt.labels.to(self.model.device)
         corners = labels >= 2
@@ -207,6 +215,7 @@ class Tracker:
             input_boxes=box,
             input_points=clicks,
             input_labels=None if clicks is None else labels[~corners][None, None],
+            input_masks=before if box is None else None,
         )
         return decoded.pred_masks[0, 0, 0] > 0
 

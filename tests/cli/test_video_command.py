@@ -93,7 +93,6 @@ def test_an_interruption_closes_both_files(model, clip, monkeypatch):
         (["{clip}", "--text", "dog"], "There is no output"),
         (["{clip}", "--mask", "0:nowhere.png", "--json", "out.json"], "There is no mask nowhere.png"),
         (["{clip}", "--text", "dog", "-o", "{clip}"], "is the video itself"),
-        (["{clip}", "--text", "dog", "--vocabulary", "coco", "-o", "out.mp4"], "already gives the text queries"),
     ],
 )
 def test_invalid_arguments_raise_an_error_before_a_model_is_loaded(clip, capsys, arguments, message):

@@ -1,6 +1,10 @@
 """Videos: sources, prompts and words while it runs, identities, files."""
 
+import functools
+import http.server
+import itertools
 import struct
+import threading
 from fractions import Fraction
 
 import av
@@ -217,12 +221,13 @@ def test_words_are_matched_to_tracks_and_new_objects_enter(video):
     assert shown[4][0] == (1, "cat")
 
 
-def test_an_object_that_returns_keeps_its_id(video):
+@pytest.mark.parametrize("patience", [2, 30])
+def test_an_object_that_returns_keeps_its_id(video, patience):
     images, masks = scene(2, step=0)
     empty = [Image.fromarray(np.full((HEIGHT, WIDTH, 3), 127, np.uint8))] * 6
     clip = [images[0], images[0], *empty, images[0]]
     given = Detections(video.segmenter, [[(masks[0], "cat")], *[[]] * 7, [(masks[0], "cat")]])
-    stream = ovsam.VideoSegmenter(given).track(clip, words=["cat"], redetect_every=1, patience=2)
+    stream = ovsam.VideoSegmenter(given).track(clip, words=["cat"], redetect_every=1, patience=patience)
     ids = []
     for number, frame in enumerate(stream):
         if 2 <= number < 8 and 1 in stream._objects:  # no object is there
@@ -230,3 +235,49 @@ def test_an_object_that_returns_keeps_its_id(video):
         ids.append([one.id for one in frame.results])
     assert ids[0] == [1] and ids[8] == [1]
     assert [] in ids[3:8]
+
+
+def test_tracks_of_words_take_their_best_names_from_any_vocabulary(video):
+    images, masks = scene(2)
+    given, names = Detections(video.segmenter, [[(masks[0], "cat")]]), ["dog", "moon", "star"]
+    stream = ovsam.VideoSegmenter(given).track(images, words=["cat"], vocabulary=names, top_k=2)
+    tracks = ovsam.Tracks(stream).tracks
+    assert tracks[1].label == "cat" and sorted(tracks[1].frames) == [0, 1]
+    assert len(tracks[1].topk) == 2 and {name for name, _ in tracks[1].topk} <= {*names}
+
+
+# ---- sources that are not files -------------------------------------------------------------------------------------
+
+
+def test_a_camera_is_opened_by_its_number(monkeypatch):
+    opened = []
+
+    def open_device(name, **options):
+        opened.append((name, options))
+        raise av.FFmpegError(5, "no such device")
+
+    monkeypatch.setattr(av, "open", open_device)
+    with pytest.raises(InputError, match="/dev/video3 cannot be read"):
+        FrameSource(3)
+    assert opened == [("/dev/video3", {"format": "v4l2"})]
+
+
+def test_an_address_is_decoded_as_it_arrives(tmp_path):
+    """HTTP, as RTSP, which needs a server of its own."""
+    write(tmp_path / "clip.mp4", [picture(n, 96, 64) for n in range(5)])
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = FrameSource(f"http://127.0.0.1:{server.server_address[1]}/clip.mp4")
+        assert [frame.image.size for frame in source] == [(96, 64)] * 5
+        source.close()
+        server.shutdown()
+
+
+def test_a_source_without_an_end_is_read_frame_by_frame(video):
+    images, masks = scene(3)
+    read = itertools.count()
+    endless = (images[min(number, 2)] for number in read)
+    frames = iter(video.track(endless, prompts=[ovsam.Prompt(mask=masks[0])]))
+    assert [next(frames).index for _ in range(4)] == [0, 1, 2, 3]
+    assert next(read) == 4

@@ -248,6 +248,24 @@ def test_a_box_and_clicks_equal_the_image_model():
     torch.testing.assert_close(tracked.sigmoid(), again.clamp(1e-4, 1 - 1e-4), atol=1e-4, rtol=0)
 
 
+def test_clicks_on_a_later_frame_correct_the_mask_there():
+    model, video = ovsam.OVSamVideoModel(tiny_config()).eval(), frames(2)
+    session = session_of(video)
+    session.add_prompt(1, 0, VideoPrompt(mask=square(20)))
+    before = [model(session, frame_idx=number).pred_masks for number in (0, 1)][1]
+    click, label = torch.tensor([[30.0, 30.0]]), torch.tensor([0])
+    session.add_prompt(1, 1, VideoPrompt(click, label))
+    corrected = model(session, frame_idx=1).pred_masks[0, 0]
+    given = {"input_points": click[None, None], "input_labels": label[None, None], "input_masks": before}
+    expected = model(pixel_values=video[1:], **given).pred_masks[0, 0, 0] > 0
+    alone = model(pixel_values=video[1:], **{**given, "input_masks": None}).pred_masks[0, 0, 0] > 0
+    assert not torch.equal(expected, alone)
+    size = (SIZE // 8, SIZE // 8)  # labels have stride 8
+    soft = torch.nn.functional.interpolate(expected.float()[None, None], size, mode="bilinear", antialias=True)
+    again = torch.nn.functional.interpolate(soft, corrected.shape, mode="bilinear")[0, 0]
+    torch.testing.assert_close(corrected.sigmoid(), again.clamp(1e-4, 1 - 1e-4), atol=1e-4, rtol=0)
+
+
 # ---- the processor's session calls ----------------------------------------------------------------------------------
 
 
