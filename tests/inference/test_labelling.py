@@ -11,6 +11,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import fsspec
 import numpy as np
@@ -21,9 +22,12 @@ from web import serve
 
 import ovsam
 import ovsam_cli
+from ovsam.data.coco import Coco
 from ovsam.errors import InputError
+from ovsam.inference.labelling.job import target_of
 from ovsam.inference.labelling.journal import Journals
 from ovsam.inference.labelling.sources import Item, list_items
+from ovsam.ops import rle
 from ovsam.ops.files import remove_leftovers
 from ovsam.results.results import Results
 
@@ -254,7 +258,8 @@ def test_errors_are_raised_before_the_model_is_loaded(photos, monkeypatch, capsy
     assert label("--merge", "empty", text="") == 2 and "There is no journal in empty" in capsys.readouterr().err
     assert label(photos, out="s3://bucket/out") == 2 and "-o s3://bucket/out is an address" in capsys.readouterr().err
     assert label(photos, out="file") == 2 and "-o file is a file" in capsys.readouterr().err
-    assert label(photos, out="file/out") == 2 and "file/out cannot be written to" in capsys.readouterr().err
+    for out in ("file/out", "/proc/out"):  # which no user can write into
+        assert label(photos, out=out) == 2 and f"{out} cannot be written to" in capsys.readouterr().err
 
 
 def test_ray_is_asked_for_before_the_model(photos, monkeypatch, capsys):
@@ -287,6 +292,44 @@ def test_a_report_and_the_images_most_worth_correcting(photos, segmenter, capsys
     chosen = Path("out/pick.txt").read_text().split()
     assert chosen == [str(photos.absolute() / key) for key in sorted(wrong, key=lambda key: (-wrong[key], key))[:3]]
     assert len(keys("out/pick.txt")) == 3
+
+
+@pytest.mark.parametrize("name", ["coco", "yolo", "labelme", "cvat", "label-studio"])
+def test_corrections_come_back_as_training_data(photos, segmenter, name):
+    """What a person corrects in the file of a tool becomes, with one command, what `ovsam train --data` reads."""
+    assert label(photos, "--format", name) == 0
+    path = target_of(Path("out"), name)
+    if name == "label-studio":  # its export has an annotation in place of the prediction
+        tasks = json.loads(path.read_text())
+        for task in tasks:
+            task["annotations"] = [{"result": task.pop("predictions")[0]["result"]}]
+        del tasks[0]["annotations"][0]["result"][0]
+        path.write_text(json.dumps(tasks))
+    elif name == "cvat":
+        tree = ElementTree.parse(path)
+        first = tree.find("image")
+        first.remove(first.find("mask"))
+        tree.write(path)
+    elif name == "coco":
+        content = json.loads(path.read_text())
+        del content["annotations"][0]
+        path.write_text(json.dumps(content))
+    elif name == "labelme":
+        content = json.loads((path / "0/000.json").read_text())
+        del content["shapes"][0]
+        (path / "0/000.json").write_text(json.dumps(content))
+    else:
+        lines = (path / "labels/0/000.txt").read_text().splitlines(keepends=True)
+        (path / "labels/0/000.txt").write_text(lines[1])
+    command = ["convert-labels", str(path), "corrected.json", "--format", "coco", "--images", str(photos)]
+    assert ovsam_cli.main(command) == 0
+    data = Coco("corrected.json", images=photos)
+    assert (data.pictures, data.instances, len(data.words)) == (18, 35, 2)
+    record = data.record(0)
+    assert Path(record.picture) == photos / "0/000.png"
+    assert [data.words[number].name for number in record.word_ids] == ["cat"]
+    expected = next(iter(Journals([Path("out/journal.jsonl")]))).instances[1]
+    np.testing.assert_array_equal(rle.decode(record.outlines[0]), expected.mask)
 
 
 def test_a_journal_of_another_command_raises_an_error(photos, segmenter, capsys):
