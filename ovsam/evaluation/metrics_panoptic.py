@@ -85,7 +85,8 @@ def mean_iou(pairs: Iterable[tuple[np.ndarray, np.ndarray]], classes: int, ignor
     table = np.zeros((classes, classes + 1), np.int64)  # true class, predicted class or none
     for predicted, truth in pairs:
         valid = truth != ignored
-        guess = np.where(predicted[valid] < classes, predicted[valid], classes).astype(np.int64)
+        guess = predicted[valid].astype(np.int64)
+        guess = np.where((guess >= 0) & (guess < classes), guess, classes)
         cells = truth[valid].astype(np.int64) * (classes + 1) + guess
         table += np.bincount(cells, minlength=table.size).reshape(table.shape)
     shared = np.diag(table)

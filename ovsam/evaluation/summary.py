@@ -12,28 +12,30 @@ Masks are compared at the resolution of the image.
 - `absent words that return anything`: at the model's own score threshold.
 - `everything`: share of objects with an IoU above one half to one of the hundred masks of highest objectness; AP of
   those masks by their class names, among all of the set.
-- Calibration error of `name`: the score of the best class name of a box prompt against whether it is right; of `words
-  ->
-  masks`: the score of the instances returned at the model's threshold, absent class names included, against whether
-      they
-  overlap an object of their class name, not matched by a higher score, by an IoU above one half.
+- `everything, named: PQ`, `SQ`, `RQ` and `mIoU`: of the masks above the model's own objectness threshold, the pixels
+  of overlaps given to the higher score; pixels without an annotated object are void.
+- Calibration error of `name`: the score of the best class name of a box prompt against whether it is right. Calibration
+  error of `words -> masks`: the score of the instances returned at the model's threshold, absent class names included,
+  against whether they overlap an object of their class name, not matched by a higher score, by an IoU above one half.
 - A synonym finds its object if the instance of highest score at the threshold overlaps one by an IoU above one half.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from ovsam.evaluation import metrics_ap as ap
 from ovsam.evaluation.datasets import EvalSet
 from ovsam.evaluation.metrics import are_right, calibration_error, concept_f1
+from ovsam.evaluation.metrics_panoptic import VOID, Panoptic, mean_iou, panoptic_quality
 from ovsam.evaluation.tasks import SIZES
 from ovsam.ops import rle
 
 KINDS = ("box", "click", "three clicks")
 SPLITS = ("base", "novel")
+NO_CLASS = -1
 
 Figures = dict[str, float]
 
@@ -125,7 +127,38 @@ def of_everything(records: Sequence[dict], data: EvalSet) -> Figures:
     for size in SIZES:
         figures[f"everything: recall, {size}"] = _mean([h for h, s in zip(hits, sizes, strict=True) if s == size])
     figures |= _precision(records, data, [one for some in each for one in some["found"]], "everything, named")
+    figures |= {f"everything, named: {name}": value for name, value in _of_maps(records, data).items()}
     return figures | {"everything: masks": _mean([len(one["found"]) for one in each])}
+
+
+def _of_maps(records: Sequence[dict], data: EvalSet) -> Figures:
+    """PQ, SQ, RQ and mIoU of maps with one object at every pixel."""
+    pairs = []
+    for record in records:
+        objects, masks = data.objects(record["image_id"])
+        largest_first = sorted(range(len(objects)), key=lambda i: -int(masks[i].sum()))  # small objects stay in sight
+        truth = _painted([(masks[i], objects[i]["category_id"]) for i in largest_first], masks.shape[1:])
+        kept = [one for one in record["everything"]["found"] if one.get("kept", True)]
+        kept = sorted(kept, key=lambda one: one["score"])
+        found = _painted([(rle.decode(one["segmentation"]), one["category_id"]) for one in kept], masks.shape[1:])
+        pairs.append((found, truth))
+    place = {class_id: number for number, class_id in enumerate(data.words)}
+    classes = [(_classes(found, place), _classes(truth, place)) for found, truth in pairs]
+    return panoptic_quality(pairs) | {"mIoU": mean_iou(classes, len(place), ignored=NO_CLASS)}
+
+
+def _painted(objects: Sequence[tuple[np.ndarray, int]], size: tuple[int, ...]) -> Panoptic:
+    """Masks [H, W] with their classes, later ones over earlier ones."""
+    ids = np.full(size, VOID)
+    for number, (mask, _) in enumerate(objects, VOID + 1):
+        ids[mask] = number
+    return Panoptic(ids, {number: class_id for number, (_, class_id) in enumerate(objects, VOID + 1)})
+
+
+def _classes(panoptic: Panoptic, place: Mapping[int, int]) -> np.ndarray:
+    """The place of the class of each pixel, [H, W]; NO_CLASS in void."""
+    class_at = np.array([NO_CLASS, *(place[class_id] for class_id in panoptic.class_of.values())])
+    return class_at[panoptic.ids]
 
 
 def _precision(

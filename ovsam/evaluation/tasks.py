@@ -201,7 +201,11 @@ class Examiner:
             "seconds": seconds,
             "iou": (overlap.max(0) if len(best) else np.zeros(len(truth))).tolist(),
             "size": [next(name for name, (low, high) in SIZES.items() if low <= one["area"] < high) for one in objects],
-            "found": [_detection(image_id, class_of[one.label], one.score, one.segmentation) for one in best],
+            "found": [
+                _detection(image_id, class_of[one.label], one.score, one.segmentation)
+                | {"kept": (one.objectness or 0.0) >= self.segmenter.model.config.objectness_threshold}
+                for one in best
+            ],
         }
 
     # ---- their steps --------------------------------------------------------------------------------------------

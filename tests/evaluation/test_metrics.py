@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ovsam.evaluation import metrics
 from ovsam.ops import rle
@@ -92,3 +94,29 @@ def test_the_next_click_corrects_the_larger_error():
     assert metrics.next_click(square(10, 10, 41) & ~square(20, 20, 11), truth) == (25, 25, 1)
     assert metrics.next_click(truth | square(70, 70, 21), truth) == (80, 80, 0)
     assert metrics.next_click(truth, truth)[2] == -10
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_properties(seed):
+    """Order does not matter, perfect answers get full marks, and duplicates never help."""
+    rng = np.random.default_rng(seed)
+    # Objects do not overlap: an instance can match one of them only.
+    shapes = [(int(rng.integers(0, 4)), int(rng.integers(1, 3))) for _ in range(4)] + [(0, 0), (1, 0)]
+    queries = [rng.random((n, 1)) * np.eye(m or 1)[rng.integers(0, m or 1, n)][:, :m] for n, m in shapes]
+    figures = metrics.concept_f1(queries)
+    mixed = [overlap[rng.permutation(len(overlap))] for overlap in queries]
+    assert metrics.concept_f1([mixed[i] for i in rng.permutation(6)]) == pytest.approx(figures)
+    doubled = metrics.concept_f1([np.concatenate([overlap, overlap]) for overlap in queries])
+    assert doubled["pmF1"] <= figures["pmF1"] + 1e-12 and doubled["IL_MCC"] == pytest.approx(figures["IL_MCC"])
+
+    one, two = (square(*rng.integers(0, 60, 2), int(rng.integers(5, 40))) for _ in range(2))
+    assert metrics.boundary_iou(one, one) == 1
+    assert metrics.boundary_iou(one, two) == metrics.boundary_iou(two, one) <= 1
+
+    scores, right = rng.random(20), rng.random(20) < 0.5
+    order = rng.permutation(20)
+    assert metrics.calibration_error(scores[order], right[order]) == pytest.approx(
+        metrics.calibration_error(scores, right)
+    )
+    assert metrics.calibration_error(right.astype(float), right) == 0

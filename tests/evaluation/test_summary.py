@@ -86,6 +86,32 @@ def test_everything_by_hand(coco):
         for i, (iou, some) in answers.items()
     ]
     figures = summarise(records, EvalSet(dataset, Path()), 0.5)
+    # The lower score has no pixels left, and both other objects are missed.
+    assert figures["everything, named: PQ"] == pytest.approx((1 / (1 + 1 / 2) + 0) / 2)
+    assert figures["everything, named: mIoU"] == pytest.approx((1 / 2 + 0) / 2)
     assert figures["everything: recall"] == figures["everything: recall, small"] == pytest.approx(2 / 3)
     assert figures["everything, named: AP50, base"] == pytest.approx(51 / 101)  # one of two objects of word 1
     assert figures["everything, named: AP50, novel"] == 0 and figures["everything: masks"] == 1
+
+
+def test_maps_show_the_masks_above_the_objectness_threshold(coco):
+    dataset, masks = coco
+    found = [detection(1, 1, 0.2, masks[0]), detection(2, 1, 0.3, masks[1]), detection(2, 2, 0.4, masks[2])]
+    lost = {**detection(2, 1, 0.9, masks[2]), "kept": False}  # it would cover the object of word 2
+    records = [
+        {
+            "image_id": i,
+            "everything": {
+                "seconds": 1,
+                "iou": [],
+                "size": [],
+                "found": [{"kept": True, **one} for one in [*found, lost] if one["image_id"] == i],
+            },
+        }
+        for i in (1, 2)
+    ]
+    figures = summarise(records, EvalSet(dataset, Path()), 0.5)
+    for name in ("PQ", "SQ", "RQ", "mIoU"):
+        assert figures[f"everything, named: {name}"] == 1, name
+    records[1]["everything"]["found"][-1]["kept"] = True
+    assert summarise(records, EvalSet(dataset, Path()), 0.5)["everything, named: PQ"] < 0.6
