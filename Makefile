@@ -23,10 +23,11 @@ test: .venv/bin/python
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 bench: .venv/bin/python
-	.venv/bin/python -m pip install -e .
+	.venv/bin/python -m pip install -e ".[bench]"
+	.venv/bin/python benchmarks/race.py
+	.venv/bin/python benchmarks/race_cuda.py
 	.venv/bin/python benchmarks/decode_speed.py --prompts 64 --threads 2
 	.venv/bin/python benchmarks/speed.py
-	.venv/bin/python benchmarks/race.py
 	.venv/bin/python benchmarks/recall.py
 	.venv/bin/python benchmarks/video.py speed
 

@@ -52,6 +52,7 @@ from ovsam.ops.files import write_text
 SIDE = 1024
 INSTANCES = 20
 OBJECTS = 100
+AT_ONCE = 4  # prompts that transformers' decoder takes in a call
 TOKENS = 4  # of a word, with those that begin and end it
 SLOW = 20.0  # CPU seconds of a call of the peer from which one round is enough
 Call = Callable[[], object]
@@ -86,14 +87,15 @@ def sam2_config(side: int) -> Sam2Config:
     return config
 
 
-def sam2(instances: int = INSTANCES, side: int = SIDE, images: int = 1, at_once: int = 64) -> Call:
-    """transformers' SAM 2-tiny: one encoding, and the masks of given boxes."""
+def sam2(instances: int = INSTANCES, side: int = SIDE, images: int = 1) -> Call:
+    """transformers' SAM 2-tiny: one encoding, and the masks of given boxes, a few at a time, which is fastest for it
+    (`decode_speed.py`)."""
     model, pixels = Sam2Model(sam2_config(side)).eval(), torch.randn(images, 3, side, side)
     boxes = boxes_of(instances, side, images)
 
     def run():
         maps = model.get_image_embeddings(pixels)
-        for some in boxes.split(at_once, dim=1):
+        for some in boxes.split(AT_ONCE, dim=1):
             model(image_embeddings=maps, input_boxes=some, multimask_output=False)
 
     return run
@@ -203,7 +205,7 @@ def mask_generation() -> Call:
     processor = Sam2Processor(Sam2ImageProcessor(size={"height": SIDE, "width": SIDE}))
     generate = pipeline("mask-generation", model=model, image_processor=processor.image_processor, processor=processor)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
-    return lambda: generate(picture, points_per_batch=64, points_per_crop=32)
+    return lambda: generate(picture, points_per_batch=16, points_per_crop=32)
 
 
 def crops(count: int, whole: bool) -> Call:
@@ -267,7 +269,7 @@ def calls() -> Rows:
 def prompts() -> Rows:
     for count in (64, 1, 16, 256):
         built = lambda count=count: (own_boxes(count), sam2(count))  # noqa: E731
-        yield f"{count} boxes", "picture and boxes -> masks", "Sam2Model (64 boxes a call)", built
+        yield f"{count} boxes", "picture and boxes -> masks", f"Sam2Model, {AT_ONCE} boxes a call", built
 
 
 def sides() -> Rows:
