@@ -81,8 +81,8 @@ def of_words(records: Sequence[dict], data: EvalSet, threshold: float) -> Figure
         figures |= _precision(records, data, [one for some in plain for one in some], f"{title} (clip-dense)")
     scores, right, fired, queries = judge_words(records, data, threshold)
     figures[f"{title}: calibration error"] = calibration_error(scores, right) if scores else 0.0
-    figures["absent words that return anything"] = _mean(fired)
     figures |= {f"{title}: {name}": value for name, value in concept_f1(queries).items()}
+    figures["absent words that return anything"] = _mean(fired)
     if data.synonyms:
         hits = defaultdict(list)
         for record in records:
