@@ -10,9 +10,10 @@ import os
 import engine
 import gradio as gr
 from api import add_endpoints
-from engine import MAX_MEGABYTES
+from clip import MAX_MEGABYTES
 from image_tab import forget, image_tab
 from page import HERE
+from video_tab import video_tab
 
 from ovsam.checkpoints.presets import choose_auto
 
@@ -39,6 +40,9 @@ def build(model: str) -> gr.Blocks:
         gr.Markdown(header(), elem_id="title")
         with gr.Tab("Image"):
             image_tab(model)
+        if importlib.util.find_spec("av") is not None:  # pip install "ovsam[video]"
+            with gr.Tab("Video"):
+                video_tab(model)
         add_endpoints(model)
         blocks.unload(forget)
     return blocks.queue(max_size=WAITING, default_concurrency_limit=None)

@@ -119,10 +119,10 @@ class Scene:
         active = objects.get(self.active)
         if active is None and not label:
             raise InputError("Choose an object first; a background click then marks what is not part of it.")
-        under = [key for key, one in objects.items() if _covers(one, x, y)]
+        under = [key for key, one in objects.items() if covers(one, x, y)]
         if active is not None:
             own = self.active in under and bool(self._prompts(self.active).points)
-            if not label or add or own or (not under and _is_near(active, x, y)):
+            if not label or add or own or (not under and is_near(active, x, y)):
                 old = self._prompts(self.active)
                 return self.active, replace(old, points=(*old.points, (x, y, label)))
         if under:
@@ -221,12 +221,12 @@ def _same(some: Iterable[Instance], others: list[Instance]) -> list[bool]:
     return (rle.iou(masks, [one.segmentation for one in others]).max(1) > SAME).tolist()
 
 
-def _covers(one: Instance, x: float, y: float) -> bool:
+def covers(one: Instance, x: float, y: float) -> bool:
     x1, y1, x2, y2 = one.box
     return x1 <= x < x2 and y1 <= y < y2 and bool(one.mask[int(y), int(x)])
 
 
-def _is_near(one: Instance, x: float, y: float) -> bool:
+def is_near(one: Instance, x: float, y: float) -> bool:
     x1, y1, x2, y2 = one.box
     room = NEAR * max(x2 - x1, y2 - y1)
     return x1 - room <= x < x2 + room and y1 - room <= y < y2 + room
@@ -241,6 +241,7 @@ class Session:
         self.question = ("", "")  # words and excluded words
         self.picture: Upload | None = None
         self.model = ""  # of the last answer
+        self.video: Any = None  # the VideoScene of the tab Video
         self.scene = Scene()
         self.history: list[Scene] = []
         self.labels: list[str] = []  # all labels of this image in order, for their numbers and colours
