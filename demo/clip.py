@@ -4,7 +4,7 @@ and no Gradio in here."""
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ class VideoScene:
     def __init__(self, clip: Clip):
         self.clip = clip
         self.pointed: dict[int, dict[int, Pointed]] = {}
+        self.labels: dict[int, str] = {}  # class names of the objects that were pointed at
         self.shown: dict[int, dict[int, Instance]] = {}
         self.tracks = ovsam.Tracks()
         self.video: Path | None = None
@@ -130,15 +131,22 @@ class VideoScene:
         known = [*self.pointed, *(number for shown in self.shown.values() for number in shown)]
         return max(known, default=0) + 1
 
+    def keep(self, frame: int, number: int, found: Instance) -> None:
+        """Show what was segmented where a person pointed; its first class name stays."""
+        self.labels.setdefault(number, found.label)
+        self.shown.setdefault(frame, {})[number] = replace(found, label=self.labels[number])
+
     def _found(self, number: int) -> dict[int, Pointed]:
         """An object that words found, as if a person had drawn its box where it is seen first."""
         for frame, shown in sorted(self.shown.items()):
             if number in shown:
+                self.labels[number] = shown[number].label
                 return {frame: Pointed(box=shown[number].box)}
         return {}
 
     def remove(self, number: int) -> None:
         self.pointed.pop(number, None)
+        self.labels.pop(number, None)
         self.tracks.tracks.pop(number, None)
         for shown in self.shown.values():
             shown.pop(number, None)
@@ -153,6 +161,7 @@ class VideoScene:
                 box=given.box,
                 frame=frame,
                 id=number,
+                name=self.labels.get(number),
             )
             for number, frames in self.pointed.items()
             for frame, given in sorted(frames.items())

@@ -21,10 +21,10 @@ import ovsam
 from ovsam.checkpoints.presets import offered
 from ovsam.processing.images import open_image
 
-EXAMPLES = [
-    ["cat.jpg", "cat, remote", ""],
-    ["desk.jpg", "laptop, mouse, keyboard", ""],
-    ["horses.jpg", "horse, person", "cow"],
+EXAMPLES = [  # file, words, excluded words
+    ["tennis.jpg", "person", ""],
+    ["train.jpg", "train", ""],
+    ["cat.jpg", "cat", ""],
 ]
 OWN, PASTE = "The model's own", "My own words"
 VOCABULARIES = {

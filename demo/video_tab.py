@@ -56,7 +56,7 @@ async def point_at(request: gr.Request, event: gr.EventData, model: str, *, show
         if number not in scene.shown.get(frame, {}):
             scene.remove(number)
         raise ovsam.InputError("No object was found there; click on the middle of one, or draw a box around it.")
-    scene.shown.setdefault(frame, {})[number] = found[0]
+    scene.keep(frame, number, found[0])
     return {"player": scene.view()}
 
 
@@ -85,7 +85,8 @@ async def track(request: gr.Request, words: str, model: str):
         yield {"message": busy(f"Frame 1 of {len(scene.clip)}", 0.0)}
         while (frame := await engine.turns.take(lambda: next(frames, None))) is not None:
             done = frame.index + 1
-            text = f"Frame {done} of {len(scene.clip)}, {len(frame.results)} objects"
+            count = len(frame.results)
+            text = f"Frame {done} of {len(scene.clip)}, {count} object{'s' * (count != 1)}"
             part = {"frames": scene.frame_view(frame.index), "at": frame.index}
             yield {"player": part, "message": busy(text, done / len(scene.clip))}
     finally:  # also where it was cancelled: what is there can be downloaded

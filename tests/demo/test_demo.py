@@ -474,6 +474,21 @@ def test_a_model_that_cannot_be_loaded_leaves_the_menu_as_it_was(monkeypatch):
     assert ("photo (not available: no connection to the Hub)", "photo") in image_tab.model_choices("ovsam-tiny")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("file, coco_id", [("tennis.jpg", 352257), ("train.jpg", 565778), ("cat.jpg", 599)])
+def test_the_examples_succeed(ovsam_tiny, file, coco_id):
+    """The words that come with an example are found, with the masks that people drew."""
+    words = next(words for name, words, _ in image_tab.EXAMPLES if name == file).split(", ")
+    photos = COCO(str(ROOT / "tests" / "data" / "photos-val" / "annotations.json"))
+    [image] = [one["id"] for one in photos.dataset["images"] if one["coco_id"] == coco_id]
+    names = {one["id"]: one["name"] for one in photos.dataset["categories"]}
+    results = ovsam_tiny.where(DEMO / "examples" / file, words)
+    for word in words:
+        drawn = [photos.annToMask(one) > 0 for one in photos.imgToAnns[image] if names[one["category_id"]] == word]
+        best = max((mask & one.mask).sum() / (mask | one.mask).sum() for one in results[word] for mask in drawn)
+        assert best > 0.5
+
+
 def test_an_animation_is_announced(tmp_path):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])

@@ -1,8 +1,11 @@
 """The demo in a real browser, from the image to the file. Screenshots of all steps go to a temporary
 folder, or to the one that OVSAM_SCREENSHOTS names."""
 
+import json
 import os
+import re
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import app
@@ -12,6 +15,8 @@ import pytest
 from common import ROOT, wait_until
 from PIL import Image
 from pycocotools.coco import COCO
+
+from ovsam.inference.frames import FrameSource, VideoWriter
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -236,13 +241,13 @@ def test_it_fits_a_phone(browser, page, shots, theme):
     visitor = Visitor(browser, page.url, width=400, theme=theme)
     tab = visitor.tab
     tab.locator("#canvas .examples button").first.click()
-    playwright.expect(tab.get_by_label("Find these words")).to_have_value("cat, remote")
+    playwright.expect(tab.get_by_label("Find these words")).to_have_value("person")
     tab.get_by_label("Class names for clicks, boxes and everything").click()
     tab.get_by_role("option", name="My own words").click()
-    tab.get_by_role("textbox", name="My own words").fill("cat, remote")
+    tab.get_by_role("textbox", name="My own words").fill("person, tennis racket")
     tab.get_by_role("button", name="Find everything").click()
     playwright.expect(visitor.rows.first).to_be_visible()
-    assert set(visitor.names()) <= {"cat", "remote"}
+    assert set(visitor.names()) <= {"person", "tennis racket"}
     tab.screenshot(path=shots / f"everything-{theme}.png", full_page=True)
     page.asked.clear()
     before = visitor.names()
@@ -254,3 +259,49 @@ def test_it_fits_a_phone(browser, page, shots, theme):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 400
     tab.close()
     assert not visitor.problems
+
+
+def test_a_clip_from_the_file_to_its_tracks(visitor, page, shots, tmp_path):
+    """The example moves through the frames; the object that is clicked on the second one is followed."""
+    pytest.importorskip("av", reason="needs `pip install av`")
+    whole, writer = Image.open(EXAMPLE).convert("RGB"), VideoWriter(tmp_path / "pan.mp4", Fraction(10), (400, 320))
+    for index in range(4):
+        writer.write(whole.crop((8 * index, 0, 8 * index + 400, 320)), index / 10)
+    writer.close()
+    tab, message = visitor.tab, visitor.tab.locator(".say:visible")
+    tab.get_by_role("tab", name="Video").click()
+    playwright.expect(tab.locator("#player .drop")).to_contain_text("up to 50 MB and 300 frames")
+    (tmp_path / "text.mp4").write_text("no video")
+    tab.set_input_files("#player input[type=file]", tmp_path / "text.mp4")
+    playwright.expect(message).to_contain_text("text.mp4 cannot be read as a video")
+    tab.get_by_role("button", name="Download json").click()
+    playwright.expect(message).to_have_text("There is no clip yet; choose one.")
+
+    tab.set_input_files("#player input[type=file]", tmp_path / "pan.mp4")
+    playwright.expect(tab.locator("#player output")).to_have_text("1 / 4")
+    tab.get_by_role("button", name="Track").click()
+    playwright.expect(message).to_contain_text("There is nothing to follow yet")
+    frame = tab.get_by_role("slider", name="Frame")
+    frame.fill("1")
+    area = tab.locator("#player svg").bounding_box()
+    tab.locator("#player svg").click(position={"x": area["width"] * 0.3, "y": area["height"] * 0.55})
+    objects = tab.locator("#player .objects li")
+    soon(1, objects)
+    soon(1, tab.locator("#player circle"))
+    tab.get_by_role("button", name="Track").click()
+    playwright.expect(message).to_contain_text("followed")
+    playwright.expect(objects.first).to_contain_text(re.compile(r"[123] frames?"))  # none before the click
+    soon(0, tab.locator("#player path.object"))
+    frame.fill("1")
+    soon(1, tab.locator("#player path.object"))
+    tab.screenshot(path=shots / "video.png", full_page=True)
+    for button, name in (("Download video", "pan.tracked.mp4"), ("Download json", "pan.tracks.json")):
+        with tab.expect_download() as started:
+            tab.get_by_role("button", name=button).click()
+        started.value.save_as(tmp_path / name)
+        assert started.value.suggested_filename == name
+    assert len(list(FrameSource(tmp_path / "pan.tracked.mp4"))) == 4
+    [annotation] = json.loads((tmp_path / "pan.tracks.json").read_text())["annotations"]
+    assert annotation["segmentations"][0] is None and annotation["segmentations"][1] is not None
+    objects.first.get_by_role("button", name="Remove").click()
+    soon(0, objects)

@@ -106,6 +106,7 @@ def test_an_object_that_words_found_is_corrected_under_its_id(scene):
     scene.point(2, 20, 20, 0)
     prompts = {(one.id, one.frame): one for one in scene.prompts()}
     assert prompts[4, 1].box == (14, 10, 44, 40) and prompts[4, 2].labels == [0]
+    assert prompts[4, 1].name == "box"
 
 
 def test_objects_are_few(scene):
