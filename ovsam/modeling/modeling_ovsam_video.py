@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Sam2VideoConfig
@@ -12,7 +13,10 @@ from ovsam.errors import InputError
 from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
-from ovsam.modeling.tracking import OVSamVideoOutput, OVSamVideoSession, Tracker
+from ovsam.modeling.tracking import OVSamVideoOutput, OVSamVideoSession, Tracker, VideoPrompt, VideoText
+from ovsam.ops.masks import mask_overlap
+
+SAME = 0.5  # highest IoU of a new object with a tracked one
 
 
 class OVSamVideoModel(OVSamModel):
@@ -43,14 +47,52 @@ class OVSamVideoModel(OVSamModel):
         if inference_session is None:
             return super().forward(features=features, **image_inputs)
         session = inference_session
-        if not session.objects:
+        if not session.objects and session.text is None:
             raise InputError("There is no object to track; add a prompt to the session first.")
         if frame_idx is None:
             frame_idx = session.next_frame
         with torch.inference_mode():
             features = self._frame_features(session, frame_idx, frame, features)
         session.next_frame = frame_idx + 1
-        return Tracker(self)(session, frame_idx, features, reverse)
+        tracker = Tracker(self)
+        output = tracker(session, frame_idx, features, reverse)
+        if session.text is not None and session.text.is_due(frame_idx):
+            session.text.searched = frame_idx
+            if self._search(session, session.text, frame_idx, features, output):
+                output = tracker(session, frame_idx, features, reverse)
+        output.text_labels = [session.names.get(number) for number in output.object_ids or ()]
+        return output
+
+    @torch.inference_mode()
+    def _search(
+        self,
+        session: OVSamVideoSession,
+        text: VideoText,
+        frame: int,
+        features: OVSamFeatures,
+        tracked: OVSamVideoOutput,
+    ) -> bool:
+        """Prompt the instances of the text queries on a frame that no track covers; returns whether there are any."""
+        ids, mask = text.input_ids.to(self.device), text.attention_mask
+        mask = None if mask is None else mask.to(self.device)
+        found = super().forward(features=features, input_ids=ids, attention_mask=mask, text_labels=text.labels)
+        scores, words = found.scores[0].max(-1)  # [I, K] -> [I]
+        logits = found.pred_masks[0, :, 0].float()  # [I, H/4, W/4]
+        taken = [] if tracked.pred_masks is None else list(tracked.pred_masks[:, 0] > 0)
+        live = len(taken)
+        for place in scores.argsort(descending=True).tolist():
+            if not found.valid[0, place] or scores[place] < found.score_threshold or not (logits[place] > 0).any():
+                continue
+            own = logits[place] > 0
+            if taken and mask_overlap(own[None], torch.stack(taken)).max() > SAME:
+                continue
+            taken.append(own)
+            number = max(session.objects, default=0) + 1
+            size = (self.sam.image_size, self.sam.image_size)
+            whole = F.interpolate(logits[place][None, None], size, mode="bilinear", align_corners=False)[0, 0] > 0
+            session.add_prompt(number, frame, VideoPrompt(mask=whole))
+            session.names[number] = text.labels[int(words[place])]
+        return len(taken) > live
 
     def propagate_in_video_iterator(
         self,
@@ -76,6 +118,8 @@ class OVSamVideoModel(OVSamModel):
         prompted = [number for by_frame in session.prompts.values() for number in by_frame]
         prompted += [number for memory in session.objects.values() for number in memory.conditioned]
         prompted += [number for number, kept in session.labels.frames.items() if kept.prompted]
+        if start_frame_idx is None and session.text is not None:
+            start_frame_idx = 0
         if start_frame_idx is None:
             if not prompted:
                 raise InputError("There is no object to track; add a prompt to the session first.")

@@ -40,11 +40,32 @@ class VideoPrompt:
 
 
 @dataclass
+class VideoText:
+    """Text queries of a session: new objects are searched for on the first frame and every `redetect_every` frames.
+
+    Attributes:
+        labels: the K text queries.
+        input_ids, attention_mask: their tokens [K, T].
+        searched: the last frame that was searched.
+    """
+
+    labels: list[str]
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    redetect_every: int = 10
+    searched: int | None = None
+
+    def is_due(self, frame: int) -> bool:
+        return self.searched is None or abs(frame - self.searched) >= self.redetect_every
+
+
+@dataclass
 class OVSamVideoOutput(ModelOutput):
     """Output for one frame with P objects. Objects without a prompt on this frame or on a tracked one are left out.
 
     Attributes:
         object_ids: ids of the P objects.
+        text_labels: the text query of each object, None for prompted ones.
         pred_masks: logits [P, 1, H/4, W/4].
         object_score_logits: logits that the object is in the image, [P, 1].
         iou_scores: predicted IoU of the masks, [P].
@@ -53,6 +74,7 @@ class OVSamVideoOutput(ModelOutput):
     """
 
     object_ids: list[int] | None = None
+    text_labels: list[str | None] | None = None
     pred_masks: Tensor | None = None
     object_score_logits: Tensor | None = None
     iou_scores: Tensor | None = None
@@ -90,6 +112,8 @@ class OVSamVideoSession:
         self.objects: dict[int, ObjectMemory] = {}
         self.labels = LabelMemory()
         self.prompts: dict[int, dict[int, VideoPrompt]] = {}
+        self.text: VideoText | None = None
+        self.names: dict[int, str] = {}  # object -> its text query
         self.next_frame = 0  # of a stream
         self._encoded: tuple[int, OVSamFeatures] | None = None  # the last frame's features
         # Masks returned for prompts; tracking reuses them instead of decoding them again.
@@ -115,10 +139,14 @@ class OVSamVideoSession:
         del self.objects[object_id]
         self.labels.forget(object_id)
         self.prompts.pop(object_id, None)
+        self.names.pop(object_id, None)
         self._answers = {key: answer for key, answer in self._answers.items() if key[0] != object_id}
 
     def reset_tracking_data(self) -> None:
-        """Remove all objects."""
+        """Remove all objects; text queries are searched for again."""
+        self.names.clear()
+        if self.text is not None:
+            self.text.searched = None
         self.objects.clear()
         self.labels = LabelMemory()
         self.prompts.clear()

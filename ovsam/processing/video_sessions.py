@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovsam.errors import InputError
-from ovsam.modeling.tracking import OVSamVideoSession, VideoPrompt
+from ovsam.modeling.tracking import OVSamVideoSession, VideoPrompt, VideoText
 from ovsam.processing.images import open_image
 
 
@@ -85,6 +85,22 @@ class VideoSessions:
         for number, own, kinds in zip(numbers, points, labels.long(), strict=True):
             session.add_prompt(number, frame_idx, VideoPrompt(own, kinds))
         return session
+
+    def add_text_prompt(
+        self, inference_session: OVSamVideoSession, text: str | Sequence[str], redetect_every: int = 10
+    ) -> OVSamVideoSession:
+        """Search for text queries in a session, as the processor of SAM 3 does for one: on the first frame and every
+        `redetect_every` frames; the objects get ids in the order in which they are found.
+
+        Raises:
+            InputError: a text query is empty or too long for the text tower.
+        """
+        if redetect_every < 1:
+            raise InputError(f"redetect_every is {redetect_every}; it must be 1 or more.")
+        labels = [text] if isinstance(text, str) else list(text)
+        tokens = self(text=labels, original_sizes=[(1, 1)])  # type: ignore[operator]
+        inference_session.text = VideoText(labels, tokens["input_ids"], tokens.get("attention_mask"), redetect_every)
+        return inference_session
 
     def video_mask_prompt(self, mask: Tensor) -> VideoPrompt:
         """A mask [H, W] of a frame as the model input shows it."""

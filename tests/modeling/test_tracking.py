@@ -10,7 +10,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenc
 import ovsam
 from ovsam.errors import InputError
 from ovsam.modeling.tracking import OVSamVideoSession, VideoPrompt
-from tests.common import SIZE, picture, tiny_config, tiny_processor, tiny_video_model
+from tests.common import SIZE, picture, tiny_config, tiny_model, tiny_processor, tiny_video_model
 
 STOCK = {"sam2_video": Sam2VideoModel, "edgetam_video": EdgeTamVideoModel}
 
@@ -286,6 +286,34 @@ def test_prompts_of_a_session_are_in_pixels_of_the_frame():
     assert [output.object_ids for output in outputs] == [[4, 6], [4, 6]]
     masks = processor.post_process_masks([outputs[1].pred_masks], [[64, 96]])[0]
     assert masks.shape == (2, 1, 64, 96) and masks.dtype == torch.bool
+
+
+def test_text_queries_of_a_session_are_found_and_followed():
+    processor, images = tiny_processor(), [picture(2, 96, 64)] * 4
+    model = ovsam.OVSamVideoModel(tiny_config()).eval()
+    model.load_state_dict(tiny_model().state_dict())
+    session = processor.add_text_prompt(processor.init_video_session(video=images), ["cat", "red ball"], 2)
+    model.config.score_threshold = 0.3
+    outputs = list(model.propagate_in_video_iterator(session))
+    assert [output.frame_idx for output in outputs] == [0, 1, 2, 3]
+    first = outputs[0]
+    assert first.object_ids == list(range(1, len(first.object_ids) + 1)) and {*first.text_labels} <= {"cat", "red ball"}
+    with torch.no_grad():
+        inputs = processor(images=images[0], text=["cat", "red ball"])
+        found = model(**{name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask", "text_labels")})
+    best = int(found.scores[0].amax(-1).masked_fill(~found.valid[0], 0).argmax())
+    assert first.text_labels[0] == ["cat", "red ball"][int(found.scores[0, best].argmax())]
+    whole = torch.nn.functional.interpolate(found.pred_masks[:, best, :1], (SIZE, SIZE), mode="bilinear") > 0
+    soft = torch.nn.functional.interpolate(whole.float(), (SIZE // 8, SIZE // 8), mode="bilinear", antialias=True)
+    again = torch.nn.functional.interpolate(soft, first.pred_masks.shape[-2:], mode="bilinear")[0, 0]  # of stride 8
+    torch.testing.assert_close(first.pred_masks[0, 0].sigmoid(), again.clamp(1e-4, 1 - 1e-4), atol=1e-4, rtol=0)
+    # The same image again: every object goes on under its id.
+    assert all(output.object_ids[: len(first.object_ids)] == first.object_ids for output in outputs)
+    model.config.score_threshold = 1.1
+    session = processor.add_text_prompt(processor.init_video_session(), "cat")
+    assert model(session, frame=processor(images=images[0])).object_ids == []
+    with pytest.raises(InputError, match="redetect_every"):
+        processor.add_text_prompt(session, "cat", 0)
 
 
 def test_wrong_inputs_of_a_session_are_one_clear_error():
