@@ -41,7 +41,7 @@ from ovsam.modeling.remote_code import SHIM, auto_map, write_shim  # noqa: E402
 from ovsam.training.stages.towers import edgetam_config  # noqa: E402
 
 IMAGE_SIZE = 512
-PROTOTYPE_WEIGHT = 1.0  # the mask decoder was trained to add its masks to the prototypes'
+MASK_HEAD_WEIGHT = 1.0  # the mask decoder was trained to correct the masks of the ConceptHead
 VISION_SHARD = hatch_build.VISION_SHARD  # not model.safetensors, which would be taken for the whole
 DECODER_SHARD = hatch_build.DECODER_SHARD
 TRUNK = [24, 48, 120, 352]  # its channels at strides 4, 8, 16, 32
@@ -70,9 +70,9 @@ def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
         clip_config=image_config(),
         sam2clip_config=Sam2ClipConfig(in_channels=CHANNELS, width=128, num_layers=2, num_heads=4),
         clip2sam_config=Clip2SamConfig(**read, trained_words=sorted({word.lower() for word in trained}), **CONSE),
-        concepts_config=ConceptHeadConfig(**read),
+        concepts_config=ConceptHeadConfig(**read, strides=[8, 16, 32], mask_stride=2),
         vocabulary="coco",
-        prototype_weight=PROTOTYPE_WEIGHT,
+        mask_head_weight=MASK_HEAD_WEIGHT,
         exemplar_scale=1.0,  # class embeddings were trained to be text embeddings, so that an exemplar is like a word
         templates=("{}",),
         **thresholds,

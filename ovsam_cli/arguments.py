@@ -74,7 +74,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--no-refine": {
         "action": "store_false",
         "dest": "refine",
-        "help": "keep the prototype masks, without the SAM decoder, which is faster",
+        "help": "keep the masks of the ConceptHead, without the mask decoder, which is faster",
     },
     "--model": {"metavar": "PRESET|PATH|ID", "default": "auto", "help": "default: %(default)s"},
     "--device": {"help": "such as cpu, cuda or cuda:1 (default: a GPU if there is one)"},

@@ -187,7 +187,7 @@ def tiny_config(composition="dual", sam="edgetam", clip="dual_encoder", adapters
     if adapters:
         more = {
             "clip2sam_config": ovsam.Clip2SamConfig(**read, token_dim=C),
-            "concepts_config": ovsam.ConceptHeadConfig(**read, num_prototypes=8, prototype_width=8),
+            "concepts_config": ovsam.ConceptHeadConfig(**read, mask_width=12),
         } | more
     if composition == "clip":
         stand_in = ovsam.Sam2ClipConfig(in_channels=CHANNELS[clip], width=C, num_layers=1, num_heads=4)
@@ -224,7 +224,7 @@ def tiny_video_model(kind="edgetam_video", adapters=True) -> ovsam.OVSamVideoMod
     if adapters:
         read = {"in_channels": CHANNELS["dual_encoder"], "embed_dim": D, "width": 16}
         config.clip2sam_config = ovsam.Clip2SamConfig(**read, token_dim=VIDEO_C)
-        config.concepts_config = ovsam.ConceptHeadConfig(**read, num_prototypes=8, prototype_width=8)
+        config.concepts_config = ovsam.ConceptHeadConfig(**read, mask_width=12)
     model = randomise(ovsam.OVSamVideoModel(config))
     model.sam.model.mask_decoder.pred_obj_score_head.proj_out.bias.data.fill_(100.0)
     if model.concepts is not None:

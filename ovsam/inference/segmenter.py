@@ -193,7 +193,7 @@ class Segmenter:
                 latter. Their label is "exemplar", or their own: {label: boxes}, which may be one of the words.
             proposer: source of candidate objects: "concepts" (the model's own ConceptHead, the default if it has one),
                 "clip-dense", "grid", "detector:ID", "sam3:ID", or a function (ovsam.inference.proposers).
-            refine: False keeps the ConceptHead's prototype masks, which takes half the time.
+            refine: False keeps the masks of the ConceptHead, without the mask decoder, which is faster.
             tile: side in pixels of overlapping tiles that are searched for small objects, besides the whole image; the
                 time grows with the number of tiles (ovsam/inference/tiling.py).
             nms: how overlapping instances are suppressed, a key of ovsam.ops.nms.NMS, or None.

@@ -56,8 +56,8 @@ class OVSamConfig(RemoteCodeConfig):
         exemplar_scale: length of the embedding of an exemplar, which is used like a text query. Cosines between two
             images of a class are higher than those between an image and its class name (0.82 against 0.20 in
             ovsam-tiny).
-        prototype_weight: weight of the prototype logits that are added to the logits of the mask decoder, for text
-            queries and for single masks of boxes and points without a mask prompt; 0 uses the mask decoder alone.
+        mask_head_weight: weight of the prior, which is added to the masks of a mask decoder that was trained to correct
+            it: the masks of the ConceptHead, or mask prompts. 0 uses the masks of the decoder alone.
     """
 
     model_type = "ovsam"
@@ -84,7 +84,7 @@ class OVSamConfig(RemoteCodeConfig):
     score_calibration: list | tuple = (1.0, 0.0)
     name_calibration: list | tuple = (1.0, 0.0)
     exemplar_scale: float = 0.22
-    prototype_weight: float = 0.0
+    mask_head_weight: float = 0.0
     nms_threshold: float = 0.6
     mask_nms_threshold: float = 0.6
     proposal_threshold: float = 0.1

@@ -39,16 +39,6 @@ def maps_to_clip(maps: Tensor, frame: Tensor | None, size: float, clip_size: tup
     return _warp(maps, kx, ky, tx, ty)
 
 
-def maps_from_clip(maps: Tensor, frame: Tensor | None, size: float, clip_size: tuple[int, int]) -> Tensor:
-    """maps [B, I, h, w] over CLIP's input -> over the model input (`size` pixels)."""
-    if frame is None:
-        return maps
-    height, width = clip_size
-    return _warp(
-        maps, frame[:, 0] * size / width, frame[:, 1] * size / height, frame[:, 2] / width, frame[:, 3] / height
-    )
-
-
 def _warp(maps: Tensor, kx: Tensor, ky: Tensor, tx: Tensor, ty: Tensor) -> Tensor:
     """Resample a map: position u of the result, as a fraction, is position k * u + t of the source. Each k, t: [B]."""
     zero = torch.zeros_like(kx)

@@ -1,10 +1,13 @@
-"""ConceptHead location for a box or click prompt; its prototype mask supports the mask decoder."""
+"""Locations of the ConceptHead for a box or for clicks."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from ovsam.modeling.outputs import ConceptOutput
+
+TRUST = 0.25  # exponent of objectness: for a click, the location's own box counts for more
 
 
 def boxed_locations(concepts: ConceptOutput, boxes: Tensor, trust: float = 0.5) -> Tensor:
@@ -14,23 +17,42 @@ def boxed_locations(concepts: ConceptOutput, boxes: Tensor, trust: float = 0.5) 
     return (fit.nan_to_num() * concepts.objectness.float().sigmoid()[:, None] ** trust).argmax(-1)  # of [B, P, L]
 
 
-def pointed_locations(concepts: ConceptOutput, points: Tensor, labels: Tensor, stride: float) -> Tensor:
-    """Clicks -> [B, P]: the location of highest objectness whose mask contains the positive clicks and no negative
-    ones.
+def pointed_locations(concepts: ConceptOutput, points: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Clicks -> the `count` locations with the highest product of objectness ** TRUST and centrality: the mean over the
+    positive clicks of the square of their centre-ness in the box (FCOS, Tian et al. 2019, eq. 3). All of them have to
+    lie inside the box.
 
     Args:
         points: [B, P, N, 2] xy in pixels; labels: [B, P, N], 1 inside, 0 outside; others are ignored.
-        stride: side of a prototype cell in pixels.
+
+    Returns:
+        index [B, P, count] and the products [B, P, count], 0 where the clicks do not lie inside.
     """
-    height, width = concepts.prototypes.shape[-2:]
-    cell = (points / stride).long()
-    cell = cell[..., 1].clamp(0, height - 1) * width + cell[..., 0].clamp(0, width - 1)  # [B, P, N]
-    at = concepts.prototypes.flatten(2).transpose(1, 2)  # [B, h*w, Q]
-    at = at.gather(1, cell.flatten(1)[..., None].expand(-1, -1, at.shape[-1])).view(*cell.shape, -1)  # [B, P, N, Q]
-    held = torch.einsum("bpnq,blq->bpnl", at, concepts.coefficients).float().sigmoid()
-    low, high = concepts.boxes[:, None, None, :, :2], concepts.boxes[:, None, None, :, 2:]
-    boxed = ((points[..., None, :] > low) & (points[..., None, :] < high)).all(-1)  # [B, P, N, L]
-    held = held * boxed  # a prototype mask ends at its box
-    label = labels[..., None]
-    agrees = torch.where(label == 1, held, torch.where(label == 0, 1 - held, torch.ones_like(held)))
-    return (agrees.prod(2) * concepts.objectness.float().sigmoid()[:, None]).argmax(-1)
+    low = points[..., None, :] - concepts.boxes[:, None, None, :, :2]  # [B, P, N, L, 2]
+    high = concepts.boxes[:, None, None, :, 2:] - points[..., None, :]
+    near, far = torch.minimum(low, high).clamp(min=0), torch.maximum(low, high).clamp(min=1e-3)
+    central = (near / far).prod(-1)  # [B, P, N, L]
+    positive = (labels == 1)[..., None]
+    inside = ((central > 0) | ~positive).all(2)
+    mean = (central * positive).sum(2) / positive.sum(2).clamp(min=1)  # [B, P, L]
+    fit = mean * inside * concepts.objectness.float().sigmoid()[:, None] ** TRUST
+    best, index = fit.topk(min(count, fit.shape[-1]), dim=-1)
+    return index, best
+
+
+def agreement(masks: Tensor, regions: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+    """Probability that the masks of k candidates contain the positive clicks and not the negative ones, [B, P, k].
+
+    Args:
+        masks: logits [B, P*k, r, r] inside the regions [B, P*k, 4]; outside the probability is 0.
+        points, labels: see `pointed_locations`.
+    """
+    b, p, n = labels.shape
+    low, high = regions.view(b, p, -1, 1, 4).split(2, -1)  # [B, P, k, 1, 2]
+    place = 2 * (points[:, :, None] - low) / (high - low) - 1  # [B, P, k, N, 2] in [-1, 1]
+    sampled = F.grid_sample(
+        masks.flatten(0, 1)[:, None].float(), place.flatten(0, 2)[:, None], align_corners=False, padding_mode="border"
+    )  # [B*P*k, 1, 1, N]
+    held = sampled[:, 0, 0].view(place.shape[:-1]).sigmoid() * (place.abs() <= 1).all(-1)
+    label = labels[:, :, None]
+    return torch.where(label == 1, held, torch.where(label == 0, 1 - held, torch.ones_like(held))).prod(-1)

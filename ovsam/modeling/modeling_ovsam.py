@@ -6,13 +6,14 @@
     words -> CLIP text tower ---------^------------------------------> names <---- Clip2SamAdapter
 
 Shapes: B images, P prompts per image, N points per prompt, I instances per image (P, or the number of proposals), M
-mask candidates, K words, L locations, D CLIP width, C SAM width, Q prototypes.
+mask candidates, K words, L locations, D CLIP width, C SAM width.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -23,8 +24,8 @@ from ovsam.modeling.check_parts import check_fit
 from ovsam.modeling.clip import CLIP_SIDES
 from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.features import encode_image
-from ovsam.modeling.geometry import boxes_from_clip, maps_from_clip, maps_to_clip
-from ovsam.modeling.locations import boxed_locations, pointed_locations
+from ovsam.modeling.geometry import boxes_from_clip, maps_to_clip
+from ovsam.modeling.locations import boxed_locations
 from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.modeling.sam import SAM_SIDES, DecodedMasks, SamFeatures
 from ovsam.modeling.sam.base import Part, check_prompts
@@ -39,7 +40,7 @@ from ovsam.modeling.scoring import (
     mean_logits,
 )
 from ovsam.ops.boxes import masks_to_boxes
-from ovsam.ops.masks import crop, mask_overlap
+from ovsam.ops.masks import add_prior, mask_overlap, mean_masks
 from ovsam.ops.nms import fast_box_nms, suppress
 
 
@@ -219,8 +220,8 @@ class OVSamModel(OVSamPreTrainedModel):
             multimask_output: whether to return three masks for each prompt instead of the best one.
             everything: whether to propose all objects and use the text queries only to classify them; always so without
                 text queries.
-            refine: whether to refine masks with the mask decoder; if False, `input_masks` or else the prototype masks
-                of the ConceptHead are returned unchanged.
+            refine: whether to refine masks with the mask decoder; if False, `input_masks` or else the masks of the
+                ConceptHead are returned unchanged.
             proposal_threshold: lowest score of the proposals that are refined (default: the one of the config).
             prompt_counts: number of prompts of each image; the rest of P is padding.
             original_sizes: ignored; part of the processor's output, so that `model(**inputs)` works.
@@ -263,15 +264,18 @@ class OVSamModel(OVSamPreTrainedModel):
         self, features: OVSamFeatures, prompts: dict, query: TextQuery, multimask_output: bool, refine: bool
     ) -> OVSamOutput:
         """Prompts -> masks and their class embeddings."""
-        prototype_masks = self._prompted_prototypes(features, prompts) if refine and not multimask_output else None
-        if prototype_masks is not None:
-            prompts = prompts | {"input_masks": prototype_masks}
+        prior = None if multimask_output else self._prior(features, prompts)  # [B, P, H, W], None without one
+        if prior is not None:
+            prompts = prompts | {"input_masks": prior}
         decoded = self.sam.select_masks(self.sam.decode(features.sam, **prompts), multimask_output)
-        if prototype_masks is not None:
-            decoded.masks = decoded.masks + self.config.prototype_weight * prototype_masks[:, :, None]
+        if prior is not None:
+            decoded.masks = add_prior(decoded.masks, prior, self.config.mask_head_weight)
         if not refine:  # only the tokens of the decoder are used, for classification
             if prompts["input_masks"] is None:
-                raise InputError("refine=False keeps masks as they are: pass input_masks, or refine boxes and points.")
+                raise InputError(
+                    "refine=False keeps masks as they are: pass input_masks, or refine boxes and points, since this "
+                    "model has no ConceptHead with masks."
+                )
             decoded.masks, decoded.iou = prompts["input_masks"][:, :, None], None
         score = decoded.masks.new_zeros(decoded.masks.shape[:3]) if decoded.iou is None else decoded.iou
         best = score.argmax(-1, keepdim=True)  # [B, P, 1]; the mask that is classified
@@ -310,19 +314,24 @@ class OVSamModel(OVSamPreTrainedModel):
                 "This model has no ConceptHead, so it cannot search for text queries or everything: pass points, "
                 "boxes or masks, or a model with one, such as ovsam-tiny."
             )
-        if not refine and concepts.prototypes is None:
-            raise InputError("refine=False needs prototype masks, which the ConceptHead of this model does not have.")
+        if not refine and concepts.mask_features is None:
+            raise InputError("refine=False needs masks of the ConceptHead, which this model does not have.")
         threshold = self.config.proposal_threshold if proposal_threshold is None else proposal_threshold
         index, valid = self._propose(features, None if everything else query, threshold)  # [B, I]
         boxes = concepts.boxes.take_along_dim(index[..., None], 1)  # [B, I, 4]
+        masks, iou, tokens = self._box_masks(features, boxes), None, None
+        if masks is not None:
+            kept, valid = self._distinct(masks, valid)
+            index, boxes = index.gather(1, kept), boxes.take_along_dim(kept[..., None], 1)
+            masks = masks.take_along_dim(kept[..., None, None], 1)
         objectness = concepts.objectness.gather(1, index).float().sigmoid()
-        masks, iou, tokens = self._prototype_masks(features, index), None, None
         if refine and index.shape[1]:
             decoded = self.sam.decode(features.sam, input_boxes=boxes, input_masks=masks)
             decoded = self.sam.select_masks(decoded, multimask_output=False)
-            refined, iou, tokens = decoded.masks[:, :, 0], decoded.iou, decoded.tokens[:, :, 0]
-            masks = refined if masks is None else refined + self.config.prototype_weight * masks
-        elif masks is None:  # no proposals, and no prototypes that give the size of the masks
+            refined, iou, tokens = decoded.masks, decoded.iou, decoded.tokens[:, :, 0]
+            refined = refined if masks is None else add_prior(refined, masks, self.config.mask_head_weight)
+            masks = refined[:, :, 0]
+        elif masks is None:  # no proposals, and no mask head that gives the size of the masks
             masks = boxes.new_zeros(*index.shape, *(4 * side for side in features.sam.embedding.shape[-2:]))
         namings: list[AnyNaming] = [self._concept_naming(concepts, index)]
         if self.clip2sam is not None and tokens is not None:
@@ -372,55 +381,62 @@ class OVSamModel(OVSamPreTrainedModel):
         for image in range(len(top)):  # images have different numbers of instances
             index = top[image][score[image] > threshold]
             index = index[fast_box_nms(concepts.boxes[image, index], config.nms_threshold)][: config.max_detections]
-            if concepts.prototypes is not None and len(index) > 1:  # duplicates by mask are refined once
-                rough = torch.einsum("iq,qhw->ihw", concepts.coefficients[image, index], concepts.prototypes[image])
-                rough = crop(rough, concepts.boxes[image, index] / self._mask_stride(rough))
-                index = index[suppress(mask_overlap(rough > 0), config.mask_nms_threshold)]
             kept.append(index)
         index = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
         return index.clamp(min=0), index >= 0
 
+    def _distinct(self, masks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Remove duplicates by mask, so that each object is refined once.
+
+        Args:
+            masks: logits [B, I, h, w], the highest score first.
+            valid: [B, I].
+
+        Returns:
+            index [B, I'] of the instances that are kept, and their valid [B, I'].
+        """
+        kept = [
+            mine.nonzero()[:, 0][suppress(mask_overlap(rough[mine] > 0), self.config.mask_nms_threshold)]
+            for rough, mine in zip(masks, valid, strict=True)
+        ]
+        index = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
+        return index.clamp(min=0), index >= 0
+
     def _move_from_clip(self, features: OVSamFeatures) -> None:
-        """Map boxes and prototypes from CLIP's input to the model input, boxes clipped to it."""
-        concepts, frame = features.concepts, features.clip_frame
-        concepts.boxes = boxes_from_clip(concepts.boxes, frame).clamp(0, self.sam.image_size)
-        if concepts.prototypes is not None:
-            concepts.prototypes = maps_from_clip(concepts.prototypes, frame, self.sam.image_size, features.clip_size)
-
-    def _prototype_masks(self, features: OVSamFeatures, index: Tensor, boxes: Tensor | None = None) -> Tensor | None:
-        """Mask logits [B, I, H/4, W/4] of some locations: prototypes times coefficients (YOLACT), cropped to the boxes
-        of the locations, or to `boxes` [B, I, 4]."""
+        """Map boxes from CLIP's input to the model input, and clip them to it."""
         concepts = features.concepts
-        if concepts.prototypes is None:
-            return None
-        coefficients = concepts.coefficients.take_along_dim(index[..., None], 1)  # [B, I, Q]
-        masks = torch.einsum("biq,bqhw->bihw", coefficients, concepts.prototypes)
-        boxes = concepts.boxes.take_along_dim(index[..., None], 1) if boxes is None else boxes
-        return crop(masks, boxes / self._mask_stride(masks))
+        concepts.boxes = boxes_from_clip(concepts.boxes, features.clip_frame).clamp(0, self.sam.image_size)
 
-    def _prompted_prototypes(self, features: OVSamFeatures, prompts: dict) -> Tensor | None:
-        """Prototype masks [B, P, H/4, W/4] for prompts; None if the ConceptHead has none, if their weight is 0, or if
-        the prompts include masks, which are more precise."""
-        concepts, boxes, points = features.concepts, prompts["input_boxes"], prompts["input_points"]
-        if not self.config.prototype_weight or concepts is None or concepts.prototypes is None:
+    def _box_masks(self, features: OVSamFeatures, boxes: Tensor) -> Tensor | None:
+        """boxes [B, I, 4] -> mask logits [B, I, h, w] of the ConceptHead, None without one."""
+        if self.concepts is None or features.concepts is None:
             return None
-        if prompts["input_masks"] is not None:
+        return self.concepts.box_masks(features.concepts, boxes, self.sam.image_size, features.clip_frame)
+
+    def _prior(self, features: OVSamFeatures, prompts: dict) -> Tensor | None:
+        """The masks [B, P, H, W] that the mask decoder corrects: those of the ConceptHead for boxes or clicks, or the
+        mask prompts, or for clicks with mask prompts the mean of both. None without a mask head or if its weight is
+        0."""
+        concepts, boxes, points = features.concepts, prompts["input_boxes"], prompts["input_points"]
+        if self.concepts is None or concepts is None or not self.config.mask_head_weight:
             return None
         check_prompts(len(concepts.boxes), *prompts.values())
+        given = prompts["input_masks"]
+        if given is not None and (points is None or boxes is not None):
+            return given
         if boxes is not None:
-            return self._prototype_masks(features, boxed_locations(concepts, boxes.float()), boxes.float())
-        if points is not None:
-            stride = self._mask_stride(concepts.prototypes)
-            labels = prompts["input_labels"]
-            labels = torch.ones_like(points[..., 0]) if labels is None else labels
-            index = pointed_locations(concepts, points, labels, stride)
-            return self._prototype_masks(features, index)
-        return None
+            return self._box_masks(features, boxes)
+        labels = prompts["input_labels"]
+        labels = torch.ones_like(points[..., 0]) if labels is None else labels
+        masks, agreed = self.concepts.point_masks(concepts, points, labels, self.sam.image_size, features.clip_frame)
+        return masks if given is None else mean_masks(given, masks, agreed)
 
     def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> AnyNaming:
         """Class embedding of each mask: from the adapter, else from the best-matching locations, else from CLIP's own
         pooling; none if all features come from SAM."""
         if self.clip2sam is not None and features.maps:
+            quarter = [round(self.sam.image_size / 4)] * 2  # stride 4
+            masks = masks if list(masks.shape[-2:]) == quarter else F.adaptive_avg_pool2d(masks, quarter)
             return self.clip2sam.name(features, masks, boxes, tokens, self.clip)
         if features.concepts is not None:
             concepts = features.concepts

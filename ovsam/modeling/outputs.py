@@ -1,5 +1,5 @@
 """The outputs of the model and of its parts. Shapes: B images, P prompts, I instances, M mask candidates, K words,
-L locations, D CLIP width, C SAM width, Q prototypes."""
+L locations, D CLIP width, C SAM width."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -79,11 +79,11 @@ class TrackedMasks(ModelOutput):
 
 @dataclass
 class ConceptOutput(ModelOutput):
-    """L = H/16 * W/16 + H/32 * W/32 locations, row by row, stride 16 first.
+    """L locations, row by row, those of the finest stride first.
 
     objectness [B, L] logits; boxes [B, L, 4] xyxy in pixels of the model input; embeds [B, L, D], L2-normalised;
-    logit_scale, logit_shift [B, L, 1]: a word's logit is (cosine + shift) * scale (as in OWLv2);
-    coefficients [B, L, Q] and prototypes [B, Q, H/4, W/4]: mask logits are their product.
+    logit_scale, logit_shift [B, L, 1]: a word's logit is (cosine + shift) * scale (as in OWLv2); mask_features: the
+    maps that the mask head reads, or None without one.
     """
 
     objectness: Tensor | None = None
@@ -91,8 +91,7 @@ class ConceptOutput(ModelOutput):
     embeds: Tensor | None = None
     logit_scale: Tensor | None = None
     logit_shift: Tensor | None = None
-    coefficients: Tensor | None = None
-    prototypes: Tensor | None = None
+    mask_features: tuple[Tensor, ...] | None = None
 
 
 @dataclass

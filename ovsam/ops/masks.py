@@ -2,10 +2,12 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64  # number of pixels whose distance is computed at a time
 EMPTY = -20.0  # logit of a pixel that is certainly not in the mask
+PRIOR = 5.0  # highest absolute logit of a mask that the decoder corrects
 INSIDE, OUTSIDE = 10.0, -10.0  # logits of a mask that is given as bool, as SAM's mask prompts are scaled
 
 
@@ -14,13 +16,71 @@ def mask_logits(masks: Tensor) -> Tensor:
     return torch.where(masks, INSIDE, OUTSIDE) if masks.dtype == torch.bool else masks.float()
 
 
-def crop(masks: Tensor, boxes: Tensor) -> Tensor:
-    """Make mask logits [B, I, h, w] very low outside their box [B, I, 4] (in cells) plus one cell."""
-    y = torch.arange(masks.shape[-2], device=masks.device) + 0.5
-    x = torch.arange(masks.shape[-1], device=masks.device) + 0.5
-    columns = (x > boxes[..., 0:1] - 1) & (x < boxes[..., 2:3] + 1)  # [B, I, w]
-    rows = (y > boxes[..., 1:2] - 1) & (y < boxes[..., 3:4] + 1)  # [B, I, h]
-    return masks.masked_fill(~(rows[..., :, None] & columns[..., None, :]), EMPTY)
+def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask logits inside boxes -> mask logits of the image, EMPTY outside of the boxes.
+
+    Bilinear interpolation is separable, so it is the product of three matrices.
+
+    Args:
+        masks: [B, I, r, r].
+        boxes: [B, I, 4] xyxy in pixels of the output.
+        size: height and width of the output.
+
+    Returns:
+        [B, I, height, width]
+    """
+    low, high = boxes[..., :2].float(), boxes[..., 2:].float()
+    inside, weights = [], []
+    for axis, length in ((1, size[0]), (0, size[1])):
+        pixel = torch.arange(length, device=masks.device) + 0.5
+        start, end = low[..., axis, None], high[..., axis, None]
+        cells = masks.shape[-1]
+        place = ((pixel - start) / (end - start).clamp(min=1e-3) * cells - 0.5).clamp(0, cells - 1)  # [B, I, length]
+        weight = (1 - (place[..., None] - torch.arange(cells, device=masks.device)).abs()).clamp(min=0)
+        weights.append(weight)  # [B, I, length, r]
+        inside.append((pixel >= start) & (pixel <= end))
+    pasted = weights[0] @ masks.float() @ weights[1].transpose(-1, -2)
+    return pasted.masked_fill(~(inside[0][..., :, None] & inside[1][..., None, :]), EMPTY)
+
+
+def add_prior(masks: Tensor, prior: Tensor, weight: float = 1.0) -> Tensor:
+    """The masks of a decoder that corrects its mask prompts, in the manner of a residual network.
+
+    Args:
+        masks: logits of the decoder [B, P, M, h, w].
+        prior: logits of the mask prompts [B, P, H, W], of the same resolution or a finer one. They are limited to
+            PRIOR, so that clicks can overrule them.
+        weight: factor of the prior.
+
+    Returns:
+        [B, P, M, H, W]
+    """
+    size, grid = masks.shape[:3], prior.shape[-2:]
+    if masks.shape[-2:] != grid:
+        masks = F.interpolate(masks.flatten(0, 1), grid, mode="bilinear").view(*size, *grid)
+    return masks + weight * prior[:, :, None].clamp(-PRIOR, PRIOR)
+
+
+def mean_masks(given: Tensor, masks: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean of two sets of mask logits, each limited to PRIOR.
+
+    Args:
+        given: [B, P, h, w] with weight 1; resized to the other ones.
+        masks: [B, P, H, W]; weight: their weight [B, P].
+
+    Returns:
+        [B, P, H, W]
+    """
+    if given.shape[-2:] != masks.shape[-2:]:
+        given = F.interpolate(given, masks.shape[-2:], mode="bilinear")
+    weight = weight[..., None, None]
+    return (given.clamp(-PRIOR, PRIOR) + weight * masks.clamp(-PRIOR, PRIOR)) / (1 + weight)
+
+
+def certainty(masks: Tensor) -> Tensor:
+    """Mean probability of the pixels inside each mask, 0 for an empty one. Logits [..., h, w] -> [...]"""
+    probability, inside = masks.sigmoid(), masks > 0
+    return (probability * inside).sum((-1, -2)) / inside.sum((-1, -2)).clamp(min=1)
 
 
 def mask_overlap(masks: Tensor, others: Tensor | None = None) -> Tensor:

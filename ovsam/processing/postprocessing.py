@@ -17,7 +17,7 @@ from ovsam.modeling.outputs import OVSamOutput
 from ovsam.modeling.scoring import all_phrases, is_per_image
 from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes
-from ovsam.ops.masks import mask_overlap
+from ovsam.ops.masks import certainty, mask_overlap
 from ovsam.ops.nms import NMS, within
 
 Words = Sequence[str] | Mapping[str, str]
@@ -194,10 +194,8 @@ def best_masks(outputs: OVSamOutput, image: int, index: Tensor) -> tuple[Tensor,
     """The candidate mask with the highest predicted IoU of each instance, logits [n, h, w], and its predicted IoU
     [n]."""
     masks = outputs.pred_masks[image, index].float()  # [n, M, h, w]
-    if outputs.iou_scores is None:  # prototype masks: mean probability of their pixels
-        on = masks[:, 0] > 0
-        sure = (masks[:, 0].sigmoid() * on).sum((-1, -2)) / on.sum((-1, -2)).clamp(min=1)
-        return masks[:, 0], sure
+    if outputs.iou_scores is None:  # masks of the ConceptHead: mean probability of their pixels
+        return masks[:, 0], certainty(masks[:, 0])
     quality, best = outputs.iou_scores[image, index].float().max(-1)
     return masks.take_along_dim(best[:, None, None, None], 1)[:, 0], quality
 

@@ -257,7 +257,7 @@ def _calibrations_and_thresholds(
             named += zip(surest.tolist(), (name.cpu() == held.word_ids[own]).tolist(), strict=True)
 
         features = held.encoded.features
-        refine = features.concepts.prototypes is None  # only boxes are used here, which refinement does not change
+        refine = features.concepts.mask_features is None  # only boxes are used here, which refinement does not change
         outputs = segmenter.model(features=features, everything=True, refine=refine, proposal_threshold=AP_FLOOR)
         taken = box_iou(outputs.pred_boxes[0].cpu().float(), held.boxes) > 0.5  # [I, objects], highest score first
         for score, hits in zip(outputs.objectness[0].tolist(), taken, strict=True):

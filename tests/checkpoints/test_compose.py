@@ -38,7 +38,7 @@ from ovsam.modeling.tracking import VideoPrompt
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = picture(5, width=150, height=90)
 MODEL_INPUTS = ("pixel_values", "clip_pixel_values", "clip_window", "input_boxes", "input_points", "input_labels")
-HEADS = {"width": 16, "num_prototypes": 8, "prototype_width": 8}
+HEADS = {"width": 16, "mask_width": 12}
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_weights_that_do_not_fit(folder, damage, message):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"prototype_weight": float("nan")},
+        {"mask_head_weight": float("nan")},
         {"max_locations": 10**12},
         {"composition": 3},
         {"sam_config": "x"},

@@ -16,7 +16,7 @@ READ = {"in_channels": CHANNELS, "embed_dim": D, "width": 16}
 ADAPTERS = {
     "clip2sam": (Clip2SamAdapter, Clip2SamConfig(**READ, token_dim=C)),
     "clip2sam without tokens": (Clip2SamAdapter, Clip2SamConfig(**READ)),
-    "concepts": (ConceptHead, ConceptHeadConfig(**READ, num_prototypes=5, prototype_width=8)),
+    "concepts": (ConceptHead, ConceptHeadConfig(**READ, mask_width=12)),
     "sam2clip": (Sam2ClipAdapter, Sam2ClipConfig(in_channels=CHANNELS, width=C, num_layers=2, num_heads=4)),
 }
 adapters = pytest.mark.parametrize("kind", ADAPTERS)
@@ -77,6 +77,9 @@ def test_gradients_reach_every_parameter(kind):
     if "clip2sam" in kind:
         words = normalize(torch.randn(4, D), dim=-1)
         loss = loss + model.logits(outputs_of(model, kind)["embeds"], words).square().mean()
+    if kind == "concepts":
+        out, boxes = model(maps()), torch.tensor([[[8.0, 8, 40, 30], [60, 60, 61, 61]]]).repeat(2, 1, 1)
+        loss = loss + sum(mask.square().mean() for mask in model.mask_head(out.mask_features, boxes))
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name

@@ -15,7 +15,7 @@ from ovsam.modeling.check_parts import check_fit
 
 SAMS = ("sam2", "edgetam", "sam")
 CLIPS = ("convnext", "resnet", "clip", "siglip", "owlv2")
-HEAD = {"width": 16, "num_prototypes": 8, "prototype_width": 8}
+HEAD = {"width": 16, "mask_width": 12}
 
 
 def adapter(folder, config):

@@ -31,7 +31,7 @@ READ = {path.parent.name: tomllib.loads(path.read_text(encoding="utf-8")) for pa
 DRY_RUN = [name for name, recipe in READ.items() if recipe["stage"] not in ("calibrate", "finetune", "memory")]
 QUICK = ("clip2sam-siglip2", "concepts-convnext", "mae-vit")  # the others run in the whole suite
 # What is smaller in a dry run; the rest of [stage_args] is the recipe's.
-SMALLER = {"width": 16, "prompts": 2, "layers": 1, "heads": 4, "mask_locations": 8, "architecture": "test_vit"}
+SMALLER = {"width": 16, "prompts": 2, "layers": 1, "heads": 4, "mask_objects": 2, "architecture": "test_vit"}
 SMALLER |= {"image_size": SIZE, "window": SIZE // 2}
 SCENES = {"min_objects": 2, "max_objects": 3, "min_size": 30.0, "max_size": 60.0}
 MINIATURES = {

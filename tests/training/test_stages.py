@@ -20,8 +20,10 @@ from transformers.models.mask2former import modeling_mask2former as mask2former
 from ovsam.errors import InputError
 from ovsam.modeling.adapters.common import maps_at_strides
 from ovsam.modeling.adapters.concepts import ConceptHead, ConceptHeadConfig
+from ovsam.modeling.adapters.mask_head import MARGIN
 from ovsam.modeling.adapters.sam2clip import Sam2ClipAdapter, Sam2ClipConfig
 from ovsam.modeling.clip import CLIP_SIDES, OpenClipConfig
+from ovsam.modeling.outputs import ConceptOutput
 from ovsam.modeling.sam import DecodedMasks
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.training.feature_cache import FeatureCache, state_hash
@@ -139,7 +141,7 @@ class TestConcepts(StageTester):
     trained = ("concepts.", "word_losses.")
 
     def make(self, words):
-        return ConceptsStage(words, towers(clip="convnext"), width=16, mask_locations=4)
+        return ConceptsStage(words, towers(clip="convnext"), width=16, mask_objects=4)
 
 
 class TestAdapters(StageTester):
@@ -536,12 +538,31 @@ def test_objects_without_a_name_train_all_but_words(words, batch):
 
 
 def test_an_image_label_labels_no_location(words, batch):
-    stage = ConceptsStage(words, towers(), width=16)
+    stage = ConceptsStage(words, towers(), width=16, box_noise=0.0, mask_objects=100)  # no random numbers
     whole = batch | {"masks": torch.zeros_like(batch["masks"])}
     whole["masks"][:, 0] = True
     assert stage(**whole)["loss"] == 0
     both = {name: torch.cat([batch[name], whole[name]]) for name in batch}
     torch.testing.assert_close(stage(**both)["loss"], stage(**batch)["loss"])
+
+
+def test_the_mask_loss_compares_masks_inside_the_regions(words):
+    """Objects that fill their boxes, which are 1 / MARGIN of the regions across."""
+    stage = ConceptsStage(words, towers(), width=16, box_noise=0.0)
+    masks = torch.zeros(1, 2, 128, 128, dtype=torch.bool)
+    masks[0, 0, 10:60, 20:90] = masks[0, 1, 70:120, 5:40] = True
+    inside = ((torch.arange(56) + 0.5) / 56 * 2 - 1).abs() < 1 / MARGIN
+
+    def head(sign):
+        logits = torch.where(inside[:, None] & inside, 10.0, -10.0).expand(1, 2, -1, -1) * sign
+        return lambda features, regions: (F.avg_pool2d(logits, 2), logits)
+
+    found = {}
+    for sign in (1, -1):
+        stage.concepts.mask_head.forward = head(sign)
+        found[sign] = stage.mask_loss(ConceptOutput(mask_features=()), masks)
+    assert found[1][0] < 0.6 and found[1][1] > 0.95
+    assert found[-1][0] > 10 and found[-1][1] < 0.1
 
 
 def test_an_unknown_word_gets_no_gradient_from_any_location(words, batch):

@@ -5,8 +5,8 @@ the objects have novel words, and the target of every synonym is in three scenes
 COCO's fields, each annotation has `point` (the pixel farthest from the boundary of the mask: the one-click prompt),
 each category its `split`, each image 20 `absent_words` as negative queries, and the file the `synonyms`.
 
-tests/data/emojiscenes-val was drawn with the defaults; tests/data/openmoji-val, in a style that is not trained on, with
-`--style openmoji --scenes 40 --seed 900101 --quality 90`.
+tests/data/emojiscenes-val has the first 60 scenes that were drawn with the defaults; tests/data/openmoji-val, in a
+style that is not trained on, the first 24 of `--style openmoji --scenes 40 --seed 900101 --quality 90`.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""ConceptHead: objectness, box, class embedding and mask coefficients of every location of an image, without queries.
+"""ConceptHead: objectness, box and class embedding of every location of an image, and the mask of any box, without
+queries.
 
-It combines DenseCLIP (dense CLIP scores) and YOLACT (prototype masks). Text queries come later, as one matrix product,
-so any number of them costs about the same.
+It combines DenseCLIP (dense CLIP scores), FCOS (boxes of locations) and Mask R-CNN (masks of boxes). Text queries come
+later, as one matrix product, so any number of them costs about the same.
 """
 
 import torch
@@ -10,12 +11,28 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ovsam.modeling.adapters.common import AdapterModel, RegionProjection, TopDown, upsample
+from ovsam.modeling.adapters.mask_head import MaskHead, mask_regions
+from ovsam.modeling.geometry import boxes_to_clip
+from ovsam.modeling.locations import agreement, pointed_locations
 from ovsam.modeling.outputs import ConceptOutput
 from ovsam.modeling.remote_code import RemoteCodeConfig
+from ovsam.ops.masks import certainty, paste
+
+CANDIDATES = 12  # locations whose masks are compared for clicks
+CERTAINTY = 4.0  # exponent of the certainty of a mask in that comparison
 
 
 class ConceptHeadConfig(RemoteCodeConfig):
-    """`in_channels` are the channels of the maps at strides 4, 8, 16 and 32. Locations are at strides 16 and 32."""
+    """Configuration of ConceptHead.
+
+    Args:
+        in_channels: channels of the maps at strides 4, 8, 16 and 32.
+        embed_dim: D.
+        width: width of the head.
+        strides: strides of the locations, the finest first; each is twice the one before, and the last is 32.
+        mask_width: width of the mask head.
+        mask_stride: stride of the masks that the head returns, in pixels: 2 preserves the outlines of small objects.
+    """
 
     model_type = "ovsam_concepts"
     auto_classes = {"AutoModel": "ConceptHead"}
@@ -23,31 +40,26 @@ class ConceptHeadConfig(RemoteCodeConfig):
     in_channels: list | tuple = (32, 64, 96, 960)
     embed_dim: int = 384
     width: int = 128
-    num_prototypes: int = 32
-    prototype_width: int = 48
+    strides: list | tuple = (16, 32)
+    mask_width: int = 96
+    mask_stride: int = 4
 
 
 class ConceptHead(AdapterModel):
     config: ConceptHeadConfig
     base_model_prefix = "concepts"
-    strides = (16, 32)
 
     def __init__(self, config: ConceptHeadConfig):
         super().__init__(config)
         width, channels = config.width, tuple(config.in_channels)
         self.region = RegionProjection(channels, config.embed_dim)
-        self.pyramid = TopDown(channels[1:], width)
+        self.pyramid = TopDown(channels[-len(config.strides) :], width)
         self.tower = nn.Sequential(*self._block(width, width), *self._block(width, width))
         self.objectness = nn.Conv2d(width, 1, 1)
         self.sides = nn.Conv2d(width, 4, 1)
-        self.coefficients = nn.Conv2d(width, config.num_prototypes, 1)
         self.embedding = nn.Sequential(*self._block(width, 2 * width), nn.Conv2d(2 * width, config.embed_dim, 1))
         self.scale_shift = nn.Conv2d(2 * width, 2, 1)
-        fine = config.prototype_width
-        self.detail = nn.Conv2d(channels[0], fine, 1)
-        self.prototype_in = nn.Conv2d(width, fine, 3, padding=1)
-        self.prototype_out = nn.Sequential(nn.Conv2d(fine, fine, 3, padding=1), nn.ReLU())
-        self.prototypes = nn.Conv2d(fine, config.num_prototypes, 1)
+        self.mask_head = MaskHead(channels, config.mask_width)
         self.post_init()
 
     @staticmethod
@@ -67,33 +79,71 @@ class ConceptHead(AdapterModel):
 
     def forward(self, maps: tuple[Tensor, ...]) -> ConceptOutput:
         """maps: features at strides 4, 8, 16, 32, each [B, Ci, hi, wi]."""
-        stride8, stride16, stride32 = self.pyramid(maps[1:])
+        strides = self.config.strides
+        levels = self.pyramid(maps[-len(strides) :])
         region = self.region(maps)  # [B, D, H/16, W/16]
-        regions = (region, F.avg_pool2d(region, 2))
-
+        regions = {8: upsample(region), 16: region, 32: F.avg_pool2d(region, 2)}
         per_level = [
-            self._locations(feature, near, stride)
-            for feature, near, stride in zip((stride16, stride32), regions, self.strides, strict=True)
+            self._locations(feature, regions[stride], stride) for feature, stride in zip(levels, strides, strict=True)
         ]
-        objectness, boxes, embeds, scale_shift, coefficients = (
-            torch.cat(part, dim=1) for part in zip(*per_level, strict=True)
-        )
+        objectness, boxes, embeds, scale_shift = (torch.cat(part, dim=1) for part in zip(*per_level, strict=True))
         scale, shift = scale_shift.float().unbind(-1)
-
-        prototypes = F.relu(upsample(self.prototype_in(stride8)) + self.detail(maps[0]))  # [B, 48, H/4, W/4]
-        prototypes = self.prototypes(self.prototype_out(prototypes))
         return ConceptOutput(
             objectness=objectness[..., 0],
             boxes=boxes,
             embeds=F.normalize(embeds, dim=-1),
             logit_scale=F.elu(scale[..., None]) + 1,
             logit_shift=shift[..., None],
-            coefficients=coefficients,
-            prototypes=prototypes,
+            mask_features=self.mask_head.features(maps),
         )
 
+    def box_masks(self, concepts: ConceptOutput, boxes: Tensor, side: int, frame: Tensor | None = None) -> Tensor:
+        """The masks of boxes.
+
+        Args:
+            concepts: output of `forward`.
+            boxes: [B, P, 4] xyxy in pixels of the model input.
+            side: width and height of the model input in pixels.
+            frame: maps the model input to the input of the maps where they differ (see geometry.py).
+
+        Returns:
+            mask logits [B, P, side / mask_stride, side / mask_stride] over the model input, EMPTY outside the regions.
+        """
+        regions, stride = mask_regions(boxes.float()), self.config.mask_stride
+        logits = self.mask_head(concepts.mask_features, boxes_to_clip(regions, frame))[-1]
+        return paste(logits, regions / stride, (side // stride, side // stride))
+
+    def point_masks(
+        self, concepts: ConceptOutput, points: Tensor, labels: Tensor, side: int, frame: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The masks of clicks: of the best locations for them, the one whose mask agrees best with all clicks and is
+        most certain. Logits are 0 everywhere if no location fits.
+
+        Args:
+            concepts, side, frame: see `box_masks`; the boxes of the locations are in pixels of the model input.
+            points: [B, P, N, 2] xy in pixels of the model input; labels: [B, P, N], 1 inside, 0 outside; others are
+                ignored.
+
+        Returns:
+            mask logits as in `box_masks`, and their probability to agree with all clicks [B, P].
+        """
+        index, fit = pointed_locations(concepts, points, labels, CANDIDATES)  # [B, P, k]
+        boxes = concepts.boxes.take_along_dim(index.flatten(1)[..., None], 1)  # [B, P*k, 4]
+        regions = mask_regions(boxes.float())
+        logits = self.mask_head(concepts.mask_features, boxes_to_clip(regions, frame))[-1]  # [B, P*k, r, r]
+        agreed = agreement(logits, regions, points, labels)  # [B, P, k]
+        fit = fit * agreed * certainty(logits).view_as(fit) ** CERTAINTY
+        agreed = agreed.gather(-1, fit.argmax(-1, keepdim=True))[..., 0]
+        best = fit.argmax(-1, keepdim=True)[..., None]  # [B, P, 1, 1]
+        chosen, region = (tensor.unflatten(1, fit.shape[1:]) for tensor in (logits, regions))  # [B, P, k, ...]
+        chosen, region = chosen.take_along_dim(best[..., None], 2)[:, :, 0], region.take_along_dim(best, 2)[:, :, 0]
+        stride = self.config.mask_stride
+        masks = paste(chosen, region / stride, (side // stride, side // stride))
+        found = fit.amax(-1) > 0
+        return torch.where(found[..., None, None], masks, 0.0), agreed * found
+
     def _locations(self, feature: Tensor, near: Tensor, stride: int) -> tuple[Tensor, ...]:
-        """One level: [B, C, h, w] -> objectness, boxes, embeds, scale and shift, coefficients, each [B, h*w, ...]."""
+        """One level: [B, C, h, w] -> objectness, boxes, embeds, scale and shift, each [B, h*w, ...]."""
         feature = self.tower(feature)
         hidden = self.embedding[:-1](feature)
         h, w = feature.shape[-2:]
@@ -105,13 +155,7 @@ class ConceptHead(AdapterModel):
         sides = _rows(self.sides(feature)).float().clamp(max=5).exp() * (2 * stride)  # left, top, right, bottom
         boxes = torch.cat([center - sides[..., :2], center + sides[..., 2:]], -1)
         embeds = _rows(self.embedding[-1](hidden) + near)
-        return (
-            _rows(self.objectness(feature)),
-            boxes,
-            embeds,
-            _rows(self.scale_shift(hidden)),
-            _rows(self.coefficients(feature)),
-        )
+        return _rows(self.objectness(feature)), boxes, embeds, _rows(self.scale_shift(hidden))
 
 
 def _rows(feature: Tensor) -> Tensor:

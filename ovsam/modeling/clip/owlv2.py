@@ -105,7 +105,7 @@ class Owlv2Side(ClipSide):
 
     def concepts(self, features: ClipFeatures) -> ConceptOutput:
         """Return the h*w patches as locations, row by row; boxes [B, L, 4] xyxy in pixels of the padded square. There
-        are no prototypes, and no duplicates are removed."""
+        is no mask head, and no duplicates are removed."""
         h, w = features.pool_map.shape[-2:]
         tokens = features.pool_map.flatten(2).mT  # [B, C, h, w] -> [B, h*w, C]
         # Boxes stay in float32: the precision of bfloat16 is 2 px in a square of 960 px.

@@ -15,21 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.ops import nms
+from torchvision.ops import nms, roi_align
 
 from ovsam.modeling.adapters.concepts import ConceptHead, ConceptHeadConfig
+from ovsam.modeling.adapters.mask_head import mask_regions
 from ovsam.modeling.outputs import ConceptOutput
 from ovsam.ops.boxes import masks_to_boxes
-from ovsam.ops.masks import EMPTY, crop
-from ovsam.training.stages.losses import dice_loss, giou_loss
+from ovsam.ops.masks import paste
+from ovsam.training.stages.losses import dice_loss, giou_loss, mask_iou
 from ovsam.training.stages.predictions import Found
-from ovsam.training.stages.prompts import resize_masks
+from ovsam.training.stages.prompts import choose_objects, resize_masks
 from ovsam.training.stages.text_embeddings import WordTable
 from ovsam.training.stages.towers import Towers, start_region
 from ovsam.training.stages.word_losses import WordLosses, check_width
 
-# An object is assigned to a level if the longer side of its box, in pixels, is in this range; the ranges overlap.
-LEVEL_RANGES = ((0.0, 110.0), (72.0, 1e4))
+# An object is assigned to a level if the longer side of its box, in strides, is in this range; the ranges overlap. The
+# finest level has all smaller objects, the coarsest all larger ones.
+LEVEL_RANGE = (2.25, 6.875)
 
 
 @dataclass
@@ -46,6 +48,7 @@ class ConceptsStage(nn.Module):
         words: words embedded by CLIP's text tower.
         towers: towers with the maps that the head reads.
         width: width of the head.
+        strides, mask_stride: see ConceptHeadConfig.
         label_smoothing: label smoothing of the cross entropy among names.
         word_weight: weight of the sigmoid loss for each text.
         teacher_weight: weight of the distance (1 - cosine) between the class embeddings of a location and of the
@@ -53,7 +56,8 @@ class ConceptsStage(nn.Module):
         cache: whether to store the maps of the frozen towers on disk (2 bytes a number: 1.9 MB for an image of 512
             pixels and EfficientNet-Lite2), instead of encoding every sample again; for data with few `draws`.
         map_dropout: share of the channels of the two coarse maps that are dropped in a step.
-        mask_locations: number of locations of a batch with a mask loss; 0 for all. YOLACT takes 100 for each image.
+        mask_objects: number of objects of each image with a mask loss.
+        box_noise: standard deviation of the boxes of the mask loss, as a share of their sides.
     """
 
     def __init__(
@@ -61,10 +65,13 @@ class ConceptsStage(nn.Module):
         words: WordTable,
         towers: Towers,
         width: int = 256,
+        strides: tuple[int, ...] = (16, 32),
+        mask_stride: int = 4,
         label_smoothing: float = 0.05,
         word_weight: float = 0.2,
         teacher_weight: float = 0.0,
-        mask_locations: int = 0,
+        mask_objects: int = 6,
+        box_noise: float = 0.06,
         cache: bool = False,
         map_dropout: float = 0.0,
     ):
@@ -72,9 +79,11 @@ class ConceptsStage(nn.Module):
         check_width(words, towers.embed_dim)
         self.towers = towers
         self.size = {"in_channels": towers.channels, "embed_dim": towers.embed_dim, "width": width}
-        self.concepts = start_region(ConceptHead(ConceptHeadConfig(**self.size)), towers)
+        head = ConceptHeadConfig(**self.size, strides=strides, mask_stride=mask_stride)
+        self.concepts = start_region(ConceptHead(head), towers)
         self.word_losses = WordLosses(words, label_smoothing)
-        self.word_weight, self.teacher_weight, self.mask_locations = word_weight, teacher_weight, mask_locations
+        self.word_weight, self.teacher_weight = word_weight, teacher_weight
+        self.mask_objects, self.box_noise = mask_objects, box_noise
         self.cache, self.map_dropout = cache, map_dropout
 
     def published_state(self) -> dict[str, Tensor]:
@@ -115,7 +124,7 @@ class ConceptsStage(nn.Module):
         whole = masks.flatten(2).all(-1).any(1)  # [B]
         masks, known = masks & ~whole[:, None, None, None], known & ~whole[:, None]
         boxes = masks_to_boxes(masks)
-        place = assign(masks, boxes, self.concepts.strides)
+        place = assign(masks, boxes, self.concepts.config.strides)
         truth = boxes.take_along_dim(place.owner[..., None], 1)  # [B, L, 4]
         on = place.centrality > 0.02
         regression, iou = giou_loss(out.boxes[on], truth[on])
@@ -129,18 +138,18 @@ class ConceptsStage(nn.Module):
         pointwise = F.binary_cross_entropy_with_logits(objectness, quality, reduction="none")
         objectness_loss = (pointwise * weight * ~whole[:, None]).sum() / quality.sum().clamp(min=1)
 
-        # Central locations have mask and word losses; background of the highest objectness has negative word losses.
+        # Central locations have word losses; background of the highest objectness has negative word losses.
         batch, location = (place.centrality > 0.5).nonzero(as_tuple=True)
         owner = place.owner[batch, location]
-        mask_loss = self.prototype_loss(out, masks, boxes, batch, location, owner)
-        losses = {"box": 2 * box_loss, "objectness": 2 * objectness_loss, "mask": mask_loss}
+        losses = {"box": 2 * box_loss, "objectness": 2 * objectness_loss}
+        losses["mask"], iou_of_masks = self.mask_loss(out, masks)
         if taught is not None:
             distance = 1 - (out.embeds[batch, location].float() * taught[batch, owner].float()).sum(-1)
             losses["teacher"] = self.teacher_weight * distance.sum() / max(len(distance), 1)
         background = objectness.detach().masked_fill(place.centrality > 0, -1e4)
         worst = background.topk(min(24, background.shape[1]), dim=1).indices  # [B, 24]
         worst_batch = torch.arange(len(worst), device=worst.device).repeat_interleave(worst.shape[1])
-        # An object without a class name has a box and a mask loss, but no word loss.
+        # An object without a class name has box and mask losses, but no word loss.
         named = word_ids[batch, owner] >= 0
         batch, location, owner = batch[named], location[named], owner[named]
         batch_all, location_all = torch.cat([batch, worst_batch]), torch.cat([location, worst.flatten()])
@@ -150,33 +159,34 @@ class ConceptsStage(nn.Module):
         logits = (logits + out.logit_shift[batch_all, location_all]) * out.logit_scale[batch_all, location_all]
         word_loss = self.word_losses.word_loss(logits, ids, self.word_losses.known_texts(known)[batch_all])
         losses |= {"concept_name": name_loss, "concept_word": self.word_weight * word_loss}
-        return losses, {"concept_top1": top1, "box_iou": iou.detach().sum() / max(len(iou), 1)}
+        metrics = {"concept_top1": top1, "box_iou": iou.detach().sum() / max(len(iou), 1), "mask_iou": iou_of_masks}
+        return losses, metrics
 
-    def prototype_loss(
-        self, out: ConceptOutput, masks: Tensor, boxes: Tensor, batch: Tensor, location: Tensor, owner: Tensor
-    ) -> Tensor:
-        """YOLACT's (Bolya et al. 2019): cross entropy inside the true box, normalised by its area, and Dice."""
-        if self.mask_locations and len(batch) > self.mask_locations:
-            # Sorted, since the images are processed one by one.
-            some = torch.randperm(len(batch), device=batch.device)[: self.mask_locations].sort().values
-            batch, location, owner = batch[some], location[some], owner[some]
-        coefficients = out.coefficients[batch, location]  # [n, Q]
-        target = (F.avg_pool2d(masks.float(), 4) > 0.5).float()[batch, owner]  # [n, H/4, W/4]
-        logits = torch.cat(
-            [
-                torch.einsum("nq,qhw->nhw", coefficients[batch == b], out.prototypes[b])
-                for b in range(len(out.prototypes))
-            ]
-        )  # `batch` is sorted, so this is the order of `target`
-        inside = box_grid(boxes[batch, owner] / 4, logits.shape[-2:])
-        pixel = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * inside
-        pixel = pixel.sum((-1, -2)) / inside.sum((-1, -2)).clamp(min=1)
-        cropped = torch.where(inside > 0, logits, logits.new_full((), EMPTY))
-        return (2 * pixel + 2 * dice_loss(cropped, target)).sum() / max(len(target), 1)
+    def mask_loss(self, out: ConceptOutput, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of the mask head at both of its resolutions (cross entropy and Dice), and the mean IoU inside the
+        regions. Boxes are those of some objects of each image, moved at random: a few are exact, a few far off."""
+        masks, valid, _ = choose_objects(masks, self.mask_objects)  # [B, P, H, W], [B, P]
+        boxes = masks_to_boxes(masks)
+        noise = torch.randn_like(boxes[..., :1]).abs().clamp(max=2) * self.box_noise
+        sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
+        regions = mask_regions(boxes + torch.randn_like(boxes) * noise * sides)
+        each = torch.arange(regions.shape[0] * regions.shape[1], device=masks.device)[:, None]
+        rois = torch.cat([each, regions.flatten(0, 1)], 1)
+        predicted = self.concepts.mask_head(out.mask_features, regions)  # [B, P, r, r] at two resolutions
+        truth = roi_align(masks.flatten(0, 1)[:, None].float(), rois, predicted[-1].shape[-1], 1.0, 2, aligned=True)
+        loss = masks.new_zeros((), dtype=torch.float32)
+        for logits in predicted:
+            logits = logits.float()
+            target = F.adaptive_avg_pool2d(truth, logits.shape[-1])[:, 0].unflatten(0, regions.shape[:2])
+            pixel = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((-1, -2))
+            each_loss = pixel + dice_loss(logits, target)
+            loss = loss + (each_loss * valid).sum() / valid.sum().clamp(min=1)
+        iou = mask_iou(predicted[-1].detach(), target)
+        return loss, (iou * valid).sum() / valid.sum().clamp(min=1)
 
     @torch.no_grad()
     def predict(self, image: Tensor, masks: Tensor, word_ids: Tensor, known: Tensor) -> list[Found]:
-        """Return instances of the base words: boxes, prototype masks, the word of highest score."""
+        """Return instances of the base words: boxes, masks, the word of highest score."""
         out, frame, found = self.concepts(self.towers.maps(image)), self.towers.frame(image), []
         names = self.word_losses.texts[: self.word_losses.count]
         for b in range(len(image)):
@@ -186,19 +196,12 @@ class ConceptsStage(nn.Module):
             keep = nms(out.boxes[b, location], score, 0.6)
             keep = keep[score[keep] > 0.3]
             score, location = score[keep], location[keep]
-            proposed = torch.einsum("nq,qhw->nhw", out.coefficients[b, location], out.prototypes[b])
-            boxes = out.boxes[b, location] * (proposed.shape[-1] / frame)
-            found.append((crop(proposed[None], boxes[None])[0] > 0, self.word_losses.base_ids[word[location]], score))
+            regions = mask_regions(out.boxes[b : b + 1, location])
+            features = tuple(feature[b : b + 1] for feature in out.mask_features)
+            logits = self.concepts.mask_head(features, regions)[-1]
+            proposed = paste(logits, regions / 4, (frame // 4, frame // 4))[0]
+            found.append((proposed > 0, self.word_losses.base_ids[word[location]], score))
         return found
-
-
-def box_grid(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """boxes [n, 4] in cells -> [n, h, w], 1 for cells whose centre lies inside."""
-    y = torch.arange(size[0], device=boxes.device) + 0.5
-    x = torch.arange(size[1], device=boxes.device) + 0.5
-    columns = (x >= boxes[:, None, 0]) & (x < boxes[:, None, 2])  # [n, w]
-    rows = (y >= boxes[:, None, 1]) & (y < boxes[:, None, 3])  # [n, h]
-    return (rows[:, :, None] & columns[:, None]).float()
 
 
 def assign(masks: Tensor, boxes: Tensor, strides: tuple[int, ...]) -> Assignment:
@@ -210,7 +213,9 @@ def assign(masks: Tensor, boxes: Tensor, strides: tuple[int, ...]) -> Assignment
     center_y = (masks.sum(3).float() @ y) / area
     longer = (boxes[..., 2:] - boxes[..., :2]).amax(-1)  # [B, O]
     owners, centralities = [], []
-    for stride, (low, high) in zip(strides, LEVEL_RANGES, strict=True):
+    for level, stride in enumerate(strides):
+        low = LEVEL_RANGE[0] * stride if level else 0.0
+        high = LEVEL_RANGE[1] * stride if level < len(strides) - 1 else float("inf")
         here = masks[..., stride // 2 :: stride, stride // 2 :: stride]  # [B, O, h, w]
         h, w = here.shape[-2:]
         fits = (longer >= low) & (longer <= high) & (longer > 0)  # [B, O]

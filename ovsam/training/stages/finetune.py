@@ -30,7 +30,7 @@ class FinetuneStage(ConceptsStage):
         model: model with a ConceptHead, a Clip2SamAdapter, or both; SAM and CLIP must have the same input.
         prompts: number of objects of each image that are classified.
         box_share: share of the steps with boxes; the others have clicks.
-        label_smoothing, word_weight, mask_locations: as in ConceptsStage.
+        label_smoothing, word_weight, mask_objects, box_noise: as in ConceptsStage.
         train_clip: whether to train the image tower of the CLIP side too.
         keyword_weight: weight of its loss against keywords.
     """
@@ -43,7 +43,8 @@ class FinetuneStage(ConceptsStage):
         box_share: float = 0.6,
         label_smoothing: float = 0.05,
         word_weight: float = 0.2,
-        mask_locations: int = 0,
+        mask_objects: int = 6,
+        box_noise: float = 0.06,
         train_clip: bool = False,
         keyword_weight: float = 0.3,
     ):
@@ -73,7 +74,8 @@ class FinetuneStage(ConceptsStage):
             self.lit = LitLosses(words, label_smoothing, keyword_weight)
             nn.init.constant_(self.lit.log_scale, 4.0)  # the value at the end of the clip stage
         self.prompts, self.box_share = prompts, box_share
-        self.word_weight, self.mask_locations, self.teacher_weight = word_weight, mask_locations, 0.0
+        self.word_weight, self.teacher_weight = word_weight, 0.0
+        self.mask_objects, self.box_noise = mask_objects, box_noise
         self.cache, self.map_dropout = False, 0.0
         clip = model.clip if model.config.composition == "clip" else None  # whose pixels are the model's, as in compose
         mean, std = (clip.image_mean, clip.image_std) if clip is not None else (IMAGENET_MEAN, IMAGENET_STD)

@@ -11,8 +11,8 @@ the window on the canvas, so that 256 px windows train the 512 px model. A dense
 at each pixel) trains the encoder with every pixel; its head is discarded.
 
 In the composition "clip" the features are those of a Sam2ClipAdapter on the maps of a frozen CLIP tower. If the towers
-have a ConceptHead, its prototype masks of the prompted objects are mask prompts and are added to the masks of the first
-round, as in OVSamModel: the decoder is trained to refine them, which takes far fewer steps than masks from scratch.
+have a ConceptHead, its masks of the prompted objects are the first mask prompts, and mask prompts are added to the
+masks, as in OVSamModel: the decoder is trained to correct them, which takes far fewer steps than masks from scratch.
 """
 
 from pathlib import Path
@@ -24,12 +24,11 @@ from torch.utils.data import Dataset
 
 from ovsam.errors import InputError
 from ovsam.modeling.adapters.sam2clip import Sam2ClipAdapter, Sam2ClipConfig
-from ovsam.modeling.locations import boxed_locations, pointed_locations
 from ovsam.modeling.outputs import ConceptOutput, DecodedMasks
 from ovsam.modeling.sam.base import SamSide
 from ovsam.modeling.sam.decode import decode_masks
 from ovsam.ops.boxes import masks_to_boxes
-from ovsam.ops.masks import crop
+from ovsam.ops.masks import add_prior
 from ovsam.training.stages.losses import dice_loss, focal_loss, giou_loss, mask_iou
 from ovsam.training.stages.predictions import Found, prompted
 from ovsam.training.stages.prompts import (
@@ -38,13 +37,12 @@ from ovsam.training.stages.prompts import (
     jitter_boxes,
     pixel_owners,
     random_points,
-    take,
 )
 from ovsam.training.stages.towers import Towers
 
 CELL = 16  # the stride of the image embedding
 AUX_STRIDE = 8
-MASK_STRIDE = 4.0  # of the decoder's masks and of the prototypes
+MASK_STRIDE = 4  # of the decoder's masks
 
 
 class SamStage(nn.Module):
@@ -186,11 +184,11 @@ class SamStage(nn.Module):
         else:
             points = random_points(masks.flatten(0, 1)).view(b, p, 1, 2)
             labels = torch.ones(b, p, 1, dtype=torch.long, device=image.device)
-        prototypes = None if concepts is None else prompted_prototypes(concepts, points, labels)  # [B, P, h, w]
-        if prototypes is None:
+        prior = None if concepts is None else self.concept_masks(concepts, points, labels, size)  # [B, P, H/4, W/4]
+        if prior is None:
             dense = model.prompt_encoder.no_mask_embed.weight[0][None, None, :, None, None]
         else:
-            dense = self.embed_masks(prototypes)
+            dense = self.embed_masks(prior)
         plan = self.plan()
         loss, previous, metrics = image.new_zeros((), dtype=torch.float32), target, {}
         for step, clicked in enumerate(plan):
@@ -200,8 +198,8 @@ class SamStage(nn.Module):
                     points, labels = torch.cat([points, click], 2), torch.cat([labels, label], 2)
                 dense = self.embed_masks(previous)
             out = decode_masks(decoder, embedding, position, high_res, self.embed(points + offset, labels), dense)
-            if prototypes is not None and not step:  # as in OVSamModel, whose masks are this sum
-                out.masks = out.masks + prototypes[:, :, None]
+            if prior is not None:  # as in OVSamModel, whose masks are this sum
+                out.masks = add_prior(out.masks, previous if step else prior)
             weights = self.later if step else self.first
             loss = loss + self.mask_losses(out, target, valid, weights) / len(plan)
             previous = going_on(out, weights)
@@ -215,6 +213,16 @@ class SamStage(nn.Module):
             metrics["aux"] = aux.detach()
             loss = loss + self.aux_weight * aux
         return {"loss": loss, **metrics}
+
+    @torch.no_grad()
+    def concept_masks(self, concepts: ConceptOutput, points: Tensor, labels: Tensor, size: int) -> Tensor:
+        """The masks of the ConceptHead for boxes (labels 2 and 3) or clicks, as in OVSamModel, [B, P, H/4, W/4]."""
+        head = self.towers.concepts
+        if int(labels[0, 0, 0]) == 2:
+            masks = head.box_masks(concepts, points.flatten(2), size)  # boxes [B, P, 2, 2] -> [B, P, 4]
+        else:
+            masks, _ = head.point_masks(concepts, points, labels, size)
+        return F.adaptive_avg_pool2d(masks, size // MASK_STRIDE)
 
     def embed_masks(self, masks: Tensor) -> Tensor:
         """Mask logits [B, P, H/4, W/4] -> dense prompts [B, P, C, H/16, W/16]."""
@@ -290,25 +298,6 @@ def random_window(maps: tuple[Tensor, ...], masks: Tensor, size: int) -> tuple[t
         return tensor[..., y // stride : (y + size) // stride, x // stride : (x + size) // stride]
 
     return tuple(cut(feature, stride) for feature, stride in zip(maps, (4, 8, 16, 32), strict=True)), cut(masks, 1)
-
-
-@torch.no_grad()
-def prompted_prototypes(concepts: ConceptOutput, points: Tensor, labels: Tensor) -> Tensor:
-    """Return the prototype masks of prompted objects, [B, P, H/4, W/4], as OVSamModel does.
-
-    Args:
-        concepts: output of the ConceptHead.
-        points: points [B, P, N, 2], clicks or the two corners of boxes.
-        labels: labels [B, P, N], 2 and 3 for the corners.
-    """
-    if int(labels[0, 0, 0]) == 2:
-        boxes = points.flatten(2)  # [B, P, 2, 2] -> [B, P, 4]
-        index = boxed_locations(concepts, boxes)
-    else:
-        index = pointed_locations(concepts, points, labels, MASK_STRIDE)
-        boxes = take(concepts.boxes, index)
-    coefficients = take(concepts.coefficients, index)  # [B, P, Q]
-    return crop(torch.einsum("bpq,bqhw->bphw", coefficients, concepts.prototypes), boxes / MASK_STRIDE)
 
 
 def going_on(out: DecodedMasks, weights: tuple[float, float]) -> Tensor:
