@@ -175,19 +175,22 @@ def run(args: Namespace) -> int:
 
 
 class _Load:
-    """Loads a model where it is asked, and asks it; what travels to an actor.
+    """Loads a model in the process that segments, this one or an actor of Ray, and returns a function that asks it.
 
     Args:
-        model, device: of `ovsam.load`.
-        question: what is asked.
+        model, device: arguments of `ovsam.load`.
+        question: the question for every image.
     """
 
     def __init__(self, model: str, device: str | None, question: "Question"):
         self.model, self.device, self.question = model, device, question
+        self.folder = os.getcwd()  # relative paths refer to it, in an actor too
 
     def __call__(self) -> "Ask":
         import ovsam
 
+        if os.path.isdir(self.folder):
+            os.chdir(self.folder)
         segmenter = ovsam.load(self.model, device=self.device)
         self.question.prepare(segmenter)
         return lambda images, **options: self.question.ask(segmenter, images, **options)

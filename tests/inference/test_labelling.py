@@ -24,12 +24,13 @@ import ovsam
 import ovsam_cli
 from ovsam.data.coco import Coco
 from ovsam.errors import InputError
-from ovsam.inference.labelling.job import target_of
+from ovsam.inference.labelling.job import Question, target_of
 from ovsam.inference.labelling.journal import Journals
 from ovsam.inference.labelling.sources import Item, list_items
 from ovsam.ops import rle
 from ovsam.ops.files import remove_leftovers
 from ovsam.results.results import Results
+from ovsam_cli.label import _Load
 
 EVERY = "coco,yolo,labelme,cvat,label-studio,geojson,masks"
 
@@ -266,6 +267,15 @@ def test_ray_is_asked_for_before_the_model(photos, monkeypatch, capsys):
     monkeypatch.setattr(ovsam, "load", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert label(photos, "--engine", "ray") == 2 and "--engine ray needs Ray" in capsys.readouterr().err
+
+
+def test_an_actor_finds_a_model_by_its_relative_path(segmenter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load, found = _Load("model", None, Question({"dog": "dog"})), []
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(ovsam, "load", lambda model, device: found.append(os.path.abspath(model)) or segmenter)
+    load()
+    assert found == [str(tmp_path / "model")]
 
 
 def test_words_that_the_model_cannot_read(photos, segmenter, capsys):

@@ -10,6 +10,7 @@ import pytest
 from label_stub import FakeSegmenter
 from PIL import Image
 
+from ovsam.errors import InputError
 from ovsam.inference.labelling import job
 from ovsam.inference.labelling.journal import Journal, Journals
 from ovsam.inference.labelling.sources import list_items
@@ -53,6 +54,17 @@ def finish(journal, folder):
     folder.mkdir(exist_ok=True)
     assert not job.export(Journals([journal]), folder, FORMATS, ["dog", "cat"])
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_cluster_that_cannot_be_reached(monkeypatch):
+    from ovsam.inference.labelling.ray_engine import run_ray
+
+    def refuse(**options):
+        raise ConnectionError("nobody is at 127.0.0.1:1")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(InputError, match="The Ray cluster cannot be reached .nobody is at 127.0.0.1:1.; start it"):
+        next(run_ray([], None))
 
 
 @pytest.mark.slow

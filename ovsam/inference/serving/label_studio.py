@@ -152,13 +152,14 @@ class Backend:
             chosen = next(iter(value.get(kind) or []), chosen)
         prompts: dict[str, Any] = {"points": points, "labels": labels} if points else {}
         prompts |= {"boxes": boxes} if boxes else {}
-        address = str(task["data"].get(interface.field))
-        if self._last is None or self._last[0] != address:
+        address, last = str(task["data"].get(interface.field)), self._last
+        if last is None or last[0] != address:
             image = self._open(task, interface)
             with self._lock:
-                self._last = address, self.segmenter.encode(image)
+                last = address, self.segmenter.encode(image)
+            self._last = last
         with self._lock:
-            found = cast(Results, self.segmenter.what(self._last[1], **prompts, vocabulary=interface.words))
+            found = cast(Results, self.segmenter.what(last[1], **prompts, vocabulary=interface.words))
         if chosen in interface.words.labels:
             found.instances[:] = [replace(one, label=chosen) for one in found]
         return found
