@@ -269,7 +269,7 @@ def image_tab(model: str) -> None:
                     vocabularies = gr.Dropdown(
                         list(VOCABULARIES), value=OWN, label="Class names for clicks, boxes and everything", scale=4
                     )
-                    everything = gr.Button("Find everything", scale=1, min_width=80)
+                    everything = gr.Button("Find everything", scale=1, min_width=80, elem_id="everything")
                 pasted = gr.Textbox(label="My own words", lines=3, visible=False, max_length=LONGEST_TEXT)
             with gr.Row(elem_id="save"):
                 kind = gr.Dropdown(
