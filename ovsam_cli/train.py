@@ -1,7 +1,10 @@
 """`ovsam train`: train a model or an adapter by a recipe."""
 
+import tomllib
 from argparse import ArgumentParser, Namespace
 
+from ovsam.errors import InputError
+from ovsam.ops.schema import read_text
 from ovsam_cli import arguments
 
 
@@ -30,6 +33,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--steps", metavar="N", type=arguments.count, help="number of steps, instead of the recipe's")
     arguments.add(parser, "--device")
+
+
+def check(args: Namespace) -> None:
+    """Raise InputError for a missing recipe, one that is not TOML, or invalid --data and --set."""
+    if (args.data is None) != (args.images is None):
+        raise InputError("--data and --images go together: a COCO JSON file, and the folder of its images.")
+    for setting in args.settings:
+        if not setting.partition("=")[1]:
+            raise InputError(f"--set {setting} cannot be read; write KEY=VALUE, such as optim.learning_rate=1e-4.")
+    try:
+        tomllib.loads(read_text(args.recipe, "recipe"))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{args.recipe} is not a TOML file: {error}.") from error
 
 
 def run(args: Namespace) -> int:

@@ -1,16 +1,35 @@
 """The pipeline task `open-vocabulary-segmentation`: `pipeline(task, model=…)(image, text=["dog", "red ball"])`."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import Dataset
 from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from ovsam.errors import InputError
+from ovsam.inference.segmenter import Segmenter
 from ovsam.modeling.outputs import OVSamOutput
+from ovsam.processing import arguments
 from ovsam.processing.images import open_image
+from ovsam.processing.vocabulary import Vocabulary, to_vocabulary
+from ovsam.results.results import Results
 
 TASK = "open-vocabulary-segmentation"
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Images of one pass, which the base class takes for one input."""
+
+    images: list[Any]
+
+
 class OpenVocabularySegmentationPipeline(Pipeline):
-    """Image and text queries (or boxes, points, or nothing) -> list of dicts `score, label, mask, box, mask_score`.
+    """Image and text queries (or boxes, points, or nothing) -> list of dicts `score, label, mask, box, mask_score`,
+    highest score first.
 
     Default thresholds are the model's own.
     """
@@ -19,6 +38,71 @@ class OpenVocabularySegmentationPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
+
+    def __call__(
+        self, images: Any = None, candidate_labels: Any = None, *, batch_size: int | None = None, **options: Any
+    ) -> Any:
+        """Segment an image, or each of a list, generator or data set.
+
+        Args:
+            images: an image as Segmenter takes it (a path, a URL, a PIL image, an array), or a dictionary with the key
+                `image` and any of the options, as for zero-shot object detection.
+            candidate_labels, text: text queries.
+            negative_text: negative queries, which suppress the instances that match them better.
+            input_points, input_labels, input_boxes: prompts as the processor takes them.
+            vocabulary: class names of prompted instances, or of everything.
+            everything: True for automatic mask generation, which is also the default without text and prompts.
+            threshold, mask_threshold: minimum score, and minimum probability of the pixels of a mask.
+            top_k: maximum number of instances of an image.
+            batch_size: number of images in one pass.
+
+        Raises:
+            InputError: text queries are given twice, or an option is out of range.
+        """
+        images = options.pop("image", images)
+        if candidate_labels is not None:
+            if options.get("text") is not None:
+                raise InputError("The text queries are given twice, as candidate_labels and as text; give one of them.")
+            options["text"] = candidate_labels
+        size = arguments.whole("batch_size", batch_size or self._batch_size or 1, 1)
+        if isinstance(images, Mapping):
+            return self(**{**options, **images})
+        if isinstance(images, list | tuple):
+            return list(self._many(images, size, options))
+        if arguments.is_stream(images) or isinstance(images, Dataset):
+            return self._many(images, size, options)
+        return self._ask(images, options)
+
+    def _many(self, images: Iterable[Any], size: int, options: dict) -> Iterator[list[dict]]:
+        source = iter(images[i] for i in range(len(images))) if isinstance(images, Dataset) else iter(images)
+        while batch := list(islice(source, size)):
+            if any(isinstance(one, Mapping) for one in batch):
+                yield from (self(one, **options) for one in batch)
+            else:
+                yield from self._ask(_Batch(batch), options)
+
+    def _ask(self, images: Any, options: dict) -> list:
+        """Answer one image, or the images of a batch."""
+        options = dict(options)
+        vocabulary, everything = options.pop("vocabulary", None), options.pop("everything", False)
+        prompted = any(options.get(name) is not None for name in ("input_points", "input_boxes"))
+        if arguments.flag("everything", everything) or vocabulary is not None and not prompted:
+            if options.get("text") is not None or prompted:
+                raise InputError("Everything takes a vocabulary, no text and no prompts; leave them out.")
+            return self._everything(images, vocabulary, **options)
+        if vocabulary is not None:
+            if options.get("text") is not None:
+                raise InputError("The class names are given twice, as vocabulary and as text; give one of them.")
+            options["text"] = to_vocabulary(vocabulary)
+        return super().__call__(images, **options)
+
+    def _everything(self, images: Any, vocabulary: Any, threshold=None, mask_threshold=0.5, top_k=None) -> list:
+        segmenter = Segmenter(self.model, self.processor)
+        batch = images.images if isinstance(images, _Batch) else [images]
+        words = None if vocabulary is None else to_vocabulary(vocabulary)
+        found: Any = segmenter.everything(batch, words, threshold, mask_threshold=mask_threshold)
+        rows = [_rows(results)[: arguments.optional(arguments.whole, "top_k", top_k, 1)] for results in found]
+        return rows if isinstance(images, _Batch) else rows[0]
 
     def _sanitize_parameters(
         self,
@@ -29,7 +113,13 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         input_boxes=None,
         threshold=None,
         mask_threshold=None,
+        top_k=None,
     ):
+        threshold = arguments.optional(arguments.number, "threshold", threshold, 0, 1)
+        mask_threshold = arguments.optional(arguments.number, "mask_threshold", mask_threshold, 0, 1, inside=True)
+        top_k = arguments.optional(arguments.whole, "top_k", top_k, 1)
+        if isinstance(text, Vocabulary):
+            text = text.as_mapping()
         prompts = {
             "text": text,
             "negative_text": negative_text,
@@ -37,27 +127,35 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             "input_labels": input_labels,
             "input_boxes": input_boxes,
         }
-        limits = {"threshold": threshold, "mask_threshold": mask_threshold}
+        limits = {"threshold": threshold, "mask_threshold": mask_threshold, "top_k": top_k}
         return _given(prompts), _given({"threshold": threshold}), _given(limits)
 
     def preprocess(self, image, **prompts):
-        return self.processor(images=open_image(image), return_tensors="pt", **prompts)
+        images = [open_image(one) for one in image.images] if isinstance(image, _Batch) else open_image(image)
+        inputs = self.processor(images=images, return_tensors="pt", **prompts)
+        return dict(inputs) | {"batch": isinstance(image, _Batch)}
 
     def _forward(self, model_inputs, threshold=None):
         # A threshold below that of proposals lowers the latter too, as in Segmenter.where.
+        batch = model_inputs.pop("batch")
         proposal_threshold = None if threshold is None else min(threshold, self.model.config.proposal_threshold)
         outputs = self.model(**model_inputs, proposal_threshold=proposal_threshold)
         # As a dictionary: the base class moves outputs to the CPU, and would lose the subclass of ModelOutput.
         fields = {name: outputs[name] for name in outputs if name != "features"}
-        return {"outputs": fields, "original_sizes": model_inputs["original_sizes"]}
+        return {"outputs": fields, "original_sizes": model_inputs["original_sizes"], "batch": batch}
 
-    def postprocess(self, model_outputs, threshold=None, mask_threshold=0.5):
-        result = self.processor.post_process_instance_segmentation(
+    def postprocess(self, model_outputs, threshold=None, mask_threshold=0.5, top_k=None):
+        results = self.processor.post_process_instance_segmentation(
             OVSamOutput(**model_outputs["outputs"]),
             threshold=threshold,
             mask_threshold=mask_threshold,
             target_sizes=model_outputs["original_sizes"],
-        )[0]
+        )
+        found = [self._instances(result)[:top_k] for result in results]
+        return found if model_outputs["batch"] else found[0]
+
+    @staticmethod
+    def _instances(result: dict) -> list[dict]:
         rows = zip(
             result["scores"].tolist(),
             result["text_labels"],
@@ -66,16 +164,22 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             result["mask_scores"].tolist(),
             strict=True,
         )
-        return [
-            {
-                "score": score,
-                "label": label,
-                "mask": mask.cpu().numpy(),
-                "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)),
-                "mask_score": mask_score,
-            }
+        found = [
+            {"score": score, "label": label, "mask": mask.cpu().numpy(), "box": _box(box), "mask_score": mask_score}
             for score, label, mask, box, mask_score in rows
         ]
+        return sorted(found, key=lambda one: -one["score"])
+
+
+def _rows(results: Results) -> list[dict]:
+    return [
+        {"score": one.score, "label": one.label, "mask": one.mask, "box": _box(one.box), "mask_score": one.mask_score}
+        for one in results
+    ]
+
+
+def _box(corners: Iterable[float]) -> dict[str, float]:
+    return dict(zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True))
 
 
 def _given(arguments: dict) -> dict:

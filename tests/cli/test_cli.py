@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -285,6 +286,8 @@ def test_compare_fails_unless_the_tuned_model_is_better(monkeypatch):
         ["segment", "missing.png", "--text", "dog"],
         ["segment", "missing.png", "--text", "dog", "--vocabulary", "nonsense"],
         ["demo", "--port", "99999"],
+        ["train", "nothing.toml"],
+        ["train", "nothing.toml", "--set", "x"],
     ],
 )
 def test_help_and_errors_do_not_import_torch(arguments):
@@ -295,8 +298,12 @@ def test_help_and_errors_do_not_import_torch(arguments):
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.splitlines()[-1] == "[]"
+    # Time of the processor, since others may be at work beside this test.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 @pytest.mark.parametrize(

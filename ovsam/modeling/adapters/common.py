@@ -15,6 +15,7 @@ class AdapterModel(PreTrainedModel):
 
     main_input_name = "maps"
     supports_gradient_checkpointing = False
+    _supports_sdpa = True  # attention, where there is any, is that of torch or of a module of its own
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

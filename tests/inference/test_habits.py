@@ -1,0 +1,233 @@
+"""What users of transformers are used to, one row a habit: it works, or it is an InputError."""
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from common import picture, tiny_processor
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoProcessor, pipeline
+from web import serve
+
+import ovsam
+from ovsam.errors import InputError
+
+IMAGE, OTHER = picture(1, width=200, height=90), picture(2)
+WORDS = ["cat", "dog"]
+BOX = [30, 30, 100, 80]
+
+
+def ask(model, **more):
+    with torch.no_grad():
+        return model(**tiny_processor()(images=IMAGE, text=WORDS, **more))
+
+
+def load(folder, **how):
+    return AutoModel.from_pretrained(folder, **how).eval()
+
+
+def alike(found, expected, atol=1e-5):
+    torch.testing.assert_close(found.scores.float(), expected.scores.float(), rtol=0, atol=atol)
+
+
+# ------------------------------------------------------------------------------------------- loading and models
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "bfloat16", "auto"])
+def test_a_dtype(tiny_folder, dtype):
+    model = load(tiny_folder, dtype=dtype)
+    found = ask(model, input_boxes=[[BOX]])
+    assert found.pred_masks.isfinite().all() and found.pred_masks.dtype == model.dtype
+    words = ask(model)
+    assert words.scores.isfinite().all() and 0 <= words.scores.min() and words.scores.max() <= 1
+
+
+def in_place(change):
+    def habit(folder):
+        model = load(folder)
+        change(model)
+        return model
+
+    return habit
+
+
+def under_a_default_device(folder):
+    torch.set_default_device("cpu")
+    try:
+        return load(folder)
+    finally:
+        torch.set_default_device(None)
+
+
+HABITS = {  # name -> folder of a model -> a model that answers as the plain one does
+    "attn_implementation eager": lambda folder: load(folder, attn_implementation="eager"),
+    "attn_implementation sdpa": lambda folder: load(folder, attn_implementation="sdpa"),
+    "device_map auto": lambda folder: load(folder, device_map="auto"),
+    "device_map cpu": lambda folder: load(folder, device_map="cpu"),
+    "low_cpu_mem_usage": lambda folder: load(folder, low_cpu_mem_usage=True),
+    "set_default_device": under_a_default_device,
+    "deepcopy": lambda folder: copy.deepcopy(load(folder)),
+    "pickle": lambda folder: pickle.loads(pickle.dumps(load(folder))),
+    "gradient_checkpointing_enable": in_place(lambda model: model.gradient_checkpointing_enable()),
+    "half and float again": in_place(lambda model: model.to(torch.float64).to(torch.float32)),
+    "channels_last": in_place(lambda model: model.to(memory_format=torch.channels_last)),
+    "requires_grad_": in_place(lambda model: model.requires_grad_(False)),
+    "float()": in_place(lambda model: model.float()),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_folder):
+    return ask(load(tiny_folder))
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_a_model_answers_as_the_plain_one(habit, tiny_folder, expected):
+    model = HABITS[habit](tiny_folder)
+    alike(ask(model.eval()), expected, atol=1e-4)
+
+
+def test_half_precision_by_a_method(tiny_folder):
+    for model in (load(tiny_folder).half(), load(tiny_folder).bfloat16()):
+        assert ask(model).scores.isfinite().all() and ask(model, input_boxes=[[BOX]]).logits.isfinite().all()
+
+
+def test_the_labels_of_the_vocabulary_are_in_id2label(tiny_folder):
+    model = load(tiny_folder)
+    words = model.config.vocabulary
+    assert not words or list(model.config.id2label.values()) == list(words)
+
+
+def test_two_threads_share_a_model(tiny_folder):
+    segmenter, found = ovsam.load(tiny_folder, device="cpu"), {}
+    images = [picture(seed) for seed in range(4)]
+    alone = [segmenter.where(image, [WORDS[i % 2]]).scores for i, image in enumerate(images)]
+
+    def work(i):
+        found[i] = [segmenter.where(images[i], [WORDS[i % 2]]).scores for _ in range(2)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, scores in enumerate(alone):
+        for again in found[i]:
+            np.testing.assert_allclose(again, scores, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- processor
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.processor(images=picture(index))["pixel_values"][0]
+
+
+def test_a_processor_in_the_workers_of_a_data_loader(tiny_folder):
+    processor = AutoProcessor.from_pretrained(tiny_folder)
+    for copied in (processor, copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        torch.testing.assert_close(Images(copied)[1], Images(processor)[1])
+    (batch,) = DataLoader(Images(processor), batch_size=4, num_workers=2, multiprocessing_context="fork")
+    torch.testing.assert_close(batch[2], Images(processor)[2])
+
+
+def test_images_of_all_kinds_are_one_image(tiny_folder):
+    processor = AutoProcessor.from_pretrained(tiny_folder)
+    pixels = np.array(IMAGE)
+    given = [IMAGE, pixels, torch.from_numpy(pixels).permute(2, 0, 1), pixels.astype(np.float32) / 255]
+    first, *others = (processor(images=one)["pixel_values"] for one in given)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=0.02)
+
+
+# ----------------------------------------------------------------------------------------------------- pipeline
+
+
+@pytest.fixture(scope="module")
+def segment(tiny_folder):
+    return pipeline(ovsam.TASK, model=str(tiny_folder), device="cpu")
+
+
+def scores(found):
+    return [(one["label"], round(one["score"], 4)) for one in found]
+
+
+def test_candidate_labels_and_dictionaries(segment):
+    first = segment(IMAGE, text=WORDS)
+    assert first and [one["score"] for one in first] == sorted((one["score"] for one in first), reverse=True)
+    for other in (
+        segment(IMAGE, WORDS),
+        segment(IMAGE, candidate_labels=WORDS),
+        segment({"image": IMAGE, "candidate_labels": WORDS}),
+        segment(image=IMAGE, candidate_labels=WORDS),
+        segment([{"image": IMAGE, "candidate_labels": WORDS}])[0],
+    ):
+        assert scores(other) == scores(first)
+
+
+@pytest.mark.parametrize("size", [None, 1, 2, 3])
+def test_lists_generators_and_batches(segment, size):
+    images, one_by_one = [IMAGE, OTHER, picture(3)], [segment(one, WORDS) for one in (IMAGE, OTHER, picture(3))]
+    for given in (images, tuple(images), iter(images)):
+        found = list(segment(given, WORDS, batch_size=size))
+        assert [[label for label, _ in scores(one)] for one in found] == [[x for x, _ in scores(y)] for y in one_by_one]
+        for one, other in zip(found, one_by_one, strict=True):
+            np.testing.assert_allclose([x["score"] for x in one], [x["score"] for x in other], atol=1e-4)
+    assert segment([], WORDS) == []
+
+
+def test_addresses(segment, tmp_path):
+    IMAGE.save(tmp_path / "a.png")
+    with serve(tmp_path) as (address, _):
+        assert scores(segment(f"{address}/a.png", WORDS)) == scores(segment(IMAGE, WORDS))
+
+
+def test_limits(segment):
+    found = segment(IMAGE, WORDS, threshold=0.2)
+    assert all(one["score"] >= 0.2 for one in found)
+    assert scores(segment(IMAGE, WORDS, threshold=0.2, top_k=2)) == scores(found)[:2]
+    assert scores(segment([IMAGE], WORDS, threshold=0.2, top_k=1)[0]) == scores(found)[:1]
+
+
+def test_everything_with_a_vocabulary(segment):
+    named = segment(IMAGE, vocabulary=WORDS)
+    assert named and {one["label"] for one in named} <= set(WORDS)
+    assert scores(segment(IMAGE, everything=True, vocabulary=WORDS)) == scores(named)
+    assert len(segment([IMAGE, OTHER], vocabulary=WORDS, batch_size=2, top_k=3)) == 2
+    (box,) = segment(IMAGE, vocabulary=WORDS, input_boxes=[[BOX]])
+    assert scores([box]) == scores(segment(IMAGE, text=WORDS, input_boxes=[[BOX]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pipeline_of_another_dtype(tiny_folder, dtype):
+    half = pipeline(ovsam.TASK, model=str(tiny_folder), device="cpu", dtype=dtype)
+    for found in (half([IMAGE, OTHER], WORDS, batch_size=2), half([IMAGE], vocabulary=WORDS)):
+        assert all(np.isfinite(one["score"]) for each in found for one in each)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"candidate_labels": WORDS, "text": WORDS}, "given twice"),
+        ({"text": WORDS, "vocabulary": WORDS, "input_boxes": [[BOX]]}, "given twice"),
+        ({"text": WORDS, "everything": True}, "takes a vocabulary, no text"),
+        ({"text": WORDS, "threshold": float("nan")}, "The threshold is nan"),
+        ({"text": WORDS, "top_k": 0}, "The top_k is 0"),
+        ({"text": WORDS, "batch_size": -1}, "The batch_size is -1"),
+        ({"text": []}, "empty|at least one"),
+        ({"text": 5}, "5"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(segment, options, message):
+    with pytest.raises(InputError, match=message):
+        segment(IMAGE, **options)
