@@ -84,6 +84,7 @@ def run(args: Namespace) -> int:
             args.dataset,
             model=args.model,
             images=args.images,
+            output=args.output,
             json_path=args.json,
             limit=args.limit,
             baselines=args.baselines,

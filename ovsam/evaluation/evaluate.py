@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pycocotools.coco import COCO
@@ -143,7 +144,7 @@ def _answers(
     examiner: Examiner, image_ids: Sequence[int], tasks: tuple[str, ...], file: Path | None = None, asked=None
 ) -> Iterator[dict]:
     """Return the record of each image, in order: from the file if it is there, else computed and written to it."""
-    done = {} if file is None else _read_records(file, asked)
+    done = {} if file is None else read_records(file, asked)
     for image_id in tqdm(image_ids, desc="evaluating"):
         if image_id not in done:
             record = examiner.ask(image_id, tasks)
@@ -156,7 +157,7 @@ def _answers(
         yield done[image_id]
 
 
-def _read_records(file: Path, asked: dict) -> dict[int, dict]:
+def read_records(file: Path, asked: dict, key: str = "image_id") -> dict[Any, dict]:
     """Return the records of an interrupted evaluation; starts the file if there is none."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,7 @@ def _read_records(file: Path, asked: dict) -> dict[int, dict]:
             record = json.loads(line)
         except ValueError:  # an incomplete last line
             continue
-        records[record["image_id"]] = record
+        records[record[key]] = record
     whole = "".join(f"{json.dumps(one)}\n" for one in [asked, *records.values()])
     write_text(file, whole)
     return records

@@ -1,6 +1,7 @@
 """`ovsam eval` of videos: J&F of objects that are given on their first frame, beside two baselines; and objects that
 are found by their class names and followed."""
 
+import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ovsam.evaluation.evaluate import mode, write_json
+from ovsam.evaluation.evaluate import RECORDS, fingerprint, mode, read_records, write_json
 from ovsam.evaluation.metrics import concept_f1
 from ovsam.evaluation.metrics_video import TrackOverlap, boundary_accuracy, region_similarity
 from ovsam.evaluation.videos import Video, moving_videos, open_videos
@@ -35,22 +36,31 @@ def measure_videos(
     baselines: bool = True,
     tracker: str = "auto",
     words: bool = True,
+    file: Path | None = None,
+    asked: dict | None = None,
 ) -> list[dict]:
     """Measure every object of some videos.
 
     Args:
         given: what of the first frame is given: "mask", "box".
         words: whether to search for the class names of videos that have them.
+        file: where the records of each video are written when it is measured; those of the same evaluation, `asked`,
+            are read from it.
 
     Returns:
         records. With `method` one of `given` or a baseline: video, object, J and F. With `method` "words": video,
         object, whether it was found, its identity switches; and one record for each query, with `query` and the
         overlaps [tracks, objects] of its tracks.
     """
-    records = []
+    done = {} if file is None else read_records(file, asked or {}, "video")
     for video in tqdm(videos, unit=" videos"):
-        records += _measure(segmenter, video, given, baselines, tracker, words)
-    return records
+        if video.name not in done:
+            records = _measure(segmenter, video, given, baselines, tracker, words)
+            done[video.name] = {"video": video.name, "records": records}
+            if file is not None:
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(done[video.name]) + "\n")
+    return [record for video in videos for record in done[video.name]["records"]]
 
 
 def _measure(segmenter, video: Video, given, baselines: bool, tracker: str, words: bool) -> list[dict]:
@@ -185,6 +195,7 @@ def run_video_eval(
     dataset: str | Path,
     model: str = "ovsam-tiny",
     images: str | Path | None = None,
+    output: str | Path | None = None,
     json_path: str | Path | None = None,
     limit: int | None = None,
     baselines: bool = True,
@@ -197,6 +208,7 @@ def run_video_eval(
 
     Args:
         dataset: as `open_videos` reads it; images: the folder of the frames of a json.
+        output: folder for the records; an interrupted evaluation continues there.
         json_path: where the results go.
         limit: only the first videos.
         moving: whether to draw moving scenes of the objects of `dataset`, a COCO file, instead; `seed` draws other
@@ -211,7 +223,10 @@ def run_video_eval(
     else:
         videos = open_videos(Path(dataset), folder)[:limit]
     segmenter = load(model, device=device, memory=tracker != "propagation")
-    records = measure_videos(segmenter, videos, baselines=baselines, tracker=tracker)
+    asked = {"model": str(model), "dataset": str(dataset), "moving": moving, "seed": seed, "baselines": baselines}
+    asked |= {"tracker": tracker, "weights": fingerprint(segmenter)}
+    file = None if output is None else Path(output) / RECORDS
+    records = measure_videos(segmenter, videos, baselines=baselines, tracker=tracker, file=file, asked=asked)
     figures = summarise_videos(records)
     print(f"\n{segmenter.name} on {dataset}, {len(videos)} videos; {mode(segmenter)}\n")
     print(table(records))

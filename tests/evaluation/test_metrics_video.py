@@ -1,6 +1,7 @@
 """Metrics of video against the published implementation, and the evaluation over small videos."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 import ovsam
 from ovsam.errors import InputError
+from ovsam.evaluation import evaluate_video
 from ovsam.evaluation.evaluate_video import measure_videos, summarise_videos, table
 from ovsam.evaluation.metrics_video import TrackOverlap, boundary_accuracy, region_similarity
 from ovsam.evaluation.videos import Video, moving_videos, open_videos
@@ -112,6 +114,29 @@ def test_videos_in_the_layout_of_davis_are_measured(tmp_path, official):
     assert figures["copy the first mask"]["J"] == pytest.approx(copied)
     assert figures["mask given"]["J"] > 0.5 > copied
     assert "clip 1" in table(records)
+
+
+def test_an_interrupted_evaluation_continues(tmp_path, monkeypatch):
+    write_davis(tmp_path / "set", False)
+    (video,) = open_videos(tmp_path / "set")
+    videos = [replace(video, name=name) for name in ("one", "two")]
+    measured, whole = [], evaluate_video._measure
+
+    def measure(segmenter, video, *given):
+        measured.append(video.name)
+        if measured == ["one", "two"]:
+            raise KeyboardInterrupt
+        return whole(segmenter, video, *given)
+
+    monkeypatch.setattr(evaluate_video, "_measure", measure)
+    segmenter = ovsam.Segmenter(tiny_model(), tiny_processor())
+    asked = {"given": ["mask"], "baselines": False, "file": tmp_path / "out" / "records.jsonl", "asked": {"model": "x"}}
+    with pytest.raises(KeyboardInterrupt):
+        measure_videos(segmenter, videos, **asked)
+    records = measure_videos(segmenter, videos, **asked)
+    assert measured == ["one", "two", "two"] and [record["video"] for record in records] == ["one", "two"]
+    with pytest.raises(InputError, match="another evaluation"):
+        measure_videos(segmenter, videos, **asked | {"asked": {"model": "y"}})
 
 
 def test_a_json_of_youtube_vis(tmp_path):
