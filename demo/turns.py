@@ -12,7 +12,8 @@ from typing import Any
 from ovsam import InputError
 
 LOOK = 0.25  # seconds between two checks of a waiting question
-PATIENCE = 5.0  # seconds for which a list of words gives way to questions
+PATIENCE = 5.0  # seconds for which a list of words gives way to questions, at least
+SHARE = 0.05  # of the time that a list of words takes while questions wait, at most
 LISTS = 200  # whose state is kept
 
 Show = Callable[[str, float | None], None]  # gets the progress as a text and a fraction
@@ -64,9 +65,9 @@ class Turns:
         with self.free:
             return question()
 
-    def let_pass(self) -> None:
-        """Wait while there are questions, for a limited time."""
-        end = time.monotonic() + PATIENCE
+    def let_pass(self, took: float = 0.0) -> None:
+        """Wait while there are questions, for a limited time, which grows with the seconds that the last part took."""
+        end = time.monotonic() + max(PATIENCE, took / SHARE)
         while self.waiting() and time.monotonic() < end:
             time.sleep(0.01)
 
@@ -102,13 +103,17 @@ class WordLists:
             raise known.error
 
     def _embed(self, known: "_List", embed: Callable) -> None:
+        started = time.monotonic()
+
         def rest(done: int, total: int) -> None:
+            nonlocal started
             known.done, known.total = done, total
             self._turns.free.release()
             try:
-                self._turns.let_pass()
+                self._turns.let_pass(time.monotonic() - started)
             finally:
                 self._turns.free.acquire()
+                started = time.monotonic()
 
         try:
             self._turns.let_pass()

@@ -418,6 +418,23 @@ def test_questions_take_turns_and_long_lists_of_words_let_them_pass():
         asyncio.run(lists.ready("wrong", wrong))
 
 
+def test_words_take_a_small_share_of_the_time_while_questions_wait(monkeypatch):
+    monkeypatch.setattr("turns.PATIENCE", 0.05)
+    turns, going = Turns(most=3), threading.Event()
+
+    async def visit():
+        question = asyncio.create_task(turns.take(lambda: going.wait(5)))
+        await asyncio.sleep(0.05)
+        start = time.monotonic()
+        await asyncio.to_thread(turns.let_pass, 0.02)  # seconds of the last part
+        waited = time.monotonic() - start
+        going.set()
+        await question
+        return waited
+
+    assert asyncio.run(visit()) >= 0.02 / 0.05
+
+
 def test_the_place_in_the_queue_is_shown():
     turns, shown = Turns(most=5), []
 
