@@ -1,99 +1,79 @@
-"""Open-vocabulary segmentation for transformers. Importing it registers the classes with transformers' Auto classes."""
+"""Open-vocabulary segmentation for transformers.
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor
+Importing it is quick: torch and transformers are imported with the first name that needs them. Its classes are
+registered with transformers' Auto classes as soon as transformers is imported too, before or after it.
+"""
 
-from ovsam.checkpoints.compose import from_parts
-from ovsam.checkpoints.embedded import path
-from ovsam.errors import InputError
-from ovsam.inference.encoded import EncodedImage
-from ovsam.inference.loading import load
-from ovsam.inference.pipeline import TASK, OpenVocabularySegmentationPipeline, register_pipeline
-from ovsam.inference.segmenter import Segmenter
-from ovsam.inference.video import Prompt, VideoSegmenter, VideoStream, load_video
-from ovsam.modeling.adapters import (
-    Clip2SamAdapter,
-    Clip2SamConfig,
-    Clip2SamFpnAdapter,
-    Clip2SamFpnConfig,
-    ConceptHead,
-    ConceptHeadConfig,
-    ConceptOutput,
-    Sam2ClipAdapter,
-    Sam2ClipConfig,
-    Sam2ClipVitAdapter,
-    Sam2ClipVitConfig,
-)
-from ovsam.modeling.configuration_ovsam import OVSamConfig
-from ovsam.modeling.modeling_ovsam import OVSamMaskDecoder, OVSamModel, OVSamVisionModel
-from ovsam.modeling.modeling_ovsam_video import OVSamVideoModel
-from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
-from ovsam.modeling.tracking import OVSamVideoOutput, OVSamVideoSession
-from ovsam.processing.processing_ovsam import OVSamProcessor
-from ovsam.processing.vocabulary import Vocabulary
-from ovsam.results.instance import Instance
-from ovsam.results.results import Results
-from ovsam.results.tracks import FrameResults, Tracks
+import importlib
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+# These need no torch.
+from ovsam.checkpoints.embedded import path as path
+from ovsam.errors import InputError as InputError
+from ovsam.inference.loading import load as load
+from ovsam.processing.vocabulary import Vocabulary as Vocabulary
+from ovsam.results.instance import Instance as Instance
+from ovsam.results.results import Results as Results
+
+if TYPE_CHECKING:
+    from ovsam.inference.public import *  # noqa: F403
 
 __version__ = "0.1.0"
+_PUBLIC = "ovsam.inference.public"  # all other names, which need torch
+
+
+class _Registration(MetaPathFinder):
+    """Imports `_PUBLIC`, which registers the classes, once transformers is imported.
+
+    It waits for the end of the outermost import of transformers or of a module of ovsam: before that, modules may be
+    half executed.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def find_spec(self, name: str, where: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "transformers" and not name.startswith("ovsam."):
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(name, where, target) for finder in others)
+        spec = next((one for one in found if one is not None), None)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                self.depth += 1
+                try:
+                    run(module)
+                finally:
+                    self.depth -= 1
+                if not self.depth and "transformers" in sys.modules and self in sys.meta_path:
+                    self.register()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+    def register(self) -> None:
+        sys.meta_path.remove(self)
+        importlib.import_module(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC), name)
 
 
 def __dir__() -> list[str]:
     """The public names; the modules that they live in are found by their documents."""
-    return sorted([*__all__, "__version__"])
+    return sorted([*__getattr__("__all__"), "__version__"])
 
 
-AutoConfig.register(OVSamConfig.model_type, OVSamConfig)
-# Selected by `architectures` of config.json; the first one by default.
-AutoModel.register(OVSamConfig, (OVSamModel, OVSamVideoModel))
-AutoModelForMaskGeneration.register(OVSamConfig, OVSamModel)
-AutoProcessor.register(OVSamConfig, OVSamProcessor)
-for _config, _adapter in (
-    (Clip2SamConfig, Clip2SamAdapter),
-    (Clip2SamFpnConfig, Clip2SamFpnAdapter),
-    (ConceptHeadConfig, ConceptHead),
-    (Sam2ClipConfig, Sam2ClipAdapter),
-    (Sam2ClipVitConfig, Sam2ClipVitAdapter),
-):
-    AutoModel.register(_config, _adapter)
-register_pipeline()
-
-__all__ = [
-    "TASK",
-    "Clip2SamAdapter",
-    "Clip2SamConfig",
-    "Clip2SamFpnAdapter",
-    "Clip2SamFpnConfig",
-    "ConceptHead",
-    "ConceptHeadConfig",
-    "ConceptOutput",
-    "EncodedImage",
-    "FrameResults",
-    "InputError",
-    "Instance",
-    "OVSamConfig",
-    "OVSamFeatures",
-    "OVSamMaskDecoder",
-    "OVSamModel",
-    "OVSamOutput",
-    "OVSamProcessor",
-    "OVSamVideoModel",
-    "OVSamVideoOutput",
-    "OVSamVideoSession",
-    "OVSamVisionModel",
-    "OpenVocabularySegmentationPipeline",
-    "Prompt",
-    "Results",
-    "Sam2ClipAdapter",
-    "Sam2ClipConfig",
-    "Sam2ClipVitAdapter",
-    "Sam2ClipVitConfig",
-    "Segmenter",
-    "Tracks",
-    "VideoSegmenter",
-    "VideoStream",
-    "Vocabulary",
-    "from_parts",
-    "load",
-    "load_video",
-    "path",
-]
+sys.meta_path.insert(0, _Registration())
+if "transformers" in sys.modules:
+    sys.meta_path[0].register()  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
@@ -326,6 +325,8 @@ def _owned(part: Part) -> Part:
 
 def _open_clip(folder: Path) -> tuple[OpenClipConfig, dict[str, Tensor]]:
     """Read the layout of open_clip on the Hub: open_clip_config.json and open_clip_model.safetensors."""
+    import open_clip  # here, since it takes long to import
+
     settings = json.loads((folder / "open_clip_config.json").read_text())
     preprocess = settings.get("preprocess_cfg", {})
     colours = {f"image_{key}": preprocess[key] for key in ("mean", "std") if key in preprocess}

@@ -23,9 +23,9 @@ from ovsam.evaluation.metrics import boundary_iou, next_click, rank
 from ovsam.inference.encoded import EncodedImage
 from ovsam.inference.segmenter import Segmenter
 from ovsam.modeling.geometry import maps_to_clip
-from ovsam.modeling.scoring import calibrated
 from ovsam.ops import rle
 from ovsam.ops.masks import deepest_point, mask_overlap
+from ovsam.ops.scores import calibrated
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.results.results import Results
 

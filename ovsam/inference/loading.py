@@ -1,28 +1,29 @@
-"""`ovsam.load(...)`: a preset, a folder or a Hub id -> Segmenter."""
+"""`ovsam.load(...)`: a preset, a folder or a Hub id -> Segmenter.
+
+torch is imported with the model.
+"""
 
 import difflib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ovsam.checkpoints.compose import compose
 from ovsam.checkpoints.embedded import find_checkpoint
-from ovsam.checkpoints.model_folder import load_folder
-from ovsam.checkpoints.presets import PRESETS, announce_download, choose_auto
-from ovsam.checkpoints.weight_files import fetch
 from ovsam.errors import InputError
-from ovsam.inference.options import check_device, check_dtype
-from ovsam.inference.segmenter import Segmenter
 from ovsam.processing import arguments
+
+if TYPE_CHECKING:
+    import torch
+
+    from ovsam.inference.segmenter import Segmenter
 
 
 def load(
     model: str | os.PathLike = "auto",
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: "str | torch.dtype | None" = None,
     memory: bool = False,
-) -> Segmenter:
+) -> "Segmenter":
     """Load a Segmenter for a preset, a folder or a Hub id.
 
     Args:
@@ -41,7 +42,20 @@ def load(
         raise InputError(f"The model is {arguments.short(model)}; it must be a preset, a folder or a Hub id.")
     name = os.fspath(model)
     if name == "auto":
-        name = os.environ.get("OVSAM_MODEL") or choose_auto()
+        name = os.environ.get("OVSAM_MODEL") or name
+    return _load_model(name, device, dtype, memory)
+
+
+def _load_model(name: str, device, dtype, memory: bool) -> "Segmenter":
+    import torch
+
+    from ovsam.checkpoints.compose import compose
+    from ovsam.checkpoints.model_folder import load_folder
+    from ovsam.checkpoints.presets import PRESETS, announce_download, choose_auto
+    from ovsam.inference.options import check_device, check_dtype
+    from ovsam.inference.segmenter import Segmenter
+
+    name = choose_auto() if name == "auto" else name
     target, dtype = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu")), check_dtype(dtype)
     if name in PRESETS and PRESETS[name].parts:
         announce_download(name)
@@ -55,6 +69,9 @@ def load(
 
 def _fetch(name: str) -> Path:
     """Return the folder of a model that is not a preset."""
+    from ovsam.checkpoints.presets import PRESETS
+    from ovsam.checkpoints.weight_files import fetch
+
     if "/" not in name and not os.path.exists(name):
         close = difflib.get_close_matches(name, PRESETS, n=1)
         meant = f"did you mean {close[0]!r}? Pass" if close else "pass"

@@ -1,20 +1,27 @@
-"""Checks of the arguments of `ovsam.load` and `Segmenter`; InputError states what would be right."""
+"""Checks of the arguments of `ovsam.load` and `Segmenter`; InputError states what would be right.
+
+torch is imported by the checks that need it.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ovsam.errors import InputError
-from ovsam.inference.proposers import Proposer, check_name
 from ovsam.ops.nms import NMS
 from ovsam.processing import arguments
 from ovsam.processing.vocabulary import Vocabulary, to_vocabulary
 
+if TYPE_CHECKING:
+    import torch
 
-def check_device(device: str | torch.device) -> torch.device:
+    from ovsam.inference.proposers import Proposer
+
+
+def check_device(device: "str | torch.device") -> "torch.device":
     """The device, once a tensor was made on it."""
+    import torch
+
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
@@ -26,7 +33,9 @@ def check_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def check_dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | None":
+    import torch
+
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError(f"The dtype is {dtype!r}; it must be float32, float16 or bfloat16.")
@@ -58,7 +67,9 @@ def check_tile(tile: Any) -> int | None:
     return None if tile is None or tile is False or tile == 0 else arguments.whole("tile", tile, arguments.MIN_TILE)
 
 
-def check_proposer(proposer: Any) -> str | Proposer | None:
+def check_proposer(proposer: Any) -> "str | Proposer | None":
+    from ovsam.inference.proposers import check_name
+
     if proposer is None or callable(proposer):
         return proposer
     if not isinstance(proposer, str):

@@ -4,13 +4,12 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ovsam.checkpoints.embedded import CACHE
-from ovsam.modeling.modeling_ovsam import OVSamModel
-from ovsam.processing.processing_ovsam import OVSamProcessor
+from ovsam.ops.arrays import Array
 from ovsam.processing.vocabulary import Vocabulary
 
 KEPT_PHRASES = 100_000  # in memory, of the vocabularies used last
@@ -18,12 +17,22 @@ LONG = 256  # phrases; longer vocabularies are kept on disk
 PHRASES_AT_ONCE = 64  # between two calls of a progress function
 
 
-class TextEmbedder:
-    """The text tower of a model with its tokenizer, and the embeddings that were computed last. Safe for threads."""
+class TextTower(Protocol):
+    """What a text tower is for a TextEmbedder; `ovsam.inference.questions.Questions` describes it."""
 
-    def __init__(self, model: OVSamModel, processor: OVSamProcessor):
-        self.model, self.processor = model, processor
-        self.kept: OrderedDict[tuple, Tensor] = OrderedDict()
+    settings: Any
+
+    def encode_words(self, phrases: list[str]) -> np.ndarray: ...
+    def text_weights(self) -> tuple: ...
+    def to_own(self, embeds: np.ndarray) -> Array: ...
+
+
+class TextEmbedder:
+    """A text tower, and the embeddings that it computed last. Safe for threads."""
+
+    def __init__(self, tower: TextTower):
+        self.tower = tower
+        self.kept: OrderedDict[tuple, Array] = OrderedDict()
         self._fingerprint = ""
         self._lock = threading.Lock()
 
@@ -32,45 +41,36 @@ class TextEmbedder:
         self.kept.clear()
         self._fingerprint = ""
 
-    @torch.no_grad()
     def embed(
         self, vocabulary: Vocabulary, progress: Callable[[int, int], None] | None = None
-    ) -> tuple[Vocabulary, Tensor]:
-        """The vocabulary and its text embeddings [K, D], on the device of the model; `progress` as in
+    ) -> tuple[Vocabulary, Array]:
+        """The vocabulary and its text embeddings [K, D], as the model takes them; `progress` as in
         `Vocabulary.embed`."""
-        # Weights that were changed in place have another version.
-        weights = sum(0 if one.is_inference() else one._version for one in self.model.clip.parameters())
-        templates = tuple(vocabulary.templates or self.model.config.templates)
-        tower = id(self.model.clip), weights, self.model.device, self.model.dtype
-        key = (tuple(vocabulary.prompts), templates, *tower)
+        templates = tuple(vocabulary.templates or self.tower.settings.templates)
+        key = (tuple(vocabulary.prompts), templates, *self.tower.text_weights())
         with self._lock:
             if key in self.kept:
                 self.kept.move_to_end(key)
                 return vocabulary, self.kept[key]
         long = len(vocabulary.prompts) > LONG
-        embeds = vocabulary.embed(
-            self.encode,
-            templates=tuple(self.model.config.templates),
+        embeds = vocabulary.embed_array(
+            self.tower.encode_words,
+            templates=tuple(self.tower.settings.templates),
             text_hash=self.fingerprint() if long else "",
             cache_dir=CACHE if long else None,
             progress=progress or True,
             chunk_size=PHRASES_AT_ONCE if progress else LONG,
         )
-        embeds = embeds.to(self.model.device)
+        embeds = self.tower.to_own(embeds)
         with self._lock:
             self.kept[key] = embeds
             while len(self.kept) > 1 and sum(map(len, self.kept.values())) > KEPT_PHRASES:
                 self.kept.popitem(last=False)
         return vocabulary, embeds
 
-    def encode(self, phrases: list[str]) -> Tensor:
-        """Phrases -> [K, D], L2-normalised."""
-        tokens = {name: ids.to(self.model.device) for name, ids in self.processor.tokenize(phrases).items()}
-        return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
-
     def fingerprint(self) -> str:
         """Hash of the text tower: that of its embeddings of a few fixed words."""
         if not self._fingerprint:
-            probe = self.encode(["dog", "a red ball", "zzyzx"]).float().cpu()
-            self._fingerprint = hashlib.sha256((probe * 1e4).round().numpy().tobytes()).hexdigest()[:16]
+            probe = self.tower.encode_words(["dog", "a red ball", "zzyzx"])
+            self._fingerprint = hashlib.sha256((probe * 1e4).round().tobytes()).hexdigest()[:16]
         return self._fingerprint

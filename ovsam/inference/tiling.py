@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from ovsam.errors import InputError
 from ovsam.ops import rle
+from ovsam.ops.arrays import descending
 from ovsam.ops.components import connected_nodes
 from ovsam.ops.nms import fast_nms, within
 from ovsam.processing.images import MIN_SIDE
@@ -121,12 +121,12 @@ def merge(pieces: Sequence[TilePiece], overview: Sequence[Instance] = (), per_wo
     found, cut = _join(pieces, per_word)
     found = _add_overview(found, cut, list(overview), per_word)
     masks = [instance.segmentation for instance in found]
-    overlap = torch.from_numpy(rle.iou(masks, masks))
-    scores = torch.tensor([instance.score for instance in found], dtype=torch.float64)
+    overlap = rle.iou(masks, masks)
+    scores = np.array([instance.score for instance in found], dtype=np.float64)
     if per_word:
-        overlap = within(overlap, torch.from_numpy(_word_ids(found)))
+        overlap = within(overlap, _word_ids(found))
     kept = fast_nms(overlap, scores + 1e-9, DUPLICATE)  # a score may be 0
-    order = [i for i in scores.argsort(descending=True, stable=True).tolist() if kept[i] > 0]
+    order = [i for i in descending(scores).tolist() if kept[i] > 0]
     return [replace(found[i], id=number) for number, i in enumerate(order, start=1)]
 
 

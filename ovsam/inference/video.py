@@ -15,7 +15,8 @@ from ovsam.errors import InputError
 from ovsam.inference.encoded import EncodedImage
 from ovsam.inference.frames import Frame, FrameSource
 from ovsam.inference.loading import load
-from ovsam.inference.segmenter import Segmenter, Words
+from ovsam.inference.questions import Words
+from ovsam.inference.segmenter import Segmenter
 from ovsam.modeling.outputs import OVSamFeatures
 from ovsam.modeling.sam.propagation import cover, frame_keys
 from ovsam.modeling.tracking import OVSamVideoOutput, OVSamVideoSession, Tracker, VideoPrompt

@@ -34,14 +34,13 @@ from ovsam.modeling.scoring import (
     AnyNaming,
     Naming,
     TextQuery,
-    calibrated,
     clip_scale_shift,
-    instance_scores,
     mean_logits,
 )
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.ops.masks import add_prior, mask_overlap, mean_masks
 from ovsam.ops.nms import fast_box_nms, suppress
+from ovsam.ops.scores import calibrated, instance_scores
 
 
 class OVSamPreTrainedModel(PreTrainedModel):
@@ -368,8 +367,7 @@ class OVSamModel(OVSamPreTrainedModel):
             index [B, I] into the locations and valid [B, I]; I is the highest number of proposals of an image.
         """
         concepts, config = features.concepts, self.config
-        count = min(config.max_locations or concepts.objectness.shape[1], concepts.objectness.shape[1])
-        objectness, top = concepts.objectness.float().sigmoid().topk(count, dim=1)  # [B, 300]
+        objectness, top = self.likely_locations(concepts)  # [B, 300]
         score = objectness
         if query is not None:
             logits = self._concept_naming(concepts, top).best_logit(query.embeds, query.mask)
@@ -401,6 +399,11 @@ class OVSamModel(OVSamPreTrainedModel):
         ]
         index = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
         return index.clamp(min=0), index >= 0
+
+    def likely_locations(self, concepts: ConceptOutput) -> tuple[Tensor, Tensor]:
+        """The `max_locations` locations of highest objectness: as probabilities [B, T], and their indices [B, T]."""
+        count = min(self.config.max_locations or concepts.objectness.shape[1], concepts.objectness.shape[1])
+        return concepts.objectness.float().sigmoid().topk(count, dim=1)
 
     def _move_from_clip(self, features: OVSamFeatures) -> None:
         """Map boxes from CLIP's input to the model input, and clip them to it."""

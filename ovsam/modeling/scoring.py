@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ovsam.errors import InputError
+from ovsam.ops.scores import word_shares
+from ovsam.ops.text_labels import all_phrases, is_per_image
 
 SOFTMAX_SHIFT = -0.25
 CHUNK = 4096  # text queries that are compared with all locations at a time
-TRAINED, UNTRAINED = 0.1, 0.9  # weight of CLIP's probability in Open-Vocabulary SAM
 
 
 @dataclass
@@ -68,11 +69,13 @@ class BlendedNaming:
         """words [K, D] -> [B, I, K]; asked [B, K] bool, all if None; labels: the K class names."""
         if words is None:
             return None
-        labels = [""] * len(words) if labels is None else labels
-        share = [TRAINED if plain_name(label) in self.trained_words else UNTRAINED for label in labels]
-        share = torch.tensor(share, device=words.device)  # [K]
-        logits = (1 - share) * self.adapter.logits(words) + share * self.clip.logits(words)
+        share = word_shares([""] * len(words) if labels is None else labels, self.trained_words)
+        logits = self.blend(words, torch.tensor(share, device=words.device))
         return logits if asked is None else logits.masked_fill(~asked[:, None], torch.finfo(logits.dtype).min)
+
+    def blend(self, words: Tensor, share: Tensor) -> Tensor:
+        """words [K, D], share [K] of CLIP in the logit of each word -> [B, I, K]"""
+        return (1 - share) * self.adapter.logits(words) + share * self.clip.logits(words)
 
 
 @dataclass
@@ -104,7 +107,7 @@ class FusedNaming:
         names = list(dict.fromkeys(labels))
         place = {name: index for index, name in enumerate(names)}
         name_of = torch.tensor([place[label] for label in labels], device=words.device)  # [K]
-        weight = torch.tensor([TRAINED if plain_name(name) in self.trained_words else UNTRAINED for name in names])
+        weight = torch.tensor(word_shares(names, self.trained_words))
         weight = weight.to(words.device) * self.clip_sees[..., None]  # [B, I, N]
         log_p = (1 - weight) * self._log_p(self.embeds, words, asked, name_of)
         log_p = log_p + weight * self._log_p(self.clip_embeds, words, asked, name_of)
@@ -123,11 +126,6 @@ class FusedNaming:
 
 
 AnyNaming = Naming | BlendedNaming | FusedNaming
-
-
-def plain_name(word: str) -> str:
-    """A class name as `trained_words` lists it."""
-    return word.lower().replace("_", " ")
 
 
 @dataclass
@@ -177,22 +175,6 @@ def word_mask(text_labels: Any) -> Tensor | None:
     return torch.tensor([[phrase in words for phrase in union] for words in text_labels])
 
 
-def is_per_image(text_labels: Any) -> bool:
-    """Whether text_labels are given per image (a list of lists or of mappings), not once for all images."""
-    return (
-        isinstance(text_labels, list | tuple)
-        and bool(text_labels)
-        and isinstance(text_labels[0], list | tuple | Mapping)
-    )
-
-
-def all_phrases(text_labels: Any) -> list[str]:
-    """The phrases of all images, without repetition if they are given per image."""
-    if is_per_image(text_labels):
-        return list(dict.fromkeys(phrase for row in text_labels for phrase in row))
-    return list(text_labels)
-
-
 def row_labels(text_labels: Sequence | Mapping[str, str] | None) -> list[str] | None:
     """Return the class names of the K text queries, given `text_labels` as the processor takes them: class names, a
     mapping of phrases to class names, or one of these for each image, of which the union is tokenised."""
@@ -226,17 +208,3 @@ def mean_logits(
     if words is None:
         return None
     return torch.stack([naming.logits(words, asked, labels) for naming in namings]).mean(0)
-
-
-def instance_scores(logits: Tensor, objectness: Tensor | None, weight: float = 0.5) -> Tensor:
-    """Probability that an instance has the class name: for a proposal, the weighted geometric mean of the probability
-    of the class name and the objectness. Any shape, each in [0, 1]."""
-    score = logits.sigmoid()
-    return score if objectness is None or weight == 0 else score ** (1 - weight) * objectness**weight
-
-
-def calibrated(scores: Tensor, calibration: Sequence[float]) -> Tensor:
-    """Platt scaling (Platt 1999) of scores in [0, 1] of any shape: the logit of each score is multiplied by the first
-    number of the calibration and the second is added. Order is preserved, and 0 and 1 stay."""
-    scale, shift = calibration
-    return scores if (scale, shift) == (1, 0) else torch.sigmoid(scale * torch.logit(scores) + shift)

@@ -1,25 +1,38 @@
-"""Boxes of masks, and their overlap."""
+"""Boxes of masks, and their overlap, for numpy arrays and tensors alike."""
 
-import torch
-from torch import Tensor
+from ovsam.ops.arrays import Array, count, floats, namespace
 
 
-def masks_to_boxes(masks: Tensor) -> Tensor:
+def masks_to_boxes(masks: Array) -> Array:
     """masks [..., H, W] bool -> boxes [..., 4] float xyxy in pixels, x2 and y2 exclusive; zeros for empty masks."""
+    xp = namespace(masks)
     h, w = masks.shape[-2:]
     rows, columns = masks.any(-1), masks.any(-2)  # [..., H], [..., W]
-    y, x = torch.arange(h, device=masks.device), torch.arange(w, device=masks.device)
-    x0 = torch.where(columns, x, w).amin(-1)
-    y0 = torch.where(rows, y, h).amin(-1)
-    x1 = torch.where(columns, x + 1, 0).amax(-1)
-    y1 = torch.where(rows, y + 1, 0).amax(-1)
-    boxes = torch.stack([x0, y0, x1, y1], -1).float()
-    return torch.where(columns.any(-1, keepdim=True), boxes, torch.zeros_like(boxes))
+    y, x = count(masks, 0, h), count(masks, 0, w)
+    x0 = xp.amin(xp.where(columns, x, w), -1)
+    y0 = xp.amin(xp.where(rows, y, h), -1)
+    x1 = xp.amax(xp.where(columns, x + 1, 0), -1)
+    y1 = xp.amax(xp.where(rows, y + 1, 0), -1)
+    boxes = floats(xp.stack([x0, y0, x1, y1], -1))
+    return xp.where(columns.any(-1)[..., None], boxes, xp.zeros_like(boxes))
 
 
-def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+def box_iou(boxes: Array, others: Array) -> Array:
+    """IoU of each box [n, 4] with each of the others [m, 4], xyxy -> [n, m]; NaN for two boxes without area."""
+    xp = namespace(boxes)
+    low, high = xp.maximum(boxes[:, None, :2], others[:, :2]), xp.minimum(boxes[:, None, 2:], others[:, 2:])
+    shared = (high - low).clip(min=0).prod(-1)  # [n, m]
+    return shared / (box_areas(boxes)[:, None] + box_areas(others) - shared)
+
+
+def box_areas(boxes: Array) -> Array:
+    """boxes [..., 4] xyxy -> [...]"""
+    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+
+
+def paired_iou(boxes: Array, others: Array) -> Array:
     """IoU of each box with the other at the same place, both [..., 4] xyxy -> [...]."""
-    shared = torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])
-    shared = shared.clamp(min=0).prod(-1)
-    areas = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (boxes, others))
-    return shared / (sum(areas) - shared).clamp(min=1e-6)
+    xp = namespace(boxes)
+    shared = xp.minimum(boxes[..., 2:], others[..., 2:]) - xp.maximum(boxes[..., :2], others[..., :2])
+    shared = shared.clip(min=0).prod(-1)
+    return shared / (box_areas(boxes) + box_areas(others) - shared).clip(min=1e-6)

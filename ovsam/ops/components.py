@@ -1,9 +1,8 @@
 """Connected components: of a graph, and of the cells of masks."""
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+
+from ovsam.ops.arrays import Array
 
 
 def connected_nodes(joined: np.ndarray) -> np.ndarray:
@@ -17,10 +16,14 @@ def connected_nodes(joined: np.ndarray) -> np.ndarray:
         names = smallest
 
 
-def connected_cells(masks: Tensor) -> Tensor:
-    """masks [K, h, w] bool -> [K, h, w] int: 0 outside, and one number for all cells that touch, also at a corner.
+def connected_cells(masks: Array) -> Array:
+    """masks [K, h, w] bool, a tensor -> [K, h, w] int: 0 outside, and one number for all cells that touch, also at a
+    corner.
 
     Every cell starts with a number of its own and takes the largest around it until nothing changes."""
+    import torch
+    import torch.nn.functional as F
+
     height, width = masks.shape[1:]
     own = torch.arange(1, height * width + 1, device=masks.device, dtype=torch.float32).view(height, width) * masks
     while True:

@@ -1,9 +1,14 @@
-"""Masks as tensors and arrays."""
+"""Masks, as numpy arrays or tensors. `paste`, `add_prior` and `mean_masks` take tensors alone."""
+
+import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+
+from ovsam.ops.arrays import Array, count, floats, is_bool, namespace, sigmoid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 64  # number of pixels whose distance is computed at a time
 EMPTY = -20.0  # logit of a pixel that is certainly not in the mask
@@ -11,12 +16,13 @@ PRIOR = 5.0  # highest absolute logit of a mask that the decoder corrects
 INSIDE, OUTSIDE = 10.0, -10.0  # logits of a mask that is given as bool, as SAM's mask prompts are scaled
 
 
-def mask_logits(masks: Tensor) -> Tensor:
+def mask_logits(masks: Array) -> Array:
     """Masks, bool or already logits -> float logits of the same shape; pad them with OUTSIDE."""
-    return torch.where(masks, INSIDE, OUTSIDE) if masks.dtype == torch.bool else masks.float()
+    xp = namespace(masks)
+    return floats(xp.where(masks, INSIDE, OUTSIDE) if is_bool(masks) else masks)
 
 
-def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def paste(masks: "Tensor", boxes: "Tensor", size: tuple[int, int]) -> "Tensor":
     """Mask logits inside boxes -> mask logits of the image, EMPTY outside of the boxes.
 
     Bilinear interpolation is separable, so it is the product of three matrices.
@@ -32,18 +38,18 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     low, high = boxes[..., :2].float(), boxes[..., 2:].float()
     inside, weights = [], []
     for axis, length in ((1, size[0]), (0, size[1])):
-        pixel = torch.arange(length, device=masks.device) + 0.5
+        pixel = count(masks, 0, length) + 0.5
         start, end = low[..., axis, None], high[..., axis, None]
         cells = masks.shape[-1]
         place = ((pixel - start) / (end - start).clamp(min=1e-3) * cells - 0.5).clamp(0, cells - 1)  # [B, I, length]
-        weight = (1 - (place[..., None] - torch.arange(cells, device=masks.device)).abs()).clamp(min=0)
+        weight = (1 - (place[..., None] - count(masks, 0, cells)).abs()).clamp(min=0)
         weights.append(weight)  # [B, I, length, r]
         inside.append((pixel >= start) & (pixel <= end))
     pasted = weights[0] @ masks.float() @ weights[1].transpose(-1, -2)
     return pasted.masked_fill(~(inside[0][..., :, None] & inside[1][..., None, :]), EMPTY)
 
 
-def add_prior(masks: Tensor, prior: Tensor, weight: float = 1.0) -> Tensor:
+def add_prior(masks: "Tensor", prior: "Tensor", weight: float = 1.0) -> "Tensor":
     """The masks of a decoder that corrects its mask prompts, in the manner of a residual network.
 
     Args:
@@ -55,13 +61,15 @@ def add_prior(masks: Tensor, prior: Tensor, weight: float = 1.0) -> Tensor:
     Returns:
         [B, P, M, H, W]
     """
+    import torch.nn.functional as F
+
     size, grid = masks.shape[:3], prior.shape[-2:]
     if masks.shape[-2:] != grid:
         masks = F.interpolate(masks.flatten(0, 1), grid, mode="bilinear").view(*size, *grid)
     return masks + weight * prior[:, :, None].clamp(-PRIOR, PRIOR)
 
 
-def mean_masks(given: Tensor, masks: Tensor, weight: Tensor) -> Tensor:
+def mean_masks(given: "Tensor", masks: "Tensor", weight: "Tensor") -> "Tensor":
     """Weighted mean of two sets of mask logits, each limited to PRIOR.
 
     Args:
@@ -71,24 +79,26 @@ def mean_masks(given: Tensor, masks: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [B, P, H, W]
     """
+    import torch.nn.functional as F
+
     if given.shape[-2:] != masks.shape[-2:]:
         given = F.interpolate(given, masks.shape[-2:], mode="bilinear")
     weight = weight[..., None, None]
     return (given.clamp(-PRIOR, PRIOR) + weight * masks.clamp(-PRIOR, PRIOR)) / (1 + weight)
 
 
-def certainty(masks: Tensor) -> Tensor:
+def certainty(masks: Array) -> Array:
     """Mean probability of the pixels inside each mask, 0 for an empty one. Logits [..., h, w] -> [...]"""
-    probability, inside = masks.sigmoid(), masks > 0
-    return (probability * inside).sum((-1, -2)) / inside.sum((-1, -2)).clamp(min=1)
+    probability, inside = sigmoid(masks), masks > 0
+    return (probability * inside).sum((-1, -2)) / inside.sum((-1, -2)).clip(min=1)
 
 
-def mask_overlap(masks: Tensor, others: Tensor | None = None) -> Tensor:
+def mask_overlap(masks: Array, others: Array | None = None) -> Array:
     """IoU of each pair of masks. masks [n, h, w] bool, others [m, h, w] bool (default: the same) -> [n, m]"""
-    one = masks.flatten(1).float()
-    two = one if others is None else others.flatten(1).float()
+    one = floats(masks.reshape(len(masks), math.prod(masks.shape[1:])))
+    two = one if others is None else floats(others.reshape(len(others), math.prod(others.shape[1:])))
     shared = one @ two.T
-    return shared / (one.sum(1)[:, None] + two.sum(1)[None] - shared).clamp(min=1)
+    return shared / (one.sum(1)[:, None] + two.sum(1)[None] - shared).clip(min=1)
 
 
 def deepest_point(mask: np.ndarray) -> tuple[int, int]:

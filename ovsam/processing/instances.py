@@ -8,12 +8,19 @@ from torch import Tensor
 
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import OVSamOutput
-from ovsam.ops import rle
-from ovsam.ops.boxes import masks_to_boxes
 from ovsam.ops.segments import segments_of
 from ovsam.processing import arguments
 from ovsam.processing.inputs import check_sizes
-from ovsam.processing.postprocessing import Canvas, Selection, Words, assign, enlarge, enlarge_rle, select
+from ovsam.processing.postprocessing import (
+    Canvas,
+    Selection,
+    Words,
+    areas_of,
+    assign,
+    describe,
+    look_up,
+    select,
+)
 
 
 class PostProcessing:
@@ -65,43 +72,10 @@ class PostProcessing:
         """
         arguments.number("mask_threshold", mask_threshold, 0, 1, inside=True)
         options = {"nms": nms, "per_word": per_word, "rescore": rescore, "top_k": top_k}
-        results = []
-        for chosen, canvas in self._choose(outputs, target_sizes, text_labels, threshold, **options):
-            owners = None
-            if exclusive:
-                owners, _, _ = assign(chosen.logits, chosen.scores, canvas, mask_threshold, by_pixel=False)
-                if chosen.objectness is not None:
-                    left = _areas(owners, len(chosen.scores)).nonzero()[:, 0]
-                    place = torch.full_like(chosen.index, -1)
-                    place[left] = torch.arange(len(left), device=place.device)
-                    owners, chosen = _look_up(place, owners, empty=-1), chosen.take(left)
-            if return_coco_annotation:
-                masks = enlarge_rle(chosen.logits, canvas, mask_threshold, owners)
-                boxes = [[x, y, x + w, y + h] for x, y, w, h in map(rle.bbox, masks)]
-                boxes = torch.tensor(boxes, device=chosen.scores.device).reshape(-1, 4)
-            else:
-                if owners is None:
-                    masks = enlarge(chosen.logits, canvas, mask_threshold)
-                else:
-                    masks = owners == torch.arange(len(chosen.scores), device=owners.device)[:, None, None]
-                boxes = masks_to_boxes(masks)
-            results.append(
-                {
-                    "scores": chosen.scores,
-                    "labels": chosen.labels,
-                    "boxes": boxes,
-                    "masks": masks,
-                    "text_labels": chosen.text_labels,
-                    "phrases": chosen.phrases,
-                    "mask_scores": chosen.mask_scores,
-                    "objectness": chosen.objectness,
-                    "prompt_ids": chosen.index,
-                    "topk": chosen.topk,
-                    "presence": chosen.presence,
-                    "dropped": chosen.dropped,
-                }
-            )
-        return results
+        return [
+            describe(chosen, canvas, mask_threshold, exclusive, return_coco_annotation)
+            for chosen, canvas in self._choose(outputs, target_sizes, text_labels, threshold, **options)
+        ]
 
     def post_process_semantic_segmentation(
         self,
@@ -124,7 +98,7 @@ class PostProcessing:
         maps, scores = [], []
         for chosen, canvas in self._choose(outputs, target_sizes, text_labels, threshold, nms=None):
             owners, values, _ = assign(chosen.logits, chosen.scores, canvas, mask_threshold, by_pixel=True)
-            maps.append(_look_up(chosen.labels, owners, empty=-1))
+            maps.append(look_up(chosen.labels, owners, empty=-1))
             scores.append(values)
         return (maps, scores) if return_scores else maps
 
@@ -158,12 +132,12 @@ class PostProcessing:
             nms=nms,
         ):
             owners, _, areas = assign(chosen.logits, chosen.scores, canvas, mask_threshold, by_pixel=True)
-            left = _areas(owners, len(areas))
+            left = areas_of(owners, len(areas))
             kept = (left > overlap_mask_area_threshold * areas).tolist()
             ids, segments = segments_of(
                 chosen.labels.tolist(), chosen.text_labels, chosen.scores.tolist(), kept, label_ids_to_fuse
             )
-            segmentation = _look_up(torch.tensor(ids, dtype=torch.int32, device=owners.device), owners, empty=0)
+            segmentation = look_up(torch.tensor(ids, dtype=torch.int32, device=owners.device), owners, empty=0)
             results.append({"segmentation": segmentation, "segments_info": segments})
         return results
 
@@ -223,13 +197,3 @@ class PostProcessing:
             return Canvas(*outputs.pred_masks.shape[-2:])
         height, width = (int(side) for side in target_sizes[image])
         return Canvas(height, width, self.picture_share(height, width))
-
-
-def _areas(owners: Tensor, count: int) -> Tensor:
-    """Number of pixels of each of `count` instances; owners [H, W], -1: none -> [count]."""
-    return (owners + 1).flatten().bincount(minlength=count + 1)[1:]
-
-
-def _look_up(values: Tensor, owners: Tensor, empty: int) -> Tensor:
-    """Values [n] of the instances at their pixels, owners [H, W] (-1: none) -> [H, W]."""
-    return torch.cat([values, values.new_tensor([empty])])[owners]

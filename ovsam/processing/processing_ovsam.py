@@ -12,8 +12,8 @@ from transformers.models.sam2.processing_sam2 import Sam2Processor
 from ovsam.errors import InputError
 from ovsam.modeling.geometry import square_window
 from ovsam.modeling.remote_code import auto_map, write_shim
-from ovsam.modeling.scoring import all_phrases, is_per_image
 from ovsam.ops.masks import OUTSIDE, mask_logits
+from ovsam.ops.text_labels import all_phrases, is_per_image
 from ovsam.processing import arguments
 from ovsam.processing.inputs import check_prompts, check_sizes, fits, open_pictures, pad_boxes, split_queries
 from ovsam.processing.instances import PostProcessing

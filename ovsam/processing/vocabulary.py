@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ovsam.errors import InputError
 from ovsam.processing.arguments import plain, short
 
@@ -101,6 +103,24 @@ class Vocabulary:
         Returns:
             [K, D] in float32 on the CPU, L2-normalised.
         """
+        import torch
+
+        def as_array(sentences: list[str]) -> np.ndarray:
+            with torch.no_grad():
+                return encode(sentences).float().cpu().numpy()
+
+        return torch.from_numpy(self.embed_array(as_array, templates, text_hash, cache_dir, progress, chunk_size))
+
+    def embed_array(
+        self,
+        encode: Callable[[list[str]], np.ndarray],
+        templates: Sequence[str] = ("{}",),
+        text_hash: str = "",
+        cache_dir: str | os.PathLike | None = None,
+        progress: bool | Callable[[int, int], None] = True,
+        chunk_size: int = 256,
+    ) -> np.ndarray:
+        """`embed` for a text tower that gives arrays; needs no torch."""
         templates = self.templates or _check_templates(templates)
         if cache_dir is None:
             return self._compute(encode, templates, progress, chunk_size)
@@ -122,25 +142,20 @@ class Vocabulary:
 
     def _compute(
         self, encode, templates: Sequence[str], progress: bool | Callable[[int, int], None], chunk_size: int
-    ) -> "torch.Tensor":
-        import torch
-        from torch.nn.functional import normalize
+    ) -> np.ndarray:
         from tqdm.auto import tqdm
 
         quick = len(self.prompts) * len(templates) <= 4 * chunk_size
         chunks = []
-        with (
-            torch.no_grad(),
-            tqdm(total=len(self.prompts), unit=" words", disable=quick or progress is not True) as bar,
-        ):
+        with tqdm(total=len(self.prompts), unit=" words", disable=quick or progress is not True) as bar:
             for start in range(0, len(self.prompts), chunk_size):
                 prompts = [as_read(prompt) for prompt in self.prompts[start : start + chunk_size]]
-                mean = sum(normalize(encode([t.replace("{}", p) for p in prompts]).float(), dim=-1) for t in templates)
-                chunks.append(normalize(mean, dim=-1).cpu())
+                each = [_unit(encode([t.replace("{}", p) for p in prompts])) for t in templates]
+                chunks.append(_unit(np.sum(each, 0)))
                 bar.update(len(prompts))
                 if callable(progress):
                     progress(start + len(prompts), len(self.prompts))
-        return torch.cat(chunks)
+        return np.concatenate(chunks)
 
     def as_mapping(self) -> dict[str, str]:
         """Return {prompt: label}, which post-processing takes as `text_labels`."""
@@ -311,23 +326,28 @@ _PARSERS = {".txt": _parse_txt, ".json": _parse_json, ".csv": _parse_csv}
 BUILT_IN = {"coco": lambda: _bundled("coco"), "lvis": lambda: _bundled("lvis"), "imagenet21k": _imagenet21k}
 
 
-def _load_cached(path: Path, metadata: dict[str, str], count: int) -> "torch.Tensor | None":
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Rows [n, D] of length 1, in float32."""
+    rows = np.asarray(rows, dtype=np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
+def _load_cached(path: Path, metadata: dict[str, str], count: int) -> np.ndarray | None:
     """Return the embeddings in a cache file, or None if it is missing or damaged."""
-    import torch
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             embeds, found = file.get_tensor("text_embeds"), file.metadata()
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, TypeError):  # numpy has no bfloat16
         return None
-    sound = embeds.dtype == torch.float32 and embeds.ndim == 2 and len(embeds) == count and embeds.isfinite().all()
+    sound = embeds.dtype == np.float32 and embeds.ndim == 2 and len(embeds) == count and np.isfinite(embeds).all()
     return embeds if sound and found == metadata | {"sha256": _digest(embeds)} else None
 
 
-def _save_cached(path: Path, metadata: dict[str, str], embeds: "torch.Tensor") -> None:
+def _save_cached(path: Path, metadata: dict[str, str], embeds: np.ndarray) -> None:
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.numpy import save_file
 
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -340,5 +360,5 @@ def _save_cached(path: Path, metadata: dict[str, str], embeds: "torch.Tensor") -
         logger.warning("The text embeddings could not be cached in %s: %s", path.parent, error)
 
 
-def _digest(embeds: "torch.Tensor") -> str:
-    return hashlib.sha256(embeds.numpy().data).hexdigest()
+def _digest(embeds: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(embeds).data).hexdigest()

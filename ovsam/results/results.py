@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self, overload
 from xml.etree import ElementTree
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ovsam.errors import InputError
@@ -221,11 +220,11 @@ class Results(Sequence[Instance]):
         if nms is not None:
             arguments.choice("NMS", nms, NMS)
             masks = [instance.segmentation for instance in kept]
-            overlap = torch.from_numpy(rle.iou(masks, masks))
+            overlap = rle.iou(masks, masks)
             if per_word:
                 names = list(dict.fromkeys(instance.label for instance in kept))
-                overlap = within(overlap, torch.tensor([names.index(instance.label) for instance in kept]))
-            scores = torch.tensor([instance.score for instance in kept], dtype=torch.float64)
+                overlap = within(overlap, np.array([names.index(instance.label) for instance in kept]))
+            scores = np.array([instance.score for instance in kept], dtype=np.float64)
             left = NMS[nms](overlap, scores, nms_threshold).tolist()
             kept = [replace(one, score=value) for one, value in zip(kept, left, strict=True) if value > 0]
         return self._of(instance for instance in kept if instance.score >= score)

@@ -31,10 +31,10 @@ from ovsam.inference.segmenter import Segmenter
 from ovsam.modeling.adapters.clip2sam import Clip2SamAdapter
 from ovsam.modeling.adapters.concepts import ConceptHead
 from ovsam.modeling.locations import boxed_locations
-from ovsam.modeling.scoring import calibrated
 from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.ops.files import write_text
+from ovsam.ops.scores import calibrated
 from ovsam.training.checkpoint import write_model
 from ovsam.training.order import read_data
 from ovsam.training.stages.prompts import LEAST

@@ -28,9 +28,9 @@ from ovsam.errors import InputError
 from ovsam.inference.loading import load
 from ovsam.inference.segmenter import Segmenter
 from ovsam.modeling.modeling_ovsam import OVSamModel
-from ovsam.modeling.scoring import plain_name
 from ovsam.ops.arguments import accepted_arguments
 from ovsam.ops.files import write_whole
+from ovsam.ops.scores import plain_name
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.training.calibrate import calibrate_recipe
 from ovsam.training.checkpoint import (

@@ -325,9 +325,9 @@ def test_device_and_dtype(tiny_folder, scene):
 
 
 def test_embeddings_of_the_last_vocabularies_stay_in_memory(segmenter, monkeypatch):
-    encoded, own = [], segmenter._texts.encode
+    encoded, own = [], segmenter.encode_words
     monkeypatch.setattr(ovsam.inference.text_embedder, "KEPT_PHRASES", 9)
-    monkeypatch.setattr(segmenter._texts, "encode", lambda phrases: (encoded.append(phrases), own(phrases))[1])
+    monkeypatch.setattr(segmenter, "encode_words", lambda phrases: (encoded.append(phrases), own(phrases))[1])
     segmenter._texts.kept.clear()
     _, embeds = segmenter.embed(["cat", "dog"])
     assert segmenter.embed(["cat", "dog"])[1] is embeds and len(encoded) == 1

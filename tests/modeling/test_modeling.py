@@ -11,8 +11,9 @@ from torchvision.ops import box_iou
 from transformers import pipeline
 
 from ovsam import InputError
-from ovsam.modeling.scoring import clip_scale_shift, instance_scores
+from ovsam.modeling.scoring import clip_scale_shift
 from ovsam.ops.boxes import masks_to_boxes
+from ovsam.ops.scores import instance_scores
 
 COMPOSITIONS = {  # composition, SAM side, CLIP side
     "dual": ("dual", "edgetam", "dual_encoder"),

@@ -6,7 +6,8 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ovsam.modeling.scoring import CHUNK, BlendedNaming, Naming, calibrated, instance_scores, mean_logits
+from ovsam.modeling.scoring import CHUNK, BlendedNaming, Naming, mean_logits
+from ovsam.ops.scores import calibrated, instance_scores
 
 
 def naming(batch=2, instances=5, width=16) -> Naming:

@@ -16,7 +16,7 @@ from ovsam.errors import InputError
 from ovsam.evaluation import compare, metrics
 from ovsam.evaluation.datasets import open_coco
 from ovsam.evaluation.evaluate import measure
-from ovsam.modeling.scoring import calibrated
+from ovsam.ops.scores import calibrated
 from ovsam.training import calibrate
 from ovsam.training.calibrate import best_f1
 from ovsam.training.engine import train_recipe

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ovsam.errors import InputError
 from ovsam.modeling.geometry import boxes_from_clip
-from ovsam.modeling.scoring import calibrated, instance_scores
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.ops.masks import OUTSIDE, mask_logits
+from ovsam.ops.scores import calibrated, instance_scores
 from ovsam.processing.arguments import short
 
 if TYPE_CHECKING:

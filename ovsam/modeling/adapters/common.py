@@ -99,8 +99,12 @@ def pool_from_pyramid(
         [B*P, C, r, r]
     """
     rois, level = box_rois(boxes), box_levels(boxes, finest_size, len(levels)).flatten()
-    pooled = rois.new_zeros(len(rois), levels[0].shape[1], size, size)
+    pooled = rois.new_zeros(rois.shape[0], levels[0].shape[1], size, size)
     for i, feature in enumerate(levels):
+        if torch.compiler.is_compiling():  # every box from every level: shapes must not depend on the boxes
+            found = roi_align(feature.float(), rois, size, 1 / (stride * 2**i), sampling_ratio, aligned=True)
+            pooled = torch.where((level == i)[:, None, None, None], found, pooled)
+            continue
         here = (level == i).nonzero()[:, 0]
         found = roi_align(feature.float(), rois[here], size, 1 / (stride * 2**i), sampling_ratio, aligned=True)
         pooled = pooled.index_copy(0, here, found)

@@ -3,7 +3,6 @@
 The text tower is locked (LiT, Zhai et al. 2022): only the image tower is trained.
 """
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,6 +46,8 @@ class DualEncoderSide(ClipSide):
     logit_shift = 0.0
 
     def __init__(self, config: DualEncoderConfig, part: str = "all"):
+        import timm  # here, since it takes long to import
+
         super().__init__()
         self.vision_model = timm.create_model(
             config.architecture, features_only=True, out_indices=tuple(config.out_indices), pretrained=False

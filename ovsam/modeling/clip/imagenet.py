@@ -8,10 +8,8 @@ DenseCLIP does with CLIP (Zhou et al., ECCV 2022).
 
 from collections.abc import Callable, Sequence
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from transformers import BertModel
 
@@ -126,6 +124,8 @@ def create_classifier(name: str, num_classes: int, image_size: int, pretrained: 
     Raises:
         InputError: timm has no such model, or the model gives no intermediate maps.
     """
+    import timm  # here and below, since it takes long to import
+
     if not timm.is_model(name.partition(".")[0]):
         raise InputError(f"timm has no model {name!r}; timm.list_models() lists its models.")
     config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
@@ -144,6 +144,8 @@ def imagenet_names(num_classes: int = 1000) -> list[list[str]]:
 
     Source: the lemmas that timm keeps (`timm.data.ImageNetInfo`), which are WordNet's.
     """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
     subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset is None:
         raise InputError(f"No list of ImageNet names has {num_classes} classes; there are lists of 1,000 and 21,841.")
@@ -172,6 +174,8 @@ def pretrained_imagenet(
         embed: as for `embed_classes`.
         image_size: side of the square input in pixels.
     """
+    import timm
+
     pretrained = timm.models.get_pretrained_cfg(name)
     if pretrained is None:
         raise InputError(f"timm has no weights {name!r}; timm.list_pretrained() lists its weights.")

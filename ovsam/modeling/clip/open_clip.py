@@ -1,15 +1,13 @@
-"""The CLIP side that holds an open_clip model: ViT, ModifiedResNet, and timm towers such as ConvNeXt."""
+"""The CLIP side that holds an open_clip model: ViT, ModifiedResNet, and timm towers such as ConvNeXt.
+
+open_clip and timm are imported where a model is built: they take as long to import as the rest of ovsam.
+"""
 
 import copy
+from typing import TYPE_CHECKING
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import TextTransformer, VisionTransformer
-from timm.layers import Format, resample_abs_pos_embed
-from timm.models import eva, vision_transformer
 from torch import nn
 from torchvision.ops import roi_align
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,6 +18,11 @@ from ovsam.errors import InputError
 from ovsam.modeling.clip.base import ClipSide, map_blocks, region_pool, value_path
 from ovsam.modeling.outputs import ClipFeatures
 from ovsam.ops.boxes import masks_to_boxes
+
+if TYPE_CHECKING:
+    from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
 
 
 class OpenClipConfig(PreTrainedConfig):
@@ -42,6 +45,8 @@ class OpenClipConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.model_cfg is None:
+            import open_clip
+
             self.model_cfg = open_clip.get_model_config("ViT-B-32")
         if self.image_size is None:
             self.image_size = self.model_cfg["vision_cfg"].get("image_size", 224)
@@ -64,6 +69,8 @@ class OpenClipSide(PreTrainedModel, ClipSide):
     _supports_sdpa = True
 
     def __init__(self, config: OpenClipConfig, part: str = "all"):
+        import open_clip
+
         super().__init__(config)
         model_cfg = copy.deepcopy(config.model_cfg)
         model_cfg.pop("custom_text", None)
@@ -99,7 +106,7 @@ class OpenClipSide(PreTrainedModel, ClipSide):
         for parameter in module.parameters(recurse=False):
             init.normal_(parameter, std=0.02)
         super()._init_weights(module)
-        if isinstance(module, TextTransformer) and module.attn_mask is not None:
+        if hasattr(module, "build_causal_mask") and module.attn_mask is not None:  # open_clip's text transformer
             init.copy_(module.attn_mask, module.build_causal_mask())
         elif hasattr(module, "init_non_persistent_buffers"):  # a convention of timm
             module.init_non_persistent_buffers()
@@ -149,7 +156,7 @@ class _ResNetTower:
     """ResNets of CLIP: four stages; RoIAlign to the grid of the attention pool, followed by that pool (RegionCLIP,
     Zhong et al., 2022; Open-Vocabulary SAM). A mask is pooled over its box. The grid is the same at any image size."""
 
-    def __init__(self, visual: ModifiedResNet):
+    def __init__(self, visual: "ModifiedResNet"):
         self.visual = visual
         stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
         self.channels = tuple(stage[-1].conv3.out_channels for stage in stages)
@@ -176,7 +183,7 @@ class _ResNetTower:
         return value_path(lambda tokens: pool.c_proj(pool.v_proj(tokens)), pool_map)
 
 
-def attention_pool(pool: AttentionPool2d, feature_map: torch.Tensor) -> torch.Tensor:
+def attention_pool(pool: "AttentionPool2d", feature_map: torch.Tensor) -> torch.Tensor:
     """CLIP's attention pool, exact at a fraction of the cost.
 
     Only the query of the mean is needed, so the key projection is applied to the query (the key bias shifts all scores
@@ -209,7 +216,7 @@ class _ViTTower:
     are pooled (average, or SigLIP's attention), that of the head alone.
     """
 
-    def __init__(self, visual: VisionTransformer):
+    def __init__(self, visual: "VisionTransformer"):
         if visual.attn_pool is not None:
             raise InputError("open_clip's attentional pooling (CoCa) is not supported; choose another open_clip model.")
         self.visual = visual
@@ -237,6 +244,8 @@ class _ViTTower:
         visual = self.visual
         tokens = visual.conv1(pixel_values)  # [B, C, h, w]
         batch, _, *size = tokens.shape
+        from timm.layers import resample_abs_pos_embed
+
         positions = resample_abs_pos_embed(visual.positional_embedding[None], size, visual.grid_size)
         tokens = torch.cat([visual.class_embedding.expand(batch, 1, -1), tokens.flatten(2).mT], 1)  # [B, 1 + h*w, C]
         tokens = visual.ln_pre(tokens + positions)
@@ -257,7 +266,7 @@ class _ViTTower:
 class _TimmViTTower(_ViTTower):
     """A plain vision transformer of timm."""
 
-    def __init__(self, visual: TimmModel):
+    def __init__(self, visual: "TimmModel"):
         trunk = visual.trunk
         self.visual = visual
         self.last_block = trunk.blocks[-1]
@@ -266,6 +275,8 @@ class _TimmViTTower(_ViTTower):
         # Equivalent to dynamic_img_size of timm, which open_clip does not pass at construction.
         trunk.dynamic_img_size = True
         embed = trunk.patch_embed
+        from timm.layers import Format
+
         embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
         rope = getattr(trunk, "rope", None)
         if rope is not None:
@@ -288,7 +299,7 @@ class _TimmPyramidTower:
     """A timm tower with stages, such as ConvNeXt: its maps from stride 4 on; the last one is averaged under the mask
     and passed to the tower's own head (FC-CLIP, Yu et al., 2023). Convolutions take any image size; Swin does not."""
 
-    def __init__(self, visual: TimmModel):
+    def __init__(self, visual: "TimmModel"):
         self.visual = visual
         info = visual.trunk.feature_info
         self.stages = [index for index, stage in enumerate(info) if stage["reduction"] >= 4]
@@ -328,15 +339,20 @@ class _TimmPyramidTower:
 
 
 Tower = _ResNetTower | _ViTTower | _TimmPyramidTower
-_TOWERS: dict[type, type[Tower]] = {
-    ModifiedResNet: _ResNetTower,
-    VisionTransformer: _ViTTower,
-    vision_transformer.VisionTransformer: _TimmViTTower,
-    eva.Eva: _TimmViTTower,
-}
 
 
 def _tower(visual: nn.Module) -> Tower:
     """Return the reader of an image tower. It refers to the modules of the tower and owns none."""
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+    from timm.models import eva, vision_transformer
+
+    towers: dict[type, type[Tower]] = {
+        ModifiedResNet: _ResNetTower,
+        VisionTransformer: _ViTTower,
+        vision_transformer.VisionTransformer: _TimmViTTower,
+        eva.Eva: _TimmViTTower,
+    }
     kind = type(visual.trunk) if isinstance(visual, TimmModel) else type(visual)
-    return _TOWERS.get(kind, _TimmPyramidTower)(visual)
+    return towers.get(kind, _TimmPyramidTower)(visual)

@@ -97,7 +97,8 @@ def decode_masks(
     dense = dense.expand(b, -1, -1, -1, -1).flatten(0, 1)  # [B|1, P|1, C, h|1, w|1] -> [N, C, h|1, w|1]
     learned = [getattr(mask_decoder, name).weight for name in TOKENS if hasattr(mask_decoder, name)]
     tokens = torch.cat([torch.cat(learned).expand(b, p, -1, -1), sparse.to(learned[0].dtype)], dim=2)
-    tokens = tokens.reshape(len(dense), -1, *tokens.shape[2:])  # [B, P, T, C] -> [N, G, T, C]
+    rows = dense.shape[0]  # not len(), which would fix the number of prompts of an exported program
+    tokens = tokens.reshape(rows, -1, *tokens.shape[2:])  # [B, P, T, C] -> [N, G, T, C]
     position = _nest(position.to(embedding.dtype), 0)
     upscaling = mask_decoder.upscale_conv1, mask_decoder.upscale_conv2
     if high_res:
@@ -106,7 +107,7 @@ def decode_masks(
     else:
         skips = [convolution.bias.expand(b, 1, -1) for convolution in upscaling]
     places = _places(h, w, embedding.device)
-    owners = torch.arange(len(dense), device=embedding.device) // masks_per_image  # row n holds image owners[n]
+    owners = torch.arange(rows, device=embedding.device) // masks_per_image  # row n holds image owners[n]
 
     def decode_some(some: slice, prompts: int) -> list[Tensor]:
         """Decode some images with all their prompts, `prompts` at a time."""
