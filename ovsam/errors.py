@@ -11,7 +11,10 @@ MEMORY_SIGNS = (
 
 
 class InputError(ValueError):
-    """Invalid user input; the message states what was wrong and what would be right."""
+    """Invalid user input; the message states what was wrong and what would be right, in one line."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(" ".join(str(message).splitlines()))  # names of files may have line breaks
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -35,6 +35,8 @@ def is_outline(segmentation: Any) -> bool:
 def check_outline(segmentation: Any, height: int, width: int) -> None:
     """Raise InputError unless this is an outline inside an image of this size; the message lacks its subject."""
     if isinstance(segmentation, list):
+        if not polygons(segmentation):
+            raise InputError("has no polygon of three points or more")
         for polygon in polygons(segmentation):
             _check_polygon(polygon, height, width)
     elif isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():

@@ -158,6 +158,27 @@ def masks(value: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     return array
 
 
+def plain_masks(value: Any) -> np.ndarray:
+    """Masks [n, H, W] of any numbers as an array; 0 is background."""
+    try:
+        array = np.asarray(_to_numpy(value))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The masks are {short(value)}; they must be an array [n, H, W].") from error
+    if array.ndim != 3 or array.dtype.kind not in "buif":
+        raise InputError(f"The masks are {list(array.shape)} of {array.dtype}; they must be [n, H, W].")
+    return array
+
+
+def column(name: str, values: Any, count: int, kind: type | None = None) -> None:
+    """Raise InputError unless there are `count` values of a kind; None stands for finite numbers."""
+    found = plain(values)
+    if not is_sequence(found) or len(found) != count:
+        raise InputError(f"The {name} are {short(values)}; they must be {count}, one for each mask.")
+    for value in found:
+        if not (isinstance(value, kind) if kind else is_number(plain(value)) and math.isfinite(plain(value))):
+            raise InputError(f"The {name} hold {short(value)}; each must be a {'string' if kind else 'finite number'}.")
+
+
 def check_inside(
     size: tuple[int, int], points: Sequence[Sequence[float]] = (), boxes: Sequence = (), image: str = "the image"
 ) -> None:

@@ -119,13 +119,14 @@ def _open(picture: Picture) -> tuple[str, Image.Image]:
 
 
 def _read(path: str | os.PathLike[str]) -> Image.Image:
-    shown = str(path) if len(str(path)) <= 300 else f"{str(path)[:200]}..."
+    name = " ".join(str(path).splitlines())  # messages are one line
+    shown = name if len(name) <= 300 else f"{name[:200]}..."
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         if isinstance(error, PermissionError):
             raise InputError(f"{shown} cannot be read: permission is denied; allow reading it.") from error
-        shown = str(path) if isinstance(error, FileNotFoundError) else shown
+        shown = name if isinstance(error, FileNotFoundError) else shown
         raise InputError(f"{shown} does not exist; check the path of the image.") from error
     if stat.S_ISDIR(status.st_mode):
         raise InputError(f"{path} is a folder; name the images inside it.")

@@ -131,15 +131,20 @@ class OVSamProcessor(PostProcessing, VideoSessions, Sam2Processor):
         input_boxes = arguments.prompts("input_boxes", input_boxes, 2, 4, "[image][box][x1, y1, x2, y2]")
         check_prompts(images, sizes, input_points, input_labels, input_boxes, self.point_pad_value)
         input_boxes, counts = pad_boxes(input_boxes)
-        encoded = super().__call__(
-            images=images,
-            input_points=input_points,
-            input_labels=input_labels,
-            input_boxes=input_boxes,
-            original_sizes=original_sizes,
-            return_tensors=return_tensors,
-            **kwargs,
-        )
+        try:
+            encoded = super().__call__(
+                images=images,
+                input_points=input_points,
+                input_labels=input_labels,
+                input_boxes=input_boxes,
+                original_sizes=original_sizes,
+                return_tensors=return_tensors,
+                **kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"The images or prompts cannot be used: {' '.join(str(error).split())}") from error
         if counts is not None:
             encoded["prompt_counts"] = torch.tensor(counts)
         elif input_points is not None:

@@ -96,8 +96,11 @@ class Results(Sequence[Instance]):
         the image.
         """
         if size is None:
-            masks = np.asarray(masks)
+            masks = arguments.plain_masks(masks)
             size = masks.shape[1:]
+        given = {"labels": labels, "label_ids": label_ids, "scores": scores, "mask_scores": mask_scores}
+        for name, values in given.items():
+            arguments.column(name, values, len(masks), str if name == "labels" else None)
         instances = []
         extras = topk or [[]] * len(masks), [None] * len(masks) if objectness is None else objectness
         columns = zip(labels, label_ids, scores, mask_scores, prompts, *extras, strict=True)
@@ -207,8 +210,10 @@ class Results(Sequence[Instance]):
         score, mask_score = (arguments.number(*one, 0, 1) for one in (("score", score), ("mask_score", mask_score)))
         nms_threshold = arguments.number("nms_threshold", nms_threshold, 0, 1)
         arguments.number("min_area", min_area, 0, math.inf)
-        labels = {labels} if isinstance(labels, str) else labels
-        if labels is not None and not isinstance(labels, Collection):
+        labels = [labels] if isinstance(labels, str) else arguments.plain(labels)
+        if labels is not None and not (
+            isinstance(labels, Collection) and not isinstance(labels, bytes) and all(isinstance(x, str) for x in labels)
+        ):
             raise InputError(f"The labels are {arguments.short(labels)}; they must be a list of labels.")
         kept = [
             instance

@@ -1,0 +1,110 @@
+"""Arguments of the public API, on a tiny random model with an image that is encoded once."""
+
+import numpy as np
+import pytest
+import torch
+from common import picture, tiny_model, tiny_processor
+from fuzz.harness import counted, examples, look_at
+from fuzz.mutations import NAN, values
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ovsam
+from ovsam.results.results import Results
+
+BOX = [30, 30, 100, 80]
+WHERE = ["words", "negative", "threshold", "exemplars", "refine", "nms", "per_word", "rescore", "exclusive", "top_k"]
+WHERE += ["mask_threshold", "conf", "zz"]
+WHAT = ["points", "labels", "boxes", "masks", "vocabulary", "top_k", "mask_threshold", "conf"]
+EVERYTHING = ["vocabulary", "threshold", "objectness", "refine", "nms", "top_k", "mask_threshold", "zz"]
+GOOD = [["cat"], "cat, dog", 0.5, [BOX], BOX, [50, 50], [[50, 50], [60, 60]], [1], 1, 0, True, "fast", 5]
+ARRAYS = [
+    np.array([BOX]),
+    torch.tensor([BOX]),
+    np.zeros((1, 128, 128), bool),
+    np.ones((2, 9, 9)),
+    np.array(NAN),
+    np.array([]),
+]
+ARRAYS += [
+    b"x",
+    {1},
+    object(),
+    lambda x: x,
+    np.full((1, 128, 128), NAN, np.float32),
+    np.ones((128, 128), np.uint8),
+    (1, 2),
+    range(3),
+]
+things = values | st.sampled_from(GOOD) | st.sampled_from(ARRAYS)
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return ovsam.Segmenter(tiny_model(), tiny_processor())
+
+
+@pytest.fixture(scope="module")
+def image(segmenter):
+    return segmenter.encode(picture(1))
+
+
+def options(names):
+    return st.dictionaries(st.sampled_from(names), things, min_size=1, max_size=3)
+
+
+@given(options(WHERE))
+@examples(900)
+def test_where(segmenter, image, given):
+    with counted("where"):
+        look_at(segmenter.where(image, **{"words": ["cat"]} | given))
+
+
+@given(options(WHAT), st.booleans())
+@examples(900)
+def test_what(segmenter, image, given, boxed):
+    with counted("what"):
+        look_at(segmenter.what(image, **({"boxes": BOX} if boxed else {}) | {"vocabulary": ["cat"]} | given))
+
+
+@given(options(EVERYTHING))
+@examples(250)
+def test_everything(segmenter, image, given):
+    with counted("everything"):
+        look_at(segmenter.everything(image, **{"vocabulary": ["cat"]} | given))
+
+
+@given(things)
+@examples(400)
+def test_images(segmenter, image):
+    with counted("image"):
+        segmenter.encode(image)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["text", "negative_text", "input_points", "input_labels", "input_boxes"]), things, min_size=1
+    )
+)
+@examples(600)
+def test_processor(segmenter, given):
+    with counted("processor"):
+        segmenter.processor(images=picture(1), **given)
+
+
+@given(st.dictionaries(st.sampled_from(["score", "min_area", "labels", "max_area"]), things, max_size=2), things)
+@examples(1000)
+def test_filters(given, label):
+    mask = np.zeros((1, 32, 48), bool)
+    mask[0, 4:20, 6:30] = True
+    results = Results.from_arrays(mask, ["cup"], [0], [0.5], [0.6], ["cup"], "text", file_name="a.png")
+    known = {key: value for key, value in given.items() if key in ("score", "min_area", "labels")}
+    with counted("results"):
+        look_at(results.filter(**known))
+
+
+@given(things, things, things)
+@examples(800)
+def test_results_of_arrays(masks, labels, scores):
+    with counted("results"):
+        look_at(Results.from_arrays(masks, labels, [0], scores, [0.6], ["cup"], "text"))
