@@ -28,8 +28,9 @@ def test_the_locations_of_clicks(concepts):
     labels = torch.tensor([[[1, -10], [1, 0], [1, -10], [1, 1]]])
     index, fit = pointed_locations(concepts, points, labels, count=3)
     assert index[..., 0].tolist() == [[0, 1, 2, 2]]  # the centre of each, and both halves at once
-    objectness = concepts.objectness[0].sigmoid() ** 0.25
-    centrality = 16 / 48  # of the first click in the whole: the square of FCOS's centre-ness
+    side = torch.tensor([32.0 * 64, 32 * 64, 64 * 64]).sqrt()
+    objectness = concepts.objectness[0].sigmoid() ** 0.25 * side**-0.2
+    centrality = (16 / 48) ** 0.5  # of the first click in the whole (FCOS, eq. 3)
     assert fit[0, 0].tolist() == pytest.approx([objectness[0].item(), (objectness[2] * centrality).item(), 0.0])
     assert fit[0, 3].tolist() == pytest.approx([(objectness[2] * centrality).item(), 0.0, 0.0])
 
@@ -102,7 +103,7 @@ def test_finer_masks_of_the_head_are_the_size_of_the_result():
 def test_a_click_has_the_mask_of_a_location_that_contains_it(model, features):
     points, labels = torch.tensor([[[[85.0, 40.0]], [[20.0, 90.0]]]]), torch.ones(1, 2, 1)
     masks, agreed = model.concepts.point_masks(features.concepts, points, labels, SIZE)
-    index, fit = pointed_locations(features.concepts, points, labels, 12)
+    index, fit = pointed_locations(features.concepts, points, labels, 16)
     for prompt in range(2):
         boxes = features.concepts.boxes[:, index[0, prompt]]
         regions = mask_regions(boxes)
@@ -110,7 +111,7 @@ def test_a_click_has_the_mask_of_a_location_that_contains_it(model, features):
         held = agreement(logits, regions, points[:, prompt : prompt + 1], labels[:, prompt : prompt + 1])
         inside, probability = logits[0] > 0, logits[0].sigmoid()
         certain = (probability * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-        best = (fit[0, prompt] * held[0, 0] * certain**4).argmax()
+        best = (fit[0, prompt] * held[0, 0] * certain**6).argmax()
         expected = model.concepts.box_masks(features.concepts, boxes[:, best][:, None], SIZE)[0, 0]
         assert agreed[0, prompt] == held[0, 0, best]
         torch.testing.assert_close(masks[0, prompt], expected, rtol=0, atol=1e-4)

@@ -18,8 +18,8 @@ from ovsam.modeling.outputs import ConceptOutput
 from ovsam.modeling.remote_code import RemoteCodeConfig
 from ovsam.ops.masks import certainty, paste
 
-CANDIDATES = 12  # locations whose masks are compared for clicks
-CERTAINTY = 4.0  # exponent of the certainty of a mask in that comparison
+CANDIDATES = 16  # locations whose masks are compared for clicks
+CERTAINTY = 6.0  # exponent of the certainty of a mask in that comparison
 
 
 class ConceptHeadConfig(RemoteCodeConfig):
