@@ -93,6 +93,7 @@ def forget(request: gr.Request):
 
     def close() -> None:
         session = sessions.close(name)
+        engine.features.forget(name)  # those of the page's endpoints
         if session is not None:
             engine.features.forget(session.token)
 

@@ -370,7 +370,7 @@ WRONG = {
         {"in_channels": [8, 16, 24, 32]},
         "in_channels are 8, 16, 24, 32, the CLIP side's channels",
     ),
-    "maps": ("concepts", {"in_channels": [32, 32, 32]}, "ConceptHead's maps are 3, the CLIP side's 4"),
+    "maps": ("clip2sam", {"in_channels": [32, 32, 32]}, "Clip2SamAdapter's maps are 3, the CLIP side's 4"),
     "width of words": ("concepts", {"embed_dim": 48}, "ConceptHead's embed_dim is 48, the CLIP side's 32"),
     "tokens": ("clip2sam", {"token_dim": 256}, "token_dim is 256, the width of the SAM side's tokens 32"),
     "width": ("sam2clip", {"width": 64}, "Sam2ClipAdapter's width is 64, the SAM side's 32"),

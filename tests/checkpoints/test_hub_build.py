@@ -138,7 +138,7 @@ def test_drift_is_found(tmp_path):
         (mirror / "config.json", '"dtype": "float32"', '"dtype": "float16"'),
         (mirror / "config.json", '"modeling_ovsam.OVSamModel"', '"modeling_ovsam.Other"'),
         (mirror / "processor_config.json", '"max_text_length": 64', '"max_text_length": 63'),
-        (mirror / "model.safetensors.index.json", '"concepts.detail', '"concepts.lost'),
+        (mirror / "model.safetensors.index.json", '"concepts.sides', '"concepts.lost'),
         (adapters["concepts"] / "config.json", '"width": 128', '"width": 127'),
         (adapters["concepts"] / "README.md", "license: apache-2.0", "license: mit"),
         (adapters["concepts"] / "README.md", "## Limits", "## No limits"),

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from common import ROOT
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -232,7 +233,8 @@ def test_eval_and_train_hand_over(monkeypatch, capsys, tmp_path):
         monkeypatch.setitem(sys.modules, module, stand_in)
     assert run(f"eval {here} --json figures.json --limit 5 --task words --absent all") == 0
     more = "--data coco.json --images pictures --set optim.workers=2"
-    assert run(f"train adapters/x/recipe.toml --resume --steps 7 --output there --device cpu {more}") == 0
+    recipe = ROOT / "adapters" / "finetune" / "recipe.toml"
+    assert run(f"train {recipe} --resume --steps 7 --output there --device cpu {more}") == 0
     assert calls == [
         (
             (here,),
@@ -249,7 +251,7 @@ def test_eval_and_train_hand_over(monkeypatch, capsys, tmp_path):
             },
         ),
         (
-            ("adapters/x/recipe.toml",),
+            (str(recipe),),
             {
                 "output": "there",
                 "resume": True,

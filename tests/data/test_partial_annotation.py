@@ -64,5 +64,5 @@ def test_a_crowd_is_unknown_in_a_partial_image(tmp_path):
 @pytest.mark.parametrize("table", ["neg_category_ids", "not_exhaustive_category_ids"])
 def test_an_unknown_category_is_an_error(tmp_path, table):
     config = write_set(tmp_path, {"neg_category_ids": [3], "not_exhaustive_category_ids": []} | {table: [12]})
-    with pytest.raises(InputError, match="names the category 12"):
+    with pytest.raises(InputError, match="has the category 12"):
         open_data(config)

@@ -455,13 +455,13 @@ def test_embeddings_of_built_in_vocabularies_are_made_off_the_questions(page, mo
     upload, words = engine.Upload(EXAMPLE, "cat.jpg", "x"), [f"thing {number}" for number in range(600)]
     asked, inside = [], []
     segmenter = engine.models.get("ovsam-tiny")
-    encode = segmenter._texts.encode
+    encode = segmenter.encode_words
 
     def spy(some):
         inside.append(threading.current_thread().name)
         return encode(some)
 
-    monkeypatch.setattr(segmenter._texts, "encode", spy)
+    monkeypatch.setattr(segmenter, "encode_words", spy)
 
     async def visit():
         async def ask(name, **arguments):

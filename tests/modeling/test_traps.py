@@ -140,7 +140,8 @@ def test_shards_of_any_name_as_in_hub(folder_of, tmp_path):
     assert {tensor.dtype for tensor in loaded.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
     for name, tensor in loaded.state_dict().items():
         assert_close(tensor, weights[name], rtol=1e-3, atol=1e-6)
-    assert_equal_outputs(loaded, OVSamModel.from_pretrained(None, config=loaded.config, state_dict=weights), atol=2.0)
+    rounded = {name: t.half().to(t.dtype) if t.is_floating_point() else t for name, t in weights.items()}
+    assert_equal_outputs(loaded, OVSamModel.from_pretrained(None, config=loaded.config, state_dict=rounded), atol=1e-5)
 
 
 @kinds

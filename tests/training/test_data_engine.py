@@ -54,14 +54,14 @@ def correct(segmenter, path, truth, names, downloads):
     scene = session.scene.find(found, "everything")
     overlap = mask_overlap(torch.as_tensor(found.masks), torch.as_tensor(truth)).numpy()  # [n found, n true]
     wrong, missed = [], set(range(len(names)))
-    for one, row in zip(found, overlap, strict=True):
+    for (key, one), row in zip(scene.answers[0].items(), overlap, strict=True):
         best = int(row.argmax())
         if best in missed and row[best] > 0.6:
             missed.remove(best)
-            scene = scene.edit(f"found {one.id}", label=names[best])
+            scene = scene.edit(key, label=names[best])
             wrong.append(one.label)
         else:
-            scene = scene.edit(f"found {one.id}", deleted=True)
+            scene = scene.delete(key)
     for best in missed:
         ys, xs = np.nonzero(truth[best])
         key, drawn = scene.box(tuple(map(float, (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))))

@@ -87,6 +87,7 @@ def base(folder):
     model = tiny_model()
     model.config.vocabulary = ["tree", "cat"]
     model.config.clip2sam_config.trained_words = ["tree"]
+    model.config.clip2sam_config.clip_scale = 1.0  # a random tower names at random: it must not decide
     model.save_pretrained(folder / "base")
     tiny_processor().save_pretrained(folder / "base")
     return folder / "base"
