@@ -29,6 +29,7 @@ COMMANDS = {
     "label-studio": "serve predictions to Label Studio",
     "compose": "compose a model from a SAM, a CLIP and adapters",
     "convert": "convert an official checkpoint to a folder that transformers loads",
+    "export": "export a model to ONNX, which runs without torch",
     "compare": "compare a fine-tuned model with its base on a data set",
     "push": "publish a model or an adapter on the Hugging Face Hub",
     "demo": "open the demo in a browser",

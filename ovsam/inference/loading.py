@@ -1,6 +1,6 @@
 """`ovsam.load(...)`: a preset, a folder or a Hub id -> Segmenter.
 
-torch is imported with the model.
+torch is imported with the model, and not for an exported one.
 """
 
 import difflib
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovsam.checkpoints.embedded import find_checkpoint
+from ovsam.checkpoints.exported import is_exported
 from ovsam.errors import InputError
 from ovsam.processing import arguments
 
@@ -30,8 +31,9 @@ def load(
         model: "photo" or "photo-large", composed of released models that are downloaded once;
             "ovsam-tiny", the small checkpoint inside the package, trained on photographs with COCO's names;
             "auto": the value of the environment variable OVSAM_MODEL, else `photo` where it is in the cache or the Hub
-            answers, else `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME" or "ORG/NAME@REVISION".
-        device: "cpu", "cuda", ...; by default a GPU if there is one.
+            answers, else `ovsam-tiny`; a folder; or a Hub id, "ORG/NAME" or "ORG/NAME@REVISION". A folder of `ovsam
+            export` gives an OnnxSegmenter, which answers alike and imports no torch.
+        device: "cpu", "cuda", ...; by default a GPU if there is one, and the CPU for an exported model.
         dtype: torch.bfloat16 or "bfloat16", "float16", "float32"; by default that of the checkpoint.
         memory: whether a preset keeps the memory of its SAM 2, with which it tracks through videos.
 
@@ -43,6 +45,12 @@ def load(
     name = os.fspath(model)
     if name == "auto":
         name = os.environ.get("OVSAM_MODEL") or name
+    if is_exported(name):
+        if dtype is not None and str(dtype).removeprefix("torch.") != "float32":
+            raise InputError(f"The dtype is {dtype!r}; an exported model runs in float32.")
+        from ovsam.inference.onnx import OnnxSegmenter
+
+        return OnnxSegmenter(name, str(device or "cpu"))  # type: ignore[return-value]
     return _load_model(name, device, dtype, memory)
 
 

@@ -8,6 +8,7 @@ from ovsam.checkpoints.embedded import path
 from ovsam.errors import InputError
 from ovsam.inference.encoded import EncodedImage
 from ovsam.inference.loading import load
+from ovsam.inference.onnx import OnnxSegmenter
 from ovsam.inference.pipeline import TASK, OpenVocabularySegmentationPipeline, register_pipeline
 from ovsam.inference.segmenter import Segmenter
 from ovsam.inference.video import Prompt, VideoSegmenter, VideoStream, load_video
@@ -73,6 +74,7 @@ __all__ = [
     "OVSamVideoOutput",
     "OVSamVideoSession",
     "OVSamVisionModel",
+    "OnnxSegmenter",
     "OpenVocabularySegmentationPipeline",
     "Prompt",
     "Results",

@@ -1,4 +1,5 @@
-"""The three questions, whatever runs the model: arguments, lists, tiles, exemplars and results. `Segmenter` runs torch.
+"""The three questions, whatever runs the model: arguments, lists, tiles, exemplars and results. `Segmenter` runs
+torch, and `OnnxSegmenter` onnxruntime.
 
 Nothing here imports torch.
 """

@@ -134,9 +134,11 @@ class ConceptHead(AdapterModel):
         agreed = agreement(logits, regions, points, labels)  # [B, P, k]
         fit = fit * agreed * certainty(logits).view_as(fit) ** CERTAINTY
         agreed = agreed.gather(-1, fit.argmax(-1, keepdim=True))[..., 0]
-        best = fit.argmax(-1, keepdim=True)[..., None]  # [B, P, 1, 1]
+        best = fit.argmax(-1)[..., None, None]  # [B, P, 1, 1]
         chosen, region = (tensor.unflatten(1, fit.shape[1:]) for tensor in (logits, regions))  # [B, P, k, ...]
-        chosen, region = chosen.take_along_dim(best[..., None], 2)[:, :, 0], region.take_along_dim(best, 2)[:, :, 0]
+        # gather, since take_along_dim would fix the number of prompts of an exported program
+        region = region.gather(2, best.expand(-1, -1, 1, 4))[:, :, 0]
+        chosen = chosen.gather(2, best[..., None].expand(-1, -1, 1, *logits.shape[-2:]))[:, :, 0]
         stride = self.config.mask_stride
         masks = paste(chosen, region / stride, (side // stride, side // stride))
         found = fit.amax(-1) > 0

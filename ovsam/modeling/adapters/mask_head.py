@@ -106,5 +106,5 @@ def _place(rois: Tensor, cells: int, side: int) -> Tensor:
     line = torch.linspace(-1, 1, cells, device=rois.device)
     y, x = torch.meshgrid(line, line, indexing="ij")
     size = ((rois[:, 3:] - rois[:, 1:3]).clamp(min=1) / side).log()  # [n, 2]
-    grid = torch.stack([x, y]).expand(len(rois), -1, -1, -1)
+    grid = torch.stack([x, y]).expand(rois.shape[0], -1, -1, -1)  # not len(), which would fix it in an exported program
     return torch.cat([grid, size[:, :, None, None].expand(-1, -1, cells, cells)], 1)

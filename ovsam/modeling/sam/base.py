@@ -45,6 +45,7 @@ class SamSide(nn.Module):
         grid: side of the embedding in cells.
         width: C, the width of the embedding and of the tokens.
         finer_maps: number of maps of `SamFeatures.high_res` that the mask decoder reads.
+        corners_are_points: whether a box is encoded as two points with the labels 2 and 3 (all families but SAM 1's).
         pyramid_channels: channels of each map of the pyramid, high resolution first.
         pyramid_strides: strides of these maps in pixels.
 
@@ -58,6 +59,7 @@ class SamSide(nn.Module):
     encoder_parts: tuple[str, ...] = ("vision_encoder",)
     image_layers: tuple[str, ...] = ()
     finer_maps: int = 0
+    corners_are_points: ClassVar[bool] = True
 
     def __init__(self, config: PreTrainedConfig, part: Part = "all"):
         super().__init__()

@@ -18,6 +18,7 @@ class Sam1Side(SamSide):
 
     model_class = SamModel
     image_processor = SamImageProcessor
+    corners_are_points = False
 
     def _pyramid(self, config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return plain_vit_map(config)
