@@ -71,10 +71,9 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "also search overlapping tiles of this side, for small objects in large images",
     },
     "--exclusive": {"action": "store_true", "help": "assign each pixel to one instance only"},
-    "--no-refine": {
-        "action": "store_false",
-        "dest": "refine",
-        "help": "keep the masks of the ConceptHead, without the mask decoder, which is faster",
+    "--refine": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "refine the masks of the ConceptHead by the mask decoder, which is slower (default: that of the model)",
     },
     "--model": {"metavar": "PRESET|PATH|ID", "default": "auto", "help": "default: %(default)s"},
     "--device": {"help": "such as cpu, cuda or cuda:1 (default: a GPU if there is one)"},

@@ -52,7 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     arguments.add(question, "--everything", help="label all objects with these class names (or the model's own)")
     arguments.add(question, "--not", help="drop instances that match these negative queries better")
-    arguments.add(question, "--threshold", "--objectness", "--proposer", "--tile", "--exclusive", "--no-refine")
+    arguments.add(question, "--threshold", "--objectness", "--proposer", "--tile", "--exclusive", "--refine")
     model = parser.add_argument_group("the model")
     arguments.add(model, "--model", "--device")
     output = parser.add_argument_group("the output")

@@ -92,7 +92,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=arguments.share,
         help="keep the highest score among instances with a higher mask IoU",
     )
-    arguments.add(search, "--exclusive", "--no-refine")
+    arguments.add(search, "--exclusive", "--refine")
     model = parser.add_argument_group("the model")
     arguments.add(model, "--model", "--device")
     model.add_argument("--half", action="store_true", help="16-bit weights: half the memory")

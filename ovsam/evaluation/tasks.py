@@ -108,28 +108,28 @@ class Examiner:
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in objects)]
         points = [[list(one.get("point") or deepest_point(mask))] for one, mask in zip(objects, truth, strict=True)]
         labels = [[1] for _ in objects]
-        boxed, seconds = timed(lambda: self._prompt(picture, names, input_boxes=[boxes]), self.segmenter)
-        clicked = self._prompt(picture, names, input_points=[points], input_labels=[labels])
+        boxed, seconds = timed(lambda: self.prompt(picture, names, input_boxes=[boxes]), self.segmenter)
+        clicked = self.prompt(picture, names, input_points=[points], input_labels=[labels])
         outputs = {"box": boxed, "click": clicked}
-        masks = {kind: self._masks(picture, output) for kind, output in outputs.items()}
+        masks = {kind: self.masks(picture, output) for kind, output in outputs.items()}
         last = masks["click"]
         for _ in range(CLICKS - 1):
             for mine, kinds, (x, y, label) in zip(points, labels, map(next_click, last, truth), strict=True):
                 mine.append([x, y])
                 kinds.append(label)
             given = {"input_points": [points], "input_labels": [labels], "input_masks": clicked.pred_masks[:, :, 0]}
-            clicked = self._prompt(picture, None, **given)
-            last = self._masks(picture, clicked)
+            clicked = self.prompt(picture, None, **given)
+            last = self.masks(picture, clicked)
         masks["three clicks"] = last
         overlap = {kind: (found & truth).sum((1, 2)) / (found | truth).sum((1, 2)) for kind, found in masks.items()}
 
         target = self._target(names, objects)
         ranks = {kind: rank(output.logits[0], target) for kind, output in outputs.items()}
         if self.large is not None:
-            output = self._prompt(picture, self.large, input_boxes=[boxes])
+            output = self.prompt(picture, self.large, input_boxes=[boxes])
             ranks["box, large"] = rank(output.logits[0], self._target(self.large, objects))
         if self.baselines and picture.features.clip is not None:
-            ranks |= self._crops(picture, boxed, boxes, target)
+            ranks |= self.crops(picture, boxed, boxes, target)
         best, name = boxed.scores[0].max(-1)
         return {
             "seconds": seconds,
@@ -213,14 +213,18 @@ class Examiner:
     def _target(self, names: Names, objects: list[dict]) -> Tensor:
         return torch.tensor([names.column[one["category_id"]] for one in objects], device=names.embeds.device)
 
-    def _crops(self, picture: EncodedImage, boxed, boxes: list[list[float]], target: Tensor) -> dict[str, Tensor]:
+    def crops(self, picture: EncodedImage, boxed, boxes: list[list[float]], target: Tensor) -> dict[str, Tensor]:
         """Ranks of the training-free baselines of Open-Vocabulary SAM (Table 1): class names by the frozen CLIP alone,
         from its features under the same masks (feature-crop), and from the image in the box (image-crop)."""
-        segmenter, features, words = self.segmenter, picture.features, self.names.embeds
-        model = segmenter.model
+        features, words, model = picture.features, self.names.embeds, self.segmenter.model
         under = boxed.pred_masks[:, :, 0].sigmoid()
         under = maps_to_clip(under, features.clip_frame, model.sam.image_size, features.clip_size)
         ranks = {"feature-crop": rank(model.clip.pool(features.clip, masks=under)[0] @ words.T, target)}
+        return ranks | {"image-crop": rank(self.image_crops(picture, boxes) @ words.T, target)}
+
+    def image_crops(self, picture: EncodedImage, boxes: list[list[float]]) -> Tensor:
+        """Embeddings [P, D] by the frozen CLIP of the image in each box, with a margin around it."""
+        segmenter, clip = self.segmenter, self.segmenter.model.clip
         embeds = []
         for x1, y1, x2, y2 in boxes:
             dx, dy = CROP_MARGIN * (x2 - x1), CROP_MARGIN * (y2 - y1)
@@ -228,12 +232,12 @@ class Examiner:
             right, bottom = math.ceil(min(x2 + dx, picture.image.width)), math.ceil(min(y2 + dy, picture.image.height))
             crop = picture.image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
             inputs = segmenter.processor(images=[crop])
-            pixels = inputs.get("clip_pixel_values", inputs["pixel_values"]).to(model.device, model.dtype)
+            pixels = inputs.get("clip_pixel_values", inputs["pixel_values"]).to(segmenter.device, segmenter.dtype)
             whole = pixels.new_ones(1, 1, *pixels.shape[-2:])
-            embeds.append(model.clip.pool(model.clip.encode_image(pixels), masks=whole)[0])
-        return ranks | {"image-crop": rank(torch.cat(embeds) @ words.T, target)}
+            embeds.append(clip.pool(clip.encode_image(pixels), masks=whole)[0])
+        return torch.cat(embeds)
 
-    def _prompt(self, picture: EncodedImage, names: Names | None, **prompts):
+    def prompt(self, picture: EncodedImage, names: Names | None, **prompts):
         """Return the model's output for prompts in pixels of the image."""
         size = (picture.image.height, picture.image.width)
         inputs = self.segmenter.processor(original_sizes=[size], **prompts)
@@ -241,7 +245,7 @@ class Examiner:
         words = {} if names is None else {"text_embeds": names.embeds, "text_labels": names.words}
         return self.segmenter.model(features=picture.features, **words, **given)
 
-    def _masks(self, picture: EncodedImage, outputs) -> np.ndarray:
+    def masks(self, picture: EncodedImage, outputs) -> np.ndarray:
         """Return the masks [n, H, W] bool."""
         size = [(picture.image.height, picture.image.width)]
         found = self.segmenter.processor.post_process_instance_segmentation(outputs, target_sizes=size, top_k=0)

@@ -46,7 +46,7 @@ class Asked:
     negatives: tuple[Vocabulary, Array] | None = None
     threshold: float | None = None
     proposer: Any = None
-    refine: bool = True
+    refine: bool | None = None
     post: dict = field(default_factory=dict)
 
 
@@ -150,7 +150,7 @@ class Questions:
         threshold: float | None = None,
         exemplars: Sequence | Mapping[str, Sequence] | None = None,
         proposer: Any = None,
-        refine: bool = True,
+        refine: bool | None = None,
         tile: int | None = None,
         *,
         nms: str | None = "fast",
@@ -171,7 +171,8 @@ class Questions:
                 latter. Their label is "exemplar", or their own: {label: boxes}, which may be one of the words.
             proposer: source of candidate objects: "concepts" (the model's own ConceptHead, the default if it has one),
                 "clip-dense", "grid", "detector:ID", "sam3:ID", or a function (ovsam.inference.proposers).
-            refine: False keeps the masks of the ConceptHead, without the mask decoder, which is faster.
+            refine: whether the mask decoder refines the masks of the ConceptHead, which takes longer; the default is
+                that of the checkpoint.
             tile: side in pixels of overlapping tiles that are searched for small objects, besides the whole image; the
                 time grows with the number of tiles (ovsam/inference/tiling.py).
             nms: how overlapping instances are suppressed, a key of ovsam.ops.nms.NMS, or None.
@@ -185,7 +186,7 @@ class Questions:
         post = {"nms": nms, "per_word": per_word, "rescore": rescore, "exclusive": exclusive}
         post = check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k})
         threshold, tile = check_share("threshold", threshold), check_tile(tile)
-        refine, proposer = arguments.flag("refine", refine), self._check_proposer(proposer)
+        refine, proposer = arguments.optional_flag("refine", refine), self._check_proposer(proposer)
         examples = check_exemplars(exemplars)
         if words is None and not examples:
             raise InputError("There is no question; pass words or exemplars.")
@@ -208,7 +209,7 @@ class Questions:
         threshold: float | None = None,
         objectness: float | None = None,
         proposer: Any = None,
-        refine: bool = True,
+        refine: bool | None = None,
         tile: int | None = None,
         *,
         nms: str | None = "fast",
@@ -233,7 +234,7 @@ class Questions:
         post = check_options(post | {"mask_threshold": mask_threshold, "top_k": top_k})
         threshold, objectness = check_share("threshold", threshold), check_share("objectness", objectness)
         tile, image = check_tile(tile), _listed(image)
-        refine, proposer = arguments.flag("refine", refine), self._check_proposer(proposer)
+        refine, proposer = arguments.optional_flag("refine", refine), self._check_proposer(proposer)
         question = Asked("auto", *self._names(vocabulary), None, objectness, proposer, refine, post)
         found = self._propose(image, question, tile)
         found = _remember(found, image)

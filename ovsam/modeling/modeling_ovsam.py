@@ -194,7 +194,7 @@ class OVSamModel(OVSamPreTrainedModel):
         image_embeddings: list[Tensor] | None = None,
         multimask_output: bool = False,
         everything: bool = False,
-        refine: bool = True,
+        refine: bool | None = None,
         proposal_threshold: float | None = None,
         prompt_counts: Tensor | list[int] | None = None,
         original_sizes: Tensor | None = None,
@@ -219,8 +219,9 @@ class OVSamModel(OVSamPreTrainedModel):
             multimask_output: whether to return three masks for each prompt instead of the best one.
             everything: whether to propose all objects and use the text queries only to classify them; always so without
                 text queries.
-            refine: whether to refine masks with the mask decoder; if False, `input_masks` or else the masks of the
-                ConceptHead are returned unchanged.
+            refine: whether to refine masks with the mask decoder (default: the one of the config); if False,
+                `input_masks` or else the masks of the ConceptHead are returned unchanged. Three masks of a prompt
+                always come from the decoder.
             proposal_threshold: lowest score of the proposals that are refined (default: the one of the config).
             prompt_counts: number of prompts of each image; the rest of P is padding.
             original_sizes: ignored; part of the processor's output, so that `model(**inputs)` works.
@@ -260,26 +261,31 @@ class OVSamModel(OVSamPreTrainedModel):
         return output
 
     def _what(
-        self, features: OVSamFeatures, prompts: dict, query: TextQuery, multimask_output: bool, refine: bool
+        self, features: OVSamFeatures, prompts: dict, query: TextQuery, multimask_output: bool, refine: bool | None
     ) -> OVSamOutput:
         """Prompts -> masks and their class embeddings."""
         prior = None if multimask_output else self._prior(features, prompts)  # [B, P, H, W], None without one
-        if prior is not None:
-            prompts = prompts | {"input_masks": prior}
-        decoded = self.sam.select_masks(self.sam.decode(features.sam, **prompts), multimask_output)
-        if prior is not None:
-            decoded.masks = add_prior(decoded.masks, prior, self.config.mask_head_weight)
+        rough = prompts["input_masks"] if prior is None else prior
+        if rough is None and refine is False:
+            raise InputError(
+                "refine=False keeps masks as they are: pass input_masks, or refine boxes and points, since this "
+                "model has no ConceptHead with masks."
+            )
+        if refine is None:
+            refine = self.config.refine or rough is None or multimask_output
+        decoded = DecodedMasks()
+        if refine or self._reads_tokens:
+            given = prompts if prior is None else prompts | {"input_masks": prior}
+            decoded = self.sam.select_masks(self.sam.decode(features.sam, **given), multimask_output)
         if not refine:  # only the tokens of the decoder are used, for classification
-            if prompts["input_masks"] is None:
-                raise InputError(
-                    "refine=False keeps masks as they are: pass input_masks, or refine boxes and points, since this "
-                    "model has no ConceptHead with masks."
-                )
-            decoded.masks, decoded.iou = prompts["input_masks"][:, :, None], None
+            decoded.masks, decoded.iou = rough[:, :, None], None
+        elif prior is not None:
+            decoded.masks = add_prior(decoded.masks, prior, self.config.mask_head_weight)
         score = decoded.masks.new_zeros(decoded.masks.shape[:3]) if decoded.iou is None else decoded.iou
         best = score.argmax(-1, keepdim=True)  # [B, P, 1]; the mask that is classified
-        masks = decoded.masks.take_along_dim(best[..., None, None], 2)[:, :, 0]  # [B, P, H/4, W/4]
-        tokens = decoded.tokens.take_along_dim(best[..., None], 2)[:, :, 0]  # [B, P, C]
+        masks, tokens = decoded.masks.take_along_dim(best[..., None, None], 2)[:, :, 0], None  # [B, P, H/4, W/4]
+        if decoded.tokens is not None:
+            tokens = decoded.tokens.take_along_dim(best[..., None], 2)[:, :, 0]  # [B, P, C]
         boxes = masks_to_boxes(masks > 0) * self._mask_stride(masks)
         # Prefer the user's box over the box of the predicted mask.
         region = boxes if prompts["input_boxes"] is None else prompts["input_boxes"].float()
@@ -303,7 +309,7 @@ class OVSamModel(OVSamPreTrainedModel):
         features: OVSamFeatures,
         query: TextQuery,
         everything: bool,
-        refine: bool,
+        refine: bool | None,
         proposal_threshold: float | None,
     ) -> OVSamOutput:
         """Text queries, or none -> locations of the ConceptHead -> instances."""
@@ -313,7 +319,7 @@ class OVSamModel(OVSamPreTrainedModel):
                 "This model has no ConceptHead, so it cannot search for text queries or everything: pass points, "
                 "boxes or masks, or a model with one, such as ovsam-tiny."
             )
-        if not refine and concepts.mask_features is None:
+        if refine is False and concepts.mask_features is None:
             raise InputError("refine=False needs masks of the ConceptHead, which this model does not have.")
         threshold = self.config.proposal_threshold if proposal_threshold is None else proposal_threshold
         index, valid = self._propose(features, None if everything else query, threshold)  # [B, I]
@@ -324,6 +330,8 @@ class OVSamModel(OVSamPreTrainedModel):
             index, boxes = index.gather(1, kept), boxes.take_along_dim(kept[..., None], 1)
             masks = masks.take_along_dim(kept[..., None, None], 1)
         objectness = concepts.objectness.gather(1, index).float().sigmoid()
+        if refine is None:
+            refine = self.config.refine or masks is None
         if refine and index.shape[1]:
             decoded = self.sam.decode(features.sam, input_boxes=boxes, input_masks=masks)
             decoded = self.sam.select_masks(decoded, multimask_output=False)
@@ -333,9 +341,8 @@ class OVSamModel(OVSamPreTrainedModel):
         elif masks is None:  # no proposals, and no mask head that gives the size of the masks
             masks = boxes.new_zeros(*index.shape, *(4 * side for side in features.sam.embedding.shape[-2:]))
         namings: list[AnyNaming] = [self._concept_naming(concepts, index)]
-        if self.clip2sam is not None and tokens is not None:
-            # The adapter reads the refined mask. It replaces the head's logits in everything mode; else both are
-            # averaged.
+        if self.clip2sam is not None and (tokens is not None or not self._reads_tokens):
+            # The adapter replaces the head's logits in everything mode; else both are averaged.
             region = masks_to_boxes(masks > 0) * self._mask_stride(masks)
             seen = self._name(features, masks, region, tokens)
             namings = [seen] if everything else [*namings, seen]
@@ -434,7 +441,7 @@ class OVSamModel(OVSamPreTrainedModel):
         masks, agreed = self.concepts.point_masks(concepts, points, labels, self.sam.image_size, features.clip_frame)
         return masks if given is None else mean_masks(given, masks, agreed)
 
-    def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor) -> AnyNaming:
+    def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor | None) -> AnyNaming:
         """Class embedding of each mask: from the adapter, else from the best-matching locations, else from CLIP's own
         pooling; none if all features come from SAM."""
         if self.clip2sam is not None and features.maps:
@@ -449,6 +456,11 @@ class OVSamModel(OVSamPreTrainedModel):
             embeds = self.clip.pool(features.clip, masks=seen)
             return Naming(embeds, *clip_scale_shift(self.clip))
         return Naming(None, None, None)
+
+    @property
+    def _reads_tokens(self) -> bool:
+        """Whether masks are classified by the tokens of the mask decoder."""
+        return self.clip2sam is not None and self.clip2sam.reads_tokens
 
     def _concept_naming(self, concepts: ConceptOutput, index: Tensor) -> "Naming":
         """Class embeddings of the locations at index [B, I], each with its own scale and shift."""

@@ -80,6 +80,10 @@ def flag(name: str, value: Any) -> bool:
     raise InputError(f"The argument {name} is {short(value)}; it must be True or False.")
 
 
+def optional_flag(name: str, value: Any) -> bool | None:
+    return None if value is None else flag(name, value)
+
+
 def choice(name: str, value: Any, options: Collection[str]) -> str:
     if isinstance(value, str) and value in options:
         return value

@@ -113,6 +113,7 @@ def test_auto_is_photo_if_it_is_cached(cached_photo, capsys):
     assert segmenter.model.config.score_threshold == 0.2 and segmenter.model.config.vocabulary == "lvis"
 
 
+@pytest.mark.slow
 def test_photo_in_video_keeps_the_memory_of_sam2(cache):
     name = PRESETS["photo"].parts["sam"]
 

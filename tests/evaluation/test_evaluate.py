@@ -76,6 +76,7 @@ def test_baselines_can_be_left_out(segmenter, dataset):
     assert record["prompts"]["objects"][0]["rank"].keys() == {"box", "click", "box, large"}
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_goes_on(segmenter, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "load", lambda name, device: segmenter)
     whole = evaluate.run_eval(dataset, "m", output=tmp_path / "a", json_path=tmp_path / "a.json")

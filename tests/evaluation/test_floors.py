@@ -14,7 +14,7 @@ from ovsam.evaluation.timing import measure_time
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
 PHOTOS = ROOT / "tests" / "data" / "photos-val"
-IMAGES = 24  # of each frozen set; floors are below the figures of `ovsam eval` on the whole set
+IMAGES = 12  # of each frozen set; floors are below the figures of `ovsam eval` on the whole set
 FLOORS = {
     PHOTOS: {
         "box: mean IoU": 0.62,
@@ -53,7 +53,8 @@ def found(ovsam_tiny, scene):
 @pytest.mark.parametrize("folder", FLOORS, ids=lambda folder: folder.name)
 def test_figures(folder, ovsam_tiny):
     data = open_set(folder)
-    figures = measure(ovsam_tiny, data.coco, data.folder, limit=IMAGES, baselines=False)
+    tasks = ("prompts", "words") if folder == PHOTOS else ("prompts",)
+    figures = measure(ovsam_tiny, data.coco, data.folder, IMAGES, tasks, baselines=False)
     for figure, floor in FLOORS[folder].items():
         assert figures[figure] > floor, (figure, figures[figure])
     for figure, ceiling in CEILINGS[folder].items():

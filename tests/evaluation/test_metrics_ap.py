@@ -178,7 +178,7 @@ def test_no_detection_and_no_object():
     assert np.isnan(ap.average_precision(ap.Truth([]), [])["AP"])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6))
 def test_properties(seed):
     objects, detections = random_set(seed % 1000)

@@ -312,6 +312,7 @@ class TestTimmSiglip(TimmVitTester):
         torch.testing.assert_close(found.pool_map, expected.pool_map, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 class TestTimmRope(TimmVitTester):
     vision = timm_tower("eva02_tiny_patch14_224", 224, pool="token")
     other_sizes = ((252, 252), (112, 140))

@@ -143,3 +143,21 @@ def test_three_masks_of_a_click_are_those_of_the_decoder(model, features):
     plain = model(**click).pred_masks
     decoded = model.sam.decode(features.sam, input_points=click["input_points"])
     assert plain.shape[2] == 3 and torch.equal(plain, model.sam.select_masks(decoded, True).masks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("question", [{"input_boxes": torch.tensor([[[10.0, 20, 60, 90]]])}, {"everything": True}])
+def test_a_checkpoint_may_leave_out_the_decoder(features, question, monkeypatch):
+    """With refine=False in the config and an adapter that reads no tokens, nothing is decoded, but all masks are
+    classified; a call may still ask for refinement."""
+    model = tiny_model(mask_head_weight=0.5, refine=False)
+    model.clip2sam.token, model.clip2sam.reads_tokens = None, False
+    words = F.normalize(torch.randn(2, D, generator=torch.Generator().manual_seed(0)), dim=-1)
+    refined = model(features=features, text_embeds=words, refine=True, **question)
+    monkeypatch.setattr(model.sam, "decode", None)
+    plain = model(features=features, text_embeds=words, **question)
+    assert plain.iou_scores is None and refined.iou_scores is not None
+    assert plain.pred_masks.shape == refined.pred_masks.shape and not torch.equal(plain.pred_masks, refined.pred_masks)
+    assert plain.class_embeds.shape == refined.class_embeds.shape and plain.logits.isfinite().all()
+    with pytest.raises(TypeError):  # three masks of a prompt come from the decoder
+        model(features=features, input_boxes=torch.tensor([[[10.0, 20, 60, 90]]]), multimask_output=True)

@@ -72,6 +72,7 @@ class StageTester:
     def batch(cls):
         return draw_batch()
 
+    @pytest.mark.slow
     def test_the_loss_falls_and_only_declared_parameters_change(self, words, batch):
         stage = self.make(words).train()
         before = {name: tensor.clone() for name, tensor in stage.state_dict().items()}

@@ -66,6 +66,7 @@ def test_the_training_forward_is_the_inference_of_the_tracker(stage):
         assert max(map(float, nearest)) <= 1e-4 * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sam2_video", "edgetam_video"])
 def test_it_trains_the_memory_alone_and_learns(kind):
     torch.manual_seed(0)

@@ -59,6 +59,7 @@ class Clip2SamAdapter(AdapterModel):
         self.roi_conv = nn.Conv2d(config.width + 1, config.width, 3, padding=1)  # + 1: the mask itself
         self.roi_out = nn.Conv2d(config.width, config.width, 3, padding=1)
         self.token = nn.Linear(config.token_dim, config.width) if config.token_dim else None
+        self.reads_tokens = bool(config.token_dim)
         self.embedding = nn.Linear(config.width, config.embed_dim)
         self.log_scale = nn.Parameter(torch.tensor(2.7))
         self.logit_shift = nn.Parameter(torch.tensor(-0.7))
@@ -101,14 +102,14 @@ class Clip2SamAdapter(AdapterModel):
             hidden = hidden + F.relu(self.token(tokens))
         return F.normalize(pooled + self.embedding(hidden), dim=-1)
 
-    def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor, clip) -> Naming | BlendedNaming:
+    def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor | None, clip) -> Naming | BlendedNaming:
         """Return the naming of masks in a whole model.
 
         Args:
             features: the model's OVSamFeatures.
             masks: logits [B, P, H/4, W/4] over the model input.
             boxes: [B, P, 4] xyxy in pixels of the model input.
-            tokens: the mask decoder's mask tokens [B, P, C].
+            tokens: the mask decoder's mask tokens [B, P, C]; None if the adapter does not read them.
             clip: the model's CLIP side, for adapters that use it.
         """
         frame, size = features.clip_frame, features.clip_size

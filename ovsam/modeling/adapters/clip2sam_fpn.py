@@ -65,7 +65,7 @@ class Clip2SamFpnAdapter(AdapterModel):
         embeds = F.relu(self.roi_conv(rois)).mean((2, 3))  # [B*P, D, r, r] -> [B*P, D]
         return F.normalize(embeds, dim=-1).unflatten(0, boxes.shape[:2])
 
-    def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor, clip) -> FusedNaming:
+    def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor | None, clip) -> FusedNaming:
         """Return the naming of masks in a whole model, fused with CLIP's own; arguments as in `Clip2SamAdapter.name`.
 
         The adapter pools over the box of the mask, CLIP over `boxes`, which may be given by the user.

@@ -15,6 +15,7 @@ class AdapterModel(PreTrainedModel):
 
     main_input_name = "maps"
     supports_gradient_checkpointing = False
+    reads_tokens = False  # an adapter that classifies masks by the tokens of the mask decoder as well sets True
     _supports_sdpa = True  # attention, where there is any, is that of torch or of a module of its own
 
     @torch.no_grad()

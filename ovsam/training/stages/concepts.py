@@ -207,10 +207,12 @@ class ConceptsStage(nn.Module):
 def assign(masks: Tensor, boxes: Tensor, strides: tuple[int, ...]) -> Assignment:
     """Assign each location to an object, with its centrality: a Gaussian around the mean of the visible pixels."""
     height, width = masks.shape[-2:]
-    area = masks.flatten(2).sum(-1).clamp(min=1).float()  # [B, O]
+    soft = masks.float()  # sums of bool tensors take many times longer
+    columns, rows = soft.sum(2), soft.sum(3)  # [B, O, W], [B, O, H]
+    area = rows.sum(-1).clamp(min=1)  # [B, O]
     y, x = torch.arange(height, device=masks.device) + 0.5, torch.arange(width, device=masks.device) + 0.5
-    center_x = (masks.sum(2).float() @ x) / area
-    center_y = (masks.sum(3).float() @ y) / area
+    center_x = (columns @ x) / area
+    center_y = (rows @ y) / area
     longer = (boxes[..., 2:] - boxes[..., :2]).amax(-1)  # [B, O]
     owners, centralities = [], []
     for level, stride in enumerate(strides):
