@@ -73,6 +73,7 @@ def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
         concepts_config=ConceptHeadConfig(**read, strides=[8, 16, 32], mask_stride=2),
         vocabulary="coco",
         mask_head_weight=MASK_HEAD_WEIGHT,
+        refine_boxes=False,  # the decoder does not improve them (docs/measurements.md)
         exemplar_scale=1.0,  # class embeddings were trained to be text embeddings, so that an exemplar is like a word
         templates=("{}",),
         **thresholds,

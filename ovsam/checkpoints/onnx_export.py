@@ -432,6 +432,7 @@ def settings_of(model: OVSamModel, processor: OVSamProcessor, name: str) -> dict
         "score_threshold",
         "objectness_threshold",
         "exemplar_scale",
+        "refine_boxes",
     )
     adapter = config.clip2sam_config
     trained: Sequence[str] = getattr(adapter, "trained_words", ()) if adapter is not None else ()
@@ -445,6 +446,7 @@ def settings_of(model: OVSamModel, processor: OVSamProcessor, name: str) -> dict
         "image_std": list(images.image_std),
         "embed_dim": model.clip.embed_dim,
         "has_adapter": model.clip2sam is not None,
+        "reads_tokens": model.clip2sam is not None and model.clip2sam.reads_tokens,
         "max_text_length": processor.max_text_length,
         "text_padding": processor.text_padding,
         "pad_token_id": processor.tokenizer.pad_token_id,

@@ -110,7 +110,7 @@ class OnnxSegmenter(Questions):
 
     def _answer(self, encoded: EncodedImage, asked: Asked, threshold: float) -> SimpleNamespace:
         features, settings, everything = encoded.features, self.settings, asked.source == "auto"
-        if not asked.refine and not self._has("boxes"):
+        if asked.refine is False and not self._has("boxes"):
             raise InputError("refine=False needs masks of the ConceptHead, which this model does not have.")
         words, shares, count = self._words(asked)
         found = self.run("locations", **features, words=words)
@@ -131,15 +131,16 @@ class OnnxSegmenter(Questions):
             order, rough = order[distinct], rough[distinct]
         boxes, objectness, logits = features["boxes"][0, index[order]], likely[order], logits[order]
 
-        masks, iou, embeds = rough, None, features["embeds"][0, index[order]]
+        masks, iou, tokens, embeds = rough, None, None, features["embeds"][0, index[order]]
+        refine = settings.refine_boxes or rough is None if asked.refine is None else asked.refine
         if masks is None:  # none are found, or the decoder makes them
             masks = np.zeros((len(order), settings.mask_size, settings.mask_size), np.float32)
-        if asked.refine and len(order):
+        if refine and len(order):
             masks, iou, tokens = self._decode(features, _corners(boxes), [2, 3], rough)
-            if settings.has_adapter:
-                named = self._name(features, masks, self._boxes_of(masks), tokens, words, shares)
-                embeds, seen = named["class_embeds"][0], named["logits"][0]
-                logits = seen if everything else (logits + seen) / 2
+        if settings.has_adapter and len(order) and (tokens is not None or not settings.reads_tokens):
+            named = self._name(features, masks, self._boxes_of(masks), tokens, words, shares)
+            embeds, seen = named["class_embeds"][0], named["logits"][0]
+            logits = seen if everything else (logits + seen) / 2
         weight = 0.0 if everything else settings.objectness_weight
         calibration = settings.name_calibration if everything else settings.score_calibration
         scores = calibrated(instance_scores(logits, objectness[:, None], weight), calibration)
@@ -162,7 +163,11 @@ class OnnxSegmenter(Questions):
         prior = given
         if settings.corrects and (given is None or (points and corners is None)):
             prior = self._prior(features, at, kinds, corners, given)
-        found, iou, tokens = self._decode(features, at, kinds, prior)
+        refine = settings.refine_boxes or prior is None or given is not None or bool(points)
+        found, iou, tokens = prior, None, None
+        if refine or settings.reads_tokens:
+            decoded, quality, tokens = self._decode(features, at, kinds, prior)
+            found, iou = (decoded, quality) if refine else (found, iou)
         regions = self._boxes_of(found) if corners is None else corners.reshape(-1, 4)
         asked = Asked("prompt", words, embeds)
         rows, shares, count = self._words(asked)
@@ -226,6 +231,8 @@ class OnnxSegmenter(Questions):
         }
 
     def _name(self, features, masks, regions, tokens, words, shares) -> dict[str, np.ndarray]:
+        if tokens is None:  # not read
+            tokens = np.zeros((len(masks), 1), np.float32)
         own = {"masks": masks, "regions": regions, "tokens": tokens}
         return self.run("names", **features, **{k: one[None] for k, one in own.items()}, words=words, shares=shares)
 

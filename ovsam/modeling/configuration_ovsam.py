@@ -58,8 +58,8 @@ class OVSamConfig(RemoteCodeConfig):
             ovsam-tiny).
         mask_head_weight: weight of the prior, which is added to the masks of a mask decoder that was trained to correct
             it: the masks of the ConceptHead, or mask prompts. 0 uses the masks of the decoder alone.
-        refine: whether the mask decoder refines masks if a call leaves it open; where there are no other masks, it
-            always gives them.
+        refine_boxes: whether the mask decoder refines the ConceptHead's masks of boxes, those of prompts and those of
+            locations, if a call leaves it open. It always refines those of clicks and mask prompts.
     """
 
     model_type = "ovsam"
@@ -87,7 +87,7 @@ class OVSamConfig(RemoteCodeConfig):
     name_calibration: list | tuple = (1.0, 0.0)
     exemplar_scale: float = 0.22
     mask_head_weight: float = 0.0
-    refine: bool = True
+    refine_boxes: bool = True
     nms_threshold: float = 0.6
     mask_nms_threshold: float = 0.6
     proposal_threshold: float = 0.1

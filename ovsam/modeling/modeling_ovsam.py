@@ -219,7 +219,7 @@ class OVSamModel(OVSamPreTrainedModel):
             multimask_output: whether to return three masks for each prompt instead of the best one.
             everything: whether to propose all objects and use the text queries only to classify them; always so without
                 text queries.
-            refine: whether to refine masks with the mask decoder (default: the one of the config); if False,
+            refine: whether to refine masks with the mask decoder (default: `refine_boxes` of the config); if False,
                 `input_masks` or else the masks of the ConceptHead are returned unchanged. Three masks of a prompt
                 always come from the decoder.
             proposal_threshold: lowest score of the proposals that are refined (default: the one of the config).
@@ -272,7 +272,8 @@ class OVSamModel(OVSamPreTrainedModel):
                 "model has no ConceptHead with masks."
             )
         if refine is None:
-            refine = self.config.refine or rough is None or multimask_output
+            boxed = prompts["input_masks"] is None and prompts["input_points"] is None
+            refine = self.config.refine_boxes or rough is None or not boxed
         decoded = DecodedMasks()
         if refine or self._reads_tokens:
             given = prompts if prior is None else prompts | {"input_masks": prior}
@@ -331,7 +332,7 @@ class OVSamModel(OVSamPreTrainedModel):
             masks = masks.take_along_dim(kept[..., None, None], 1)
         objectness = concepts.objectness.gather(1, index).float().sigmoid()
         if refine is None:
-            refine = self.config.refine or masks is None
+            refine = self.config.refine_boxes or masks is None
         if refine and index.shape[1]:
             decoded = self.sam.decode(features.sam, input_boxes=boxes, input_masks=masks)
             decoded = self.sam.select_masks(decoded, multimask_output=False)

@@ -121,6 +121,15 @@ def test_a_mask_is_a_prompt(segmenter, onnx, more):
     alike(segmenter.what(WIDE, masks=mask, **more), onnx.what(WIDE, masks=mask, **more))
 
 
+def test_a_checkpoint_that_refines_no_boxes(segmenter, onnx, monkeypatch):
+    """The decoder still gives the tokens that the adapter reads."""
+    monkeypatch.setattr(segmenter.model.config, "refine_boxes", False)
+    monkeypatch.setattr(onnx.settings, "refine_boxes", False)
+    prompts = {"boxes": [[10, 10, 60, 60]], "vocabulary": ["cat", "dog"]}
+    alike(onnx.what(WIDE, **prompts), segmenter.what(WIDE, **prompts))
+    alike(onnx.where(WIDE, ["cat"], **ALL), segmenter.where(WIDE, ["cat"], **ALL))
+
+
 def test_pixels(folder, segmenter):
     """Pillow resizes images as the processor does, but for one level of 255."""
     own = OnnxSegmenter(folder)

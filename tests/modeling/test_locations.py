@@ -148,9 +148,9 @@ def test_three_masks_of_a_click_are_those_of_the_decoder(model, features):
 @torch.no_grad()
 @pytest.mark.parametrize("question", [{"input_boxes": torch.tensor([[[10.0, 20, 60, 90]]])}, {"everything": True}])
 def test_a_checkpoint_may_leave_out_the_decoder(features, question, monkeypatch):
-    """With refine=False in the config and an adapter that reads no tokens, nothing is decoded, but all masks are
+    """With refine_boxes=False in the config and an adapter that reads no tokens, nothing is decoded, but all masks are
     classified; a call may still ask for refinement."""
-    model = tiny_model(mask_head_weight=0.5, refine=False)
+    model = tiny_model(mask_head_weight=0.5, refine_boxes=False)
     model.clip2sam.token, model.clip2sam.reads_tokens = None, False
     words = F.normalize(torch.randn(2, D, generator=torch.Generator().manual_seed(0)), dim=-1)
     refined = model(features=features, text_embeds=words, refine=True, **question)
