@@ -100,11 +100,14 @@ class FrameSource:
         self.length = self._stream.frames or None
 
     def _decode(self) -> Iterator[Frame]:
-        av, index, start = import_av(), 0, None
+        av, index, start, damaged = import_av(), 0, None, 0
         try:
             for frame in self._container.decode(self._stream):
                 time = float(index / self.rate) if frame.time is None else frame.time
                 start = time if start is None else start
+                if frame.is_corrupt:  # a part of it was lost, and the decoder made it up
+                    index, damaged = index + 1, damaged + 1
+                    continue
                 pixels = frame.to_ndarray(format="rgb24")
                 if frame.rotation:  # degrees counterclockwise, as stored by phones
                     pixels = np.rot90(pixels, round(frame.rotation / 90))
@@ -114,8 +117,10 @@ class FrameSource:
             raise InputError(f"The video {self.source} is damaged after {index:,} frames: {error}.") from error
         if self.length and index < self.length - MISSING:
             raise InputError(
-                f"The video {self.source} is incomplete: it ends after {index:,} of {self.length:,} frames."
+                f"The video {self.source} is incomplete: it ends after {index - damaged:,} of {self.length:,} frames."
             )
+        if self.length and damaged:
+            raise InputError(f"The video {self.source} is damaged: {damaged:,} of its {index:,} frames are left out.")
 
 
 class VideoWriter:

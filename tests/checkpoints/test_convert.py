@@ -8,13 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoProcessor, SamModel
+from transformers import AutoConfig, AutoProcessor, EdgeTamVideoModel, SamModel
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 from transformers.utils import logging
 
 import ovsam.checkpoints.convert.sam
-from ovsam import InputError
+from ovsam import InputError, OVSamVideoModel, OVSamVideoSession
 from ovsam.checkpoints.convert import KINDS, convert_checkpoint, map_tensors
+from ovsam.modeling.tracking import VideoPrompt
 from ovsam_cli import main
+from tests.common import SIZE
 
 OFFICIAL = {
     **{f"sam_vit_{size}": ("sam", f"ViT-{size.upper()}") for size in "blh"},
@@ -83,6 +86,32 @@ def test_converted_masks_are_those_of_the_authors_code(name, folder):
     side = parity.SIDES[name]
     images = AutoProcessor.from_pretrained(folder / "out")(images=parity.draw_picture(64), return_tensors="pt")
     assert images["pixel_values"].shape == (1, 3, side, side)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_tracker_from_an_official_file_tracks_as_transformers(folder, clip_folder):
+    """`ovsam convert` and `ovsam compose --memory` by the command line: the masks of transformers' own tracker."""
+    side = parity.SIDES["edgetam"]
+    source, sam, whole = parity.write_checkpoint("edgetam", folder), folder / "sam", folder / "whole"
+    assert main(["convert", str(source), "-o", str(sam), "--image-size", str(side)]) == 0
+    assert main(["compose", "--sam", str(sam), "--clip", clip_folder("clip"), "--memory", "-o", str(whole)]) == 0
+    own = EdgeTamVideoModel.from_pretrained(sam).eval().double()
+    video = OVSamVideoModel.from_pretrained(whole).eval().double()
+    frames = torch.randn(3, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(side, side, dtype=torch.bool)
+    mask[60:160, 60:160] = True
+    small = frames[:, :, :SIZE, :SIZE]  # what the CLIP side gets makes no difference
+    prepare = lambda frame: {"pixel_values": frame[None], "clip_pixel_values": small[:1]}  # noqa: E731
+    session = OVSamVideoSession(list(frames), prepare, side, side, tracker="memory")
+    session.add_prompt(1, 0, VideoPrompt(mask=mask))
+    theirs = Sam2VideoInferenceSession(video=frames, video_height=side, video_width=side, dtype=torch.float64)
+    theirs.add_mask_inputs(theirs.obj_id_to_idx(1), 0, mask[None, None])
+    theirs.obj_with_new_inputs = [1]
+    for number in range(3):
+        found, expected = video(session, frame_idx=number).pred_masks, own(theirs, frame_idx=number).pred_masks
+        assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert expected.std() > 0
 
 
 def test_the_comparison_notices_a_small_change(folder):

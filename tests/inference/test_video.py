@@ -3,9 +3,11 @@
 import functools
 import http.server
 import itertools
+import socket
 import struct
 import threading
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -95,21 +97,52 @@ def test_a_rotation_flag_is_applied(tmp_path):
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(lying), -1))
 
 
-def test_a_truncated_file_gives_its_frames_and_then_one_error(tmp_path):
-    whole = tmp_path / "whole.avi"
-    container = av.open(str(whole), "w")
-    stream = container.add_stream("mjpeg", rate=10, width=96, height=64, pix_fmt="yuvj420p")
+@pytest.mark.parametrize(("container", "codec"), [("avi", "mjpeg"), ("mp4", "mpeg4")])
+def test_a_truncated_file_gives_its_frames_and_then_one_error(tmp_path, container, codec):
+    """The index of the mp4 is at its beginning, as in files for streaming."""
+    whole, cut = tmp_path / f"whole.{container}", tmp_path / f"cut.{container}"
+    writer = av.open(str(whole), "w", options={"movflags": "faststart"} if container == "mp4" else {})
+    format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    stream = writer.add_stream(codec, rate=10, width=96, height=64, pix_fmt=format)
     for number in range(20):
-        container.mux(stream.encode(av.VideoFrame.from_image(picture(number, 96, 64))))
-    container.mux(stream.encode(None))
-    container.close()
-    cut = tmp_path / "cut.avi"
+        writer.mux(stream.encode(av.VideoFrame.from_image(picture(number, 96, 64))))
+    writer.mux(stream.encode(None))
+    writer.close()
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     frames = []
     with pytest.raises(InputError, match="(damaged|ends) after"):
         for frame in FrameSource(cut):
             frames.append(frame)
     assert 4 < len(frames) < 16
+    for frame in frames:  # what was readable is right
+        wrong = np.abs(np.asarray(frame.image, float) - np.asarray(picture(frame.index, 96, 64), float))
+        assert wrong.mean() < 12
+
+
+def test_damaged_frames_are_left_out_and_reported_at_the_end(tmp_path):
+    write(tmp_path / "whole.mp4", [picture(number, 96, 64) for number in range(6)])
+    source = FrameSource(tmp_path / "whole.mp4")
+    decoded = list(source._container.decode(source._stream))
+    frames, whole = [], FrameSource(tmp_path / "whole.mp4")
+    # libav marks what it made up; frames cannot be marked from here.
+    marked = [
+        SimpleNamespace(time=f.time, is_corrupt=n == 2, rotation=0, to_ndarray=f.to_ndarray)
+        for n, f in enumerate(decoded)
+    ]
+    whole._container = SimpleNamespace(decode=lambda stream: iter(marked))
+    with pytest.raises(InputError, match="damaged: 1 of its 6 frames are left out"):
+        for frame in whole:
+            frames.append(frame.index)
+    assert frames == [0, 1, 3, 4, 5]
+
+
+def test_a_file_without_its_index_is_one_error(tmp_path):
+    """The index of most mp4 files is at their end."""
+    write(tmp_path / "whole.mp4", [picture(number, 96, 64) for number in range(20)])
+    content = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="cut.mp4 cannot be read as a video"):
+        FrameSource(tmp_path / "cut.mp4")
 
 
 @pytest.mark.parametrize(
@@ -272,6 +305,38 @@ def test_an_address_is_decoded_as_it_arrives(tmp_path):
         assert [frame.image.size for frame in source] == [(96, 64)] * 5
         source.close()
         server.shutdown()
+
+
+def test_a_live_stream_gives_frames_before_it_ends(tmp_path):
+    """MPEG-TS over TCP, without a length: the second part is sent when the first frames have arrived."""
+    container = av.open(str(tmp_path / "live.ts"), "w", format="mpegts")
+    stream = container.add_stream("mpeg2video", rate=10, width=96, height=64, pix_fmt="yuv420p")
+    for number in range(80):
+        container.mux(stream.encode(av.VideoFrame.from_image(picture(number, 96, 64))))
+    container.mux(stream.encode(None))
+    container.close()
+    content, arrived, ended = (tmp_path / "live.ts").read_bytes(), threading.Event(), []
+    cut = len(content) * 3 // 4
+
+    def send():
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(content[:cut])
+            ended.append(arrived.wait(30))
+            connection.sendall(content[cut:])
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        source = FrameSource(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+        assert source.length is None
+        frames = iter(source)
+        early = [next(frames) for _ in range(20)]
+        arrived.set()
+        times = [frame.time for frame in [*early, *frames]]
+        sender.join(30)
+    assert ended == [True]  # not after a vain wait
+    assert times == pytest.approx([number / 10 for number in range(80)], abs=1e-3)
 
 
 def test_a_source_without_an_end_is_read_frame_by_frame(video):

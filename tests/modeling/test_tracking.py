@@ -9,6 +9,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenc
 
 import ovsam
 from ovsam.errors import InputError
+from ovsam.modeling.sam.propagation import Keys, LabelMemory, Reference
 from ovsam.modeling.tracking import OVSamVideoSession, VideoPrompt
 from tests.common import SIZE, picture, tiny_config, tiny_model, tiny_processor, tiny_video_model
 
@@ -327,3 +328,30 @@ def test_wrong_inputs_of_a_session_are_one_clear_error():
         processor.add_inputs_to_inference_session(session, 0, 1, input_masks=[square(2), square(3)])
     with pytest.raises(InputError, match="no frames"):
         processor.init_video_session(video=[])
+
+
+def test_an_object_that_is_lost_is_searched_for_in_the_whole_image_and_one_that_is_there_near_by():
+    side, width, generator = 16, 64, torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)  # noqa: E731
+    back, thing = draw(side, side, width), draw(3, 3, width)
+
+    def show(*corners):
+        """Keys of a frame that shows the thing at some columns, and the cells that show it."""
+        cells, covered = back.clone(), torch.zeros(side, side, dtype=torch.bool)
+        for x in corners:
+            cells[6:9, x : x + 3], covered[6:9, x : x + 3] = thing, True
+        cells = cells.flatten(0, 1)
+        return Keys(cells, cells[:, None].expand(-1, 4, -1), side), covered.flatten()
+
+    def follow(*frames):
+        memory, keys, covered = LabelMemory(), *show(0)
+        memory.store(0, Reference(keys, {1: covered[:, None].repeat(1, 4).float()}, {1}))
+        for number, corners in enumerate(frames, 1):
+            keys, _ = show(*corners)
+            labels = memory.propagate(number, keys, [1])[0]
+            memory.store(number, Reference(keys, {1: labels}))
+        return (labels > 0.5).all(1)
+
+    assert not follow([0], [], []).any()
+    assert torch.equal(follow([0], [], [], [12]), show(12)[1])  # farther than it moves between two frames
+    assert torch.equal(follow([0], [2], [2, 13]), show(2)[1])  # not the copy of it

@@ -3,13 +3,15 @@
 Each cell of a frame takes the labels of the cells that it resembles most in reference frames, as self-supervised
 features are evaluated (Jabri et al. 2020, section 4; Caron et al. 2021, section 4.2.1). Two levels make it cheap:
 the best coarse cells are found first, and only their parts are compared finely. Correspondence is computed once a
-frame, whatever the number of objects. The references are the frames with a prompt and the last few frames, so that
-what is kept does not grow with the length of a video.
+frame, whatever the number of objects, and once more if some are out of the image. The references are the frames with a
+prompt and the last few frames, so that what is kept does not grow with the length of a video.
 
 Shapes: P objects, R reference frames, L = h*w coarse cells, each of FINE*FINE parts, D channels.
 """
 
+import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,11 @@ from ovsam.modeling.outputs import OVSamFeatures, TrackedMasks
 FINE = 2  # parts of a coarse cell along each side: strides 16 and 8
 RECENT = 3  # frames before this one that are references
 PROMPTED = 8  # frames with a prompt that are references, at most
-CANDIDATES = 8  # coarse cells that are compared finely
+CANDIDATES = 16  # coarse cells that are compared finely, at most one in eight of a frame
+CHUNK = 256  # coarse cells whose candidates are gathered at a time
 TEMPERATURE = 0.05
 NEAR, FAR = 6 / 32, 12 / 32  # how far labels move, from recent and from prompted frames, in parts of the image's side
+PRESENT = 0.5  # share of a part from which on an object is in the image
 LEAST = 1e-4  # probabilities are kept this far from 0 and 1
 
 
@@ -84,25 +88,49 @@ class LabelMemory:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def propagate(self, frame: int, keys: Keys, numbers: list[int]) -> Tensor:
-        """The labels of some objects on a frame, [P, L, FINE*FINE]; an object needs a reference that has it."""
+        """The labels of some objects on a frame, [P, L, FINE*FINE]; an object needs a reference that has it.
+
+        Objects that were in the image on the last frame are searched for near by, so that one alike does not take their
+        label; all others in the whole image, by the frames on which they were prompted.
+        """
         order = [n for n in sorted(self.frames) if n != frame and any(one in self.frames[n].labels for one in numbers)]
         references = [self.frames[number] for number in order]
-        windows = {far: _window(keys.side, FAR if far else NEAR, keys.coarse.device) for far in (True, False)}
-        alike = [keys.coarse @ kept.keys.coarse.T + windows[bool(kept.prompted)] for kept in references]
-        best = torch.cat(alike, 1).topk(min(CANDIDATES, len(keys.coarse)), 1).indices  # [L, R*L] -> [L, m]
-        fine = torch.cat([kept.keys.fine for kept in references])[best].flatten(1, 2)  # [R*L, p, D] -> [L, m*p, D]
-        weight = (keys.fine @ fine.mT / TEMPERATURE).softmax(-1)  # [L, p, m*p]
-        owner = best // len(keys.coarse)  # the reference of each candidate, [L, m]
-        found = []
-        for number in numbers:
-            known = torch.tensor([number in kept.labels for kept in references], device=best.device)
-            label = torch.cat([kept.labels.get(number, torch.zeros_like(weight[..., 0])) for kept in references])
-            share = weight @ label[best].flatten(1)[..., None]  # [L, p, m*p] @ [L, m*p, 1]
-            if not known.all():  # references from before the object was there say nothing about it
-                counted = known[owner].float().repeat_interleave(label.shape[-1], 1)[..., None]  # [L, m*p, 1]
-                share = share / (weight @ counted).clamp(min=LEAST)
-            found.append(share[..., 0])
-        return torch.stack(found)
+        last = self.frames[min(order, key=lambda number: abs(frame - number))].labels
+        here = [number for number in numbers if number in last and bool((last[number] > PRESENT).any())]
+        alike = [keys.coarse @ kept.keys.coarse.T for kept in references]
+        found: dict[int, Tensor] = {}
+        for group, reach in ((here, FAR), ([number for number in numbers if number not in here], math.inf)):
+            if group:
+                found |= zip(group, _read(keys, references, alike, reach, group), strict=True)
+        return torch.stack([found[number] for number in numbers])
+
+
+def _read(keys: Keys, references: list[Reference], alike: list[Tensor], reach: float, numbers: list[int]) -> Tensor:
+    """The labels of P objects on a frame, [P, L, FINE*FINE], from references that cells of it are `alike`, [L, L] each;
+    reach: how far a label moves from a prompted frame."""
+    near = [
+        one
+        if reach == math.inf and kept.prompted
+        else one + _window(keys.side, reach if kept.prompted else NEAR, one.device)
+        for kept, one in zip(references, alike, strict=True)
+    ]
+    best = torch.cat(near, 1).topk(min(CANDIDATES, math.ceil(len(keys.coarse) / 8)), 1).indices  # [L, R*L] -> [L, m]
+    fine = torch.cat([kept.keys.fine for kept in references])  # [R*L, p, D]
+    none = torch.zeros_like(fine[: len(best), :, 0])  # [L, p]
+    labels = torch.cat(
+        [torch.stack([kept.labels.get(number, none) for number in numbers], -1) for kept in references]
+    )  # [R*L, p, P]
+    known = torch.tensor([[number in kept.labels for number in numbers] for kept in references], device=best.device)
+    shares = []
+    for cells, part in zip(best.split(CHUNK), keys.fine.split(CHUNK), strict=True):  # [l, m], [l, p, D]
+        weight = (part @ fine[cells].flatten(1, 2).mT / TEMPERATURE).softmax(-1)  # [l, p, D] @ [l, D, m*p]
+        share = weight @ labels[cells].flatten(1, 2)  # [l, p, m*p] @ [l, m*p, P] -> [l, p, P]
+        if not known.all():  # references from before an object was there say nothing about it
+            owner = cells // len(keys.coarse)  # the reference of each candidate, [l, m]
+            counted = known[owner].float().repeat_interleave(none.shape[-1], 1)  # [l, m, P] -> [l, m*p, P]
+            share = share / (weight @ counted).clamp(min=LEAST)
+        shares.append(share)
+    return torch.cat(shares).permute(2, 0, 1)
 
 
 def frame_keys(features: OVSamFeatures) -> Keys:
@@ -147,6 +175,7 @@ def to_masks(labels: Tensor, side: int, size: int) -> TrackedMasks:
     return TrackedMasks(masks=image.logit(), iou=most[None], object_logits=most.logit()[None, :, None])
 
 
+@lru_cache(maxsize=2)
 def _window(side: int, radius: float, device: torch.device) -> Tensor:
     """What is added to the likeness of two cells, [L, L]: nothing within the radius, and enough to rule out beyond."""
     line = torch.arange(side, device=device)
