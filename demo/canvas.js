@@ -45,35 +45,7 @@ props.examples.forEach((source, number) => {
   find(".examples").append(button);
 });
 
-function complain(detail) {
-  element.dispatchEvent(new CustomEvent("ovsam-message", { bubbles: true, detail }));
-}
-
-async function take(file) {
-  if (!file) return;
-  complain("");
-  if (file.size > props.megabytes * 1e6) return complain(`${file.name} has more than ${props.megabytes} MB; make it smaller, for example as JPEG.`);
-  drop.classList.add("busy");
-  try {
-    const { path } = await upload(file);
-    trigger("picture", { path });
-  } catch (error) {
-    complain(`${file.name} could not be uploaded: ${error.message}`);
-  }
-  drop.classList.remove("busy");
-}
-
-const choose = () => { input.value = ""; input.click(); };
-drop.onclick = choose;
-drop.onkeydown = (event) => { if (event.key === "Enter" || event.key === " ") choose(); };
-input.onchange = () => take(input.files[0]);
-element.ondragover = (event) => { event.preventDefault(); element.classList.add("over"); };
-element.ondragleave = () => element.classList.remove("over");
-element.ondrop = (event) => {
-  event.preventDefault();
-  element.classList.remove("over");
-  take(event.dataTransfer.files[0]);
-};
+const { take, choose } = acceptFiles("picture", "make it smaller, for example as JPEG");
 document.addEventListener("paste", (event) => {
   const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
   if (file && element.offsetParent) take(file);

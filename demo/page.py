@@ -128,8 +128,8 @@ def message() -> gr.HTML:
     )  # fmt: skip
 
 
-def script(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
+def script(*names: str) -> str:
+    return "".join((HERE / name).read_text(encoding="utf-8") for name in names)
 
 
 def to_url(picture: Image.Image, side: int) -> str:

@@ -32,29 +32,7 @@ let clip = null, frames = {}, state = { objects: [], active: 0, points: {} }, to
 const now = () => Number(range.value);
 const file = (number) => `${location.origin}${location.pathname.replace(/\/$/, "")}/gradio_api/file=${clip.files}/${String(number).padStart(5, "0")}.jpg`;
 
-function complain(detail) {
-  element.dispatchEvent(new CustomEvent("ovsam-message", { bubbles: true, detail }));
-}
-async function take(chosen) {
-  if (!chosen) return;
-  complain("");
-  if (chosen.size > props.megabytes * 1e6) return complain(`${chosen.name} has more than ${props.megabytes} MB; cut it or save it smaller.`);
-  drop.classList.add("busy");
-  try {
-    const { path } = await upload(chosen);
-    trigger("clip", { path });
-  } catch (error) {
-    complain(`${chosen.name} could not be uploaded: ${error.message}`);
-  }
-  drop.classList.remove("busy");
-}
-const choose = () => { input.value = ""; input.click(); };
-drop.onclick = choose;
-drop.onkeydown = (event) => { if (event.key === "Enter" || event.key === " ") choose(); };
-input.onchange = () => take(input.files[0]);
-element.ondragover = (event) => { event.preventDefault(); element.classList.add("over"); };
-element.ondragleave = () => element.classList.remove("over");
-element.ondrop = (event) => { event.preventDefault(); element.classList.remove("over"); take(event.dataTransfer.files[0]); };
+const { choose } = acceptFiles("clip", "cut it or save it smaller");
 
 // --- clicks and boxes ---
 
