@@ -76,16 +76,20 @@ class Segmenter(Questions):
         return self
 
     @torch.no_grad()
-    def _encode(self, images: list[Image.Image]) -> list[EncodedImage]:
+    def _encode(self, images: list[Image.Image], concepts: bool = True) -> list[EncodedImage]:
         inputs = self._to_device(self.processor(images=images))
         pixels = (inputs.get(name) for name in ("pixel_values", "clip_pixel_values", "clip_window"))
-        features = self.model.encode(*pixels)
+        features = self.model.encode(*pixels, concepts=concepts)
         if len(images) == 1:
             return [EncodedImage(images[0], features)]
         return [
             EncodedImage(image, map_tensors(partial(torch.narrow, dim=0, start=i, length=1), features))
             for i, image in enumerate(images)
         ]
+
+    def encode_frame(self, image: Image.Image) -> EncodedImage:
+        """Encode an RGB image for tracking; what only questions need is computed when one is asked."""
+        return self._encode([image], concepts=False)[0]
 
     @torch.no_grad()
     def edges(self, image: OneImage | Sequence[OneImage]) -> Tensor | list[Tensor]:

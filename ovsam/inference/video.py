@@ -189,7 +189,7 @@ class VideoStream:
         for frame in self.source:
             if frame.index % self.every:
                 continue
-            encoded = frame.encoded or self.segmenter.encode(frame.image)
+            encoded = frame.encoded or self.segmenter.encode_frame(frame.image)
             self._now = frame, encoded
             self._prompt(frame, encoded)
             found = self._run(frame, encoded)

@@ -151,17 +151,27 @@ class OVSamModel(OVSamPreTrainedModel):
     # ---- the two encoders -------------------------------------------------------------------------------------
 
     def encode(
-        self, pixel_values: Tensor, clip_pixel_values: Tensor | None = None, clip_window: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        clip_pixel_values: Tensor | None = None,
+        clip_window: Tensor | None = None,
+        *,
+        concepts: bool = True,
     ) -> OVSamFeatures:
-        """pixel_values [B, 3, H, W] -> all features that depend on the image alone."""
+        """pixel_values [B, 3, H, W] -> all features that depend on the image alone. Without `concepts`, those of the
+        ConceptHead are computed when the model is first called with the features: most frames of a video need none."""
         features = encode_image(self, pixel_values, clip_pixel_values, clip_window)
+        if concepts:
+            self._add_concepts(features)
+        return features
+
+    def _add_concepts(self, features: OVSamFeatures) -> None:
         if self.concepts is not None:
             features.concepts = self.concepts(features.maps)
         elif features.clip is not None and self.clip.has_concepts:
             features.concepts = self.clip.concepts(features.clip)
         if features.concepts is not None:
             self._move_from_clip(features)
-        return features
 
     def get_image_embeddings(self, pixel_values: Tensor) -> list[Tensor]:
         """Return maps at strides 4, 8 and 16, as the method of this name in SAM 2 does. They are passed back in as
@@ -237,6 +247,8 @@ class OVSamModel(OVSamPreTrainedModel):
             raise InputError("Pass pixel_values, or features of an earlier call to encode().")
         if features is None:
             features = self.encode(pixel_values, clip_pixel_values, clip_window)
+        elif features.concepts is None and (features.maps or features.clip is not None):
+            self._add_concepts(features)
         if text_embeds is None and input_ids is not None:
             text_embeds = self.get_text_features(input_ids, attention_mask)
         query = TextQuery.of(text_embeds, text_labels, negative_labels)

@@ -145,7 +145,7 @@ class OVSamVideoModel(OVSamModel):
             frame = {"pixel_values": frame if frame.ndim == 4 else frame[None]}
         names = ("pixel_values", "clip_pixel_values", "clip_window")
         pixels = [frame[name].to(self.device) if frame.get(name) is not None else None for name in names]
-        features = self.encode(*pixels)
+        features = self.encode(*pixels, concepts=False)
         session._encoded = frame_idx, features
         return features
 

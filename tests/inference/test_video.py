@@ -202,6 +202,18 @@ def test_frames_come_one_by_one_and_objects_are_added_corrected_and_removed_mean
         stream.add(ovsam.Prompt(mask=wrong, frame=1))
 
 
+def test_the_concept_head_runs_only_on_frames_with_a_question(video, monkeypatch):
+    images, masks = scene(5)
+    head, runs = video.segmenter.model.concepts, []
+    own = head.forward
+    monkeypatch.setattr(head, "forward", lambda *given: (runs.append(stream.frame), own(*given))[1])
+    prompts = [ovsam.Prompt(mask=masks[0], name="square"), ovsam.Prompt(box=[10, 10, 40, 50], frame=3, name="box")]
+    stream = video.track(images, prompts=prompts, words=["dog"], redetect_every=2)
+    list(stream)
+    before = [-1 if frame is None else frame.index for frame in runs]  # the frame that was yielded before
+    assert before == [-1, 1, 2, 3]  # words on frames 0, 2 and 4, the box on frame 3
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

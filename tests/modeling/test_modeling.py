@@ -333,7 +333,11 @@ def test_features_are_computed_once_and_answer_again(kind, question, monkeypatch
     with torch.no_grad():
         features = model.encode(inputs_for()["pixel_values"])
     assert_same(ask(model, features=features, proposal_threshold=THRESHOLD, **inputs), first)
-    assert len(first.valid[0]) > 1
+    with torch.no_grad():
+        features = model.encode(inputs_for()["pixel_values"], concepts=False)
+    assert features.concepts is None  # until the first question, as in video
+    assert_same(ask(model, features=features, proposal_threshold=THRESHOLD, **inputs), first)
+    assert features.concepts is not None and len(first.valid[0]) > 1
 
 
 @compositions
