@@ -244,7 +244,8 @@ def image_tab(model: str) -> None:
         with gr.Column(scale=3, min_width=320):
             page = Page(message=message())
             page["canvas"] = canvas = gr.HTML(
-                {}, html_template="", js_on_load=script("upload.js", "canvas.js"), elem_id="canvas", apply_default_css=False,
+                {}, html_template="", js_on_load=script("upload.js", "canvas.js"), elem_id="canvas",
+                apply_default_css=False,
                 megabytes=MAX_MEGABYTES, megapixels=engine.MAX_PIXELS // 10**6,
                 examples=[to_url(open_image(HERE / "examples" / e[0]), 160) for e in EXAMPLES],
             )  # fmt: skip

@@ -128,7 +128,8 @@ def video_tab(model: str) -> None:
         with gr.Column(scale=3, min_width=320):
             page = Page(message=message())
             page["player"] = player = gr.HTML(
-                {}, html_template="", js_on_load=script("upload.js", "player.js"), elem_id="player", apply_default_css=False,
+                {}, html_template="", js_on_load=script("upload.js", "player.js"), elem_id="player",
+                apply_default_css=False,
                 megabytes=MAX_MEGABYTES, frames=MAX_FRAMES, side=MAX_SIDE,
             )  # fmt: skip
         with gr.Column(scale=2, min_width=320):

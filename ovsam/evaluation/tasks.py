@@ -15,6 +15,7 @@ from typing import cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ovsam.errors import InputError
@@ -222,8 +223,9 @@ class Examiner:
         ranks = {"feature-crop": rank(model.clip.pool(features.clip, masks=under)[0] @ words.T, target)}
         return ranks | {"image-crop": rank(self.image_crops(picture, boxes) @ words.T, target)}
 
-    def image_crops(self, picture: EncodedImage, boxes: list[list[float]]) -> Tensor:
-        """Embeddings [P, D] by the frozen CLIP of the image in each box, with a margin around it."""
+    def image_crops(self, picture: EncodedImage, boxes: list[list[float]], side: int | None = None) -> Tensor:
+        """Embeddings [P, D] by the frozen CLIP of the image in each box, with a margin around it, resized to the model
+        input or to `side` pixels."""
         segmenter, clip = self.segmenter, self.segmenter.model.clip
         embeds = []
         for x1, y1, x2, y2 in boxes:
@@ -233,6 +235,8 @@ class Examiner:
             crop = picture.image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
             inputs = segmenter.processor(images=[crop])
             pixels = inputs.get("clip_pixel_values", inputs["pixel_values"]).to(segmenter.device, segmenter.dtype)
+            if side is not None:
+                pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
             whole = pixels.new_ones(1, 1, *pixels.shape[-2:])
             embeds.append(clip.pool(clip.encode_image(pixels), masks=whole)[0])
         return torch.cat(embeds)
