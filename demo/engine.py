@@ -1,6 +1,7 @@
 """The side of ovsam: models, features of images, and their limits. Does not import Gradio."""
 
 import asyncio
+import atexit
 import os
 import threading
 import time
@@ -122,6 +123,7 @@ models = Models()
 features = Features()
 turns = Turns(MAX_WAITING)
 word_lists = WordLists(turns)
+atexit.register(turns.close)
 seconds: dict[str, float] = {}  # duration of the last encoding of each model
 
 

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 from PIL import Image
 from turns import LOOK
 
 import ovsam
+from ovsam.errors import is_out_of_memory
 
 HERE = Path(__file__).parent
 LONGEST_TEXT = 50_000  # letters
-NO_MEMORY = "The GPU has no memory left for this; try a smaller image, or ask again in a minute."
-MISTAKES = (ovsam.InputError, torch.OutOfMemoryError)
+NO_MEMORY = "There is no memory left for this; try a smaller image or fewer words, or ask again in a minute."
 # Downloads the file that the event before has put into a hidden gr.File.
 SAVE = """file => {
   if (!file) return;
@@ -36,7 +35,7 @@ def sentence(error: Exception) -> str:
     """The message for the visitor; other errors than invalid input are logged on the server."""
     if isinstance(error, ovsam.InputError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return NO_MEMORY
     traceback.print_exception(error)
     return "Something went wrong on the server; ask again."
@@ -49,7 +48,7 @@ def told(handler: Callable) -> Callable:
     async def wrapper(*arguments, **keywords):
         try:
             return await handler(*arguments, **keywords)
-        except MISTAKES as error:
+        except Exception as error:
             raise gr.Error(html.escape(sentence(error), quote=False), print_exception=False) from error
 
     return wrapper

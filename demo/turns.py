@@ -12,8 +12,9 @@ from typing import Any
 from ovsam import InputError
 
 LOOK = 0.25  # seconds between two checks of a waiting question
-PATIENCE = 5.0  # seconds for which a list of words gives way to questions, at least
-SHARE = 0.05  # of the time that a list of words takes while questions wait, at most
+PATIENCE = 1.0  # seconds for which a list of words gives way to questions, at least
+SHARE = 0.02  # of the time that a list of words takes while questions wait, at most
+LAST = 30.0  # seconds that the end of the program waits for a running model
 LISTS = 200  # whose state is kept
 
 Show = Callable[[str, float | None], None]  # gets the progress as a text and a fraction
@@ -30,7 +31,7 @@ class Turns:
     """
 
     def __init__(self, most: int):
-        self.most, self.free = most, threading.Lock()
+        self.most, self.free, self.closed = most, threading.Lock(), False
         self._thread = ThreadPoolExecutor(1, "question")
         self._asked: list[Future] = []
 
@@ -68,8 +69,13 @@ class Turns:
     def let_pass(self, took: float = 0.0) -> None:
         """Wait while there are questions, for a limited time, which grows with the seconds that the last part took."""
         end = time.monotonic() + max(PATIENCE, took / SHARE)
-        while self.waiting() and time.monotonic() < end:
+        while self.closed or (self.waiting() and time.monotonic() < end):
             time.sleep(0.01)
+
+    def close(self) -> None:
+        """Let a running model finish, and start none any more: torch aborts a program that ends while it computes."""
+        self.closed = True
+        self.free.acquire(timeout=LAST)
 
 
 class WordLists:
@@ -80,8 +86,9 @@ class WordLists:
         self._lists: OrderedDict[Any, _List] = OrderedDict()
 
     def begin(self, name: Any, embed: Callable[[Callable[[int, int], None]], Any]) -> "_List":
-        """Start to embed a list in the background unless it was started; `embed` takes a function that it calls after
-        each part with the number of finished words and of all."""
+        """Start to embed a list in the background unless it was started; `embed` takes a function that it calls before
+        the first part and after each, with the number of finished words and of all. Only the parts take turns:
+        questions need not wait while words are read or embeddings are written."""
         with self._lock:
             known = self._lists.get(name)
             if known is None or known.error is not None:
@@ -103,24 +110,32 @@ class WordLists:
             raise known.error
 
     def _embed(self, known: "_List", embed: Callable) -> None:
-        started = time.monotonic()
+        began: float | None = None  # the time when the running part began; None between parts
+
+        def end_part() -> float:
+            """Seconds that the part took."""
+            nonlocal began
+            if began is None:
+                return 0.0
+            took, began = time.monotonic() - began, None
+            self._turns.free.release()
+            return took
 
         def rest(done: int, total: int) -> None:
-            nonlocal started
+            nonlocal began
             known.done, known.total = done, total
-            self._turns.free.release()
-            try:
-                self._turns.let_pass(time.monotonic() - started)
-            finally:
+            took = end_part()
+            if done < total:
+                self._turns.let_pass(took)
                 self._turns.free.acquire()
-                started = time.monotonic()
+                began = time.monotonic()
 
         try:
-            self._turns.let_pass()
-            with self._turns.free:
-                embed(rest)
+            embed(rest)
         except Exception as error:  # raised by `ready`
             known.error = error
+        finally:
+            end_part()
         known.ready.set()
 
 

@@ -14,7 +14,12 @@ class InputError(ValueError):
     """Invalid user input; the message states what was wrong and what would be right, in one line."""
 
     def __init__(self, message: str = ""):
-        super().__init__(" ".join(str(message).splitlines()))  # names of files may have line breaks
+        super().__init__(one_line(message))
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks, which names of files and words of a user may have."""
+    return " ".join(str(message).splitlines())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

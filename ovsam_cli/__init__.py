@@ -1,9 +1,9 @@
 """The command line `ovsam`: one module a command, imported when it is called.
 
 A command module has `add_arguments(parser)` and `run(args)`, which returns the exit code. Optional are keywords of its
-parser, `PARSER`, and `check(args)`, which raises InputError for invalid input and may replace values of `args`. torch,
-and modules that need it, are imported in `run` only, so that help and errors appear at once; a command whose run needs
-no torch either has `LIGHT = True`.
+parser, `PARSER`; `check(args)`, which raises InputError for invalid input and may replace values of `args`; and
+`LESS_MEMORY`, what a user can do when memory runs out. torch, and modules that need it, are imported in `run` only, so
+that help and errors appear at once; a command whose run needs no torch either has `LIGHT = True`.
 """
 
 import argparse
@@ -14,8 +14,10 @@ import importlib
 import importlib.util
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import NoReturn
 
@@ -37,10 +39,7 @@ COMMANDS = {
 }
 
 
-OUT_OF_MEMORY = (
-    "There is not enough memory; use smaller images, --tile, a smaller model, a smaller --batch, or "
-    "--device cpu in place of a GPU."
-)
+LESS_MEMORY = "use smaller images or a smaller model"
 
 _bare: set[str] = set()  # packages imported without running their __init__
 
@@ -59,12 +58,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be UTF-8
             stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
+    with _interruptions() as noted:
+        try:
+            code = _print(argv)
+        except KeyboardInterrupt:
+            return 130
+        except Exception:
+            if not noted:
+                raise
+    return 130 if noted else code
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Note each Ctrl-C, since libraries turn KeyboardInterrupt into other errors, or go on after it."""
+    noted: list[int] = []
+
+    def note(number, frame):
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()  # only it may set handlers
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _print(argv: list[str]) -> int:
+    """Run the command; an output that cannot be written is one sentence."""
     try:
         code = _run(argv)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # else the interpreter would flush it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,7 +132,7 @@ def _run(argv: list[str]) -> int:
     except (MemoryError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
-        return _fail(OUT_OF_MEMORY)
+        return _fail(f"There is not enough memory; {getattr(command, 'LESS_MEMORY', LESS_MEMORY)}.")
 
 
 def _fail(message: str) -> int:

@@ -4,6 +4,8 @@ from argparse import ArgumentParser, Namespace
 
 from ovsam_cli import arguments
 
+LESS_MEMORY = "use smaller models, or --device cpu in place of a GPU"
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="a preset, a folder or a Hub id")

@@ -8,6 +8,8 @@ from pathlib import Path
 from ovsam.errors import InputError
 from ovsam_cli import arguments
 
+LESS_MEMORY = "use a smaller --model"
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     arguments.add(parser, "--model")

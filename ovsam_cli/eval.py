@@ -1,7 +1,7 @@
 """`ovsam eval`: evaluate a model on a data set."""
 
+import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from pathlib import Path
 
 from ovsam.errors import InputError
 from ovsam_cli import arguments
@@ -16,6 +16,7 @@ PARSER = {
     "  ovsam eval instances_val2017.json --images val2017 --absent all --output runs/coco\n"
     "  ovsam eval lvis_v1_val.json --images coco --model photo --task words --limit 500 --json lvis.json",
 }
+LESS_MEMORY = "use a smaller --model, or --device cpu in place of a GPU"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def check(args: Namespace) -> None:
     """Raise InputError if the data set does not exist, before torch is imported."""
-    if not Path(args.dataset).exists():
+    if not os.path.exists(args.dataset):
         raise InputError(
             f"There is no data set {args.dataset}; name a COCO or LVIS JSON file, or a folder with annotations.json."
         )

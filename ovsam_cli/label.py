@@ -9,7 +9,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovsam.errors import InputError
+from ovsam.errors import InputError, one_line
 from ovsam.inference.labelling.journal import Journal, Journals, read_header
 from ovsam.inference.labelling.sources import Item, list_items
 from ovsam.ops.files import check_target
@@ -34,6 +34,7 @@ PARSER = {
 Exit code: 0, 1 if images could not be labelled (OUT/errors.jsonl lists them), 2 if the command is invalid.
 """,
 }
+LESS_MEMORY = "use a smaller --batch, fewer --workers, a smaller --model, or --device cpu in place of a GPU"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -92,7 +93,7 @@ def check(args: Namespace) -> None:
         check_target(args.report, "--report")
     if "://" in args.output:
         raise InputError(f"-o {args.output} is an address; it must be a folder of this machine.")
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise InputError(f"-o {output} is a file; it must be a folder.")
     if args.merge:
         if args.text or args.vocabulary or args.everything or args.shard != (1, 1):
@@ -164,7 +165,7 @@ def run(args: Namespace) -> int:
         f"{len(summary.failed)} errors, {summary.labelled / seconds:.2f} images/s"
     )
     for key, reason in list(summary.failed.items())[:5]:
-        print(f"  {key}: {reason}", file=sys.stderr)
+        print(f"  {one_line(key)}: {one_line(reason)}", file=sys.stderr)
     if summary.failed:
         print(f"  all of them: {_errors(args)}", file=sys.stderr)
     if count > 1:
@@ -227,7 +228,9 @@ def _merge(args: Namespace) -> int:
     from ovsam.inference.labelling import job
 
     folders, output = [Path(one) for one in args.inputs], Path(args.output)
-    journals = [path for one in folders for path in ([one] if one.is_file() else sorted(one.glob("journal*.jsonl")))]
+    journals = [
+        path for one in folders for path in ([one] if os.path.isfile(one) else sorted(one.glob("journal*.jsonl")))
+    ]
     if not journals:
         raise InputError(f"There is no journal in {', '.join(args.inputs)}; name output folders of `ovsam label`.")
     images = Journals(journals)

@@ -49,6 +49,8 @@ PARSER = {
 MAX_PHRASE = 64  # words, more than any text tower takes; towers with a lower limit check it themselves
 OUTPUTS = ("overlay", "cutouts", "tsv", *FORMATS)
 
+LESS_MEMORY = "use smaller images, a smaller --batch, --half, a smaller --model, or --device cpu in place of a GPU"
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="an image; see below")

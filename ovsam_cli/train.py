@@ -7,6 +7,8 @@ from ovsam.errors import InputError
 from ovsam.ops.schema import read_text
 from ovsam_cli import arguments
 
+LESS_MEMORY = "use --set optim.batch_size=1 with a larger optim.accumulate, or --set optim.gradient_checkpointing=true"
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file, such as adapters/NAME/recipe.toml")

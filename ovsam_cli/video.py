@@ -1,6 +1,7 @@
 """`ovsam video`: track objects through a video, found by text queries or selected by prompts."""
 
 import json
+import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
@@ -30,6 +31,7 @@ PARSER = {
     "description": "Track objects through a video; each keeps its number, its colour and its class name.",
     "epilog": EXAMPLES,
 }
+LESS_MEMORY = "use a smaller video, fewer objects, a smaller --model, or --device cpu in place of a GPU"
 
 
 def on_frame(read: Callable[[str], Any]) -> Callable[[str], tuple[int, Any]]:
@@ -122,15 +124,15 @@ def check(args: Namespace) -> None:
         raise InputError("There is no output; give -o OUT.mp4, --json OUT.json or --masks DIR.")
     args.words = Vocabulary(args.text) if args.text else None
     args.source = int(args.video) if args.video.isdecimal() else args.video
-    if isinstance(args.source, str) and "://" not in args.source and not Path(args.source).exists():
+    if isinstance(args.source, str) and "://" not in args.source and not os.path.exists(args.source):
         raise InputError(f"There is no video {args.video}; pass a file, a folder of images, a camera or an address.")
     for _, path in args.given:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"There is no mask {path}; check the path.")
     for option, target in (("-o", args.output), ("--json", args.json)):
         if target:
             check_target(target, option)
-    if args.output and Path(args.output).exists() and Path(args.output).resolve() == Path(args.video).resolve():
+    if args.output and os.path.exists(args.output) and Path(args.output).resolve() == Path(args.video).resolve():
         raise InputError(f"-o {args.output} is the video itself; write to another file.")
     if args.masks:
         check_output_folder(args.masks, "--masks")

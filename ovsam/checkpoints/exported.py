@@ -16,7 +16,7 @@ FORMAT = 1  # of the settings and the graphs
 
 def is_exported(folder: Any) -> bool:
     """Whether a folder holds an exported model."""
-    return isinstance(folder, str | os.PathLike) and (Path(folder) / SETTINGS).is_file()
+    return isinstance(folder, str | os.PathLike) and os.path.isfile(os.path.join(folder, SETTINGS))
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
@@ -32,7 +33,9 @@ CONFIGS = (
 MAX_CONFIG = 10 * 2**20  # bytes
 MAX_NUMBER = 10**6  # of any setting; the largest are sizes of token vocabularies
 MAX_LAYERS = 1_000
+MAX_SIDE = 4_096  # pixels of a model's input
 LAYERS = re.compile(r"layers?$|depths?$|blocks?_per_stage$|num_stages$")
+SIDES = ("height", "width", "shortest_edge", "longest_edge", "image_size", "target_size", "size", "crop_size")
 SHOWN = 3  # problems that a message names
 
 
@@ -71,6 +74,7 @@ def load_folder(folder: Path, name: str) -> tuple[OVSamModel, OVSamProcessor]:
         raise _refused(name, problems)
     try:
         processor = OVSamProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor(images=Image.new("RGB", (32, 32)), text=["a word"])  # most wrong values fail in use only
     except Exception as error:  # likewise
         raise InputError(f"{name!r} has a processor or tokenizer that cannot be used: {_reason(error)}") from error
     return model.eval(), processor
@@ -119,7 +123,7 @@ def _check_setting(key: str, value: Any) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} is {value}; it must be a finite number")
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        limit = MAX_LAYERS if LAYERS.search(key) else MAX_NUMBER
+        limit = MAX_LAYERS if LAYERS.search(key) else MAX_SIDE if key in SIDES else MAX_NUMBER
         if abs(value) > limit and key not in ("model_max_length", "max_length"):  # tokenizers write 1e30 for none
             raise ValueError(f"{key} is {value:g}; at most {limit:,} is possible")
         if key == "image_std" and value <= 0:
@@ -168,5 +172,7 @@ def _refused(name: str, problems: list[str]) -> InputError:
 
 def _reason(error: Exception) -> str:
     """The first sentence of another library's error."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError):  # its text is the key alone
+        text = f"{type(error).__name__} {text}".strip()
     return (text if len(text) <= 200 else f"{text[:197]}...").rstrip(".") + "."

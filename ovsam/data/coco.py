@@ -68,7 +68,7 @@ class Coco(PictureData):
     ):
         path = Path(annotations)
         folder = path.parent if images is None else Path(images)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"There is no folder {folder}; `images` must be the folder of the images.")
         content = self._read(path)
         categories = _by_id(path, "category", "categories", content)

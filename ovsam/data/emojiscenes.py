@@ -1,5 +1,6 @@
 """EmojiScenes as a map-style training set: sample `i` is always the same image, so that runs can be resumed."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +67,7 @@ class SceneDataset(SegmentationData):
     def _read(self, vocabulary: Sequence[str] | str) -> list[int]:
         """Return the indices of the vocabulary in `all_words()`."""
         if isinstance(vocabulary, str):
-            if not Path(vocabulary).is_file():
+            if not os.path.isfile(vocabulary):
                 raise InputError(f"vocabulary is {vocabulary}, which is not a file; give a file or a list of names.")
             vocabulary = Path(vocabulary).read_text(encoding="utf-8").split("\n")
         names = [name.strip() for name in vocabulary if name.strip()]

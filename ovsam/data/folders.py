@@ -46,8 +46,8 @@ class Folders(PictureData):
         check: bool = True,
         **options,
     ):
-        names = names or {}
-        if not Path(folder).is_dir():
+        names, folder = names or {}, Path(folder)
+        if not os.path.isdir(folder):
             raise InputError(f"There is no folder {folder}; it must have one folder for each class.")
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         if missing := names.keys() - set(classes):

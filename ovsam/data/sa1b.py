@@ -1,5 +1,6 @@
 """A folder of SA-1B: sa_1.jpg beside sa_1.json, whose masks have no names (Kirillov et al. 2023)."""
 
+import os
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -48,7 +49,7 @@ class Sa1b(PictureData):
 
     def __init__(self, folder: str | Path, check: bool = True, **options):
         super().__init__([], **options)
-        if not Path(folder).is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"There is no folder {folder}; it must have sa_*.jpg and sa_*.json.")
         paths = sorted(Path(folder).rglob("sa_*.json"))
         if not paths:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -114,7 +115,7 @@ class EvalSet:
         address = str(image.get("file_name") or image.get("coco_url") or "")
         name = Path(address).name
         tries = (address, f"images/{address}", name, "/".join(Path(address).parts[-2:]))
-        found = next((self.folder / one for one in tries if one and (self.folder / one).is_file()), None)
+        found = next((self.folder / one for one in tries if one and os.path.isfile(self.folder / one)), None)
         if found is None:
             raise InputError(f"There is no image {name!r} in {self.folder}; set --images to the folder of the images.")
         return found
@@ -165,12 +166,12 @@ def open_set(path: str | Path, images: str | Path | None = None) -> EvalSet:
         InputError: the file or folder does not exist, or has another format.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "annotations.json").is_file():
             raise InputError(f"{path} is not a test set: it must have annotations.json, like tests/data/photos-val.")
         path = path / "annotations.json"
     folder = path.parent if images is None else Path(images)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"There is no folder {folder}; set --images to the folder of the images.")
     return EvalSet(open_coco(path), folder)
 

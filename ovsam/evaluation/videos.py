@@ -1,5 +1,6 @@
 """Videos with true masks for evaluation: folders in the layout of DAVIS, a json of YouTube-VIS, moving scenes."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,8 +74,10 @@ def open_videos(path: Path, images: Path | None = None) -> list[Video]:
     Raises:
         InputError: there is no video with masks.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return _youtube_vis(path, images or path.parent)
+    if not os.path.isdir(path):
+        raise InputError(f"There is no file or folder {path}; check the path.")
     found = []
     official = sorted((path / "JPEGImages").glob("*/*/")) or sorted((path / "JPEGImages").glob("*/"))
     for folder in official or sorted(path.glob("*/")):
@@ -94,7 +97,7 @@ def open_videos(path: Path, images: Path | None = None) -> list[Video]:
 def moving_videos(annotations: Path, images: Path | None = None, seed: int = SEED, count: int = SCENES) -> list[Video]:
     """Return moving scenes of the objects of a COCO file, or of a folder with annotations.json."""
     folder = annotations.parent if images is None else images
-    if annotations.is_dir():
+    if os.path.isdir(annotations):
         folder, annotations = annotations if images is None else images, annotations / "annotations.json"
         folder = folder / "images" if (folder / "images").is_dir() else folder
     scenes = open_moving(annotations, folder, seed, count)
@@ -124,7 +127,7 @@ class _Drawn(Sequence):
 
 
 def _read_masks(paths: Sequence[Path], frame: int) -> Masks | None:
-    if not paths[frame].is_file():
+    if not os.path.isfile(paths[frame]):
         return None
     with Image.open(paths[frame]) as image:
         values = np.asarray(image if image.mode in ("P", "L", "1") else image.convert("L"))

@@ -49,7 +49,7 @@ class FrameSource:
     def __init__(self, source: Any):
         self.source, self.rate, self.length = source, DEFAULT_RATE, None
         self._container: Any = None
-        if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+        if isinstance(source, str | os.PathLike) and os.path.isdir(source):
             self._files = only_files(
                 sorted(path for path in Path(source).iterdir() if path.suffix.lower() in PICTURES), source
             )
@@ -88,7 +88,7 @@ class FrameSource:
         name, options = str(self.source), {}
         if isinstance(self.source, int):
             name, options = f"/dev/video{self.source}", {"format": "v4l2"}
-        elif "://" not in name and not Path(name).is_file():
+        elif "://" not in name and not os.path.isfile(name):
             raise InputError(f"There is no video {name}; pass a file, a folder of images, a camera or an address.")
         try:
             self._container = av.open(name, **options)

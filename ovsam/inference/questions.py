@@ -137,8 +137,8 @@ class Questions:
     def embed(self, words: Words, progress: Callable[[int, int], None] | None = None) -> tuple[Vocabulary, Array]:
         """The vocabulary and its text embeddings [K, D]; the last ones are kept in memory, long ones on disk.
 
-        `progress` is called with the number of phrases that are done and of all, every few phrases; it may raise to
-        stop.
+        `progress` is called with the number of phrases that are done and of all, at the start and every few phrases; it
+        may raise to stop.
         """
         return self._texts.embed(words if isinstance(words, Vocabulary) else Vocabulary(words), progress)
 

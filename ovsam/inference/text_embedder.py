@@ -14,7 +14,7 @@ from ovsam.processing.vocabulary import Vocabulary
 
 KEPT_PHRASES = 100_000  # in memory, of the vocabularies used last
 LONG = 256  # phrases; longer vocabularies are kept on disk
-PHRASES_AT_ONCE = 64  # between two calls of a progress function
+PHRASES_AT_ONCE = 16  # between two calls of a progress function
 
 
 class TextTower(Protocol):

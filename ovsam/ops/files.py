@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ovsam.errors import InputError
+from ovsam.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def only_files(paths: Iterable[Path], folder: str | os.PathLike[str]) -> list[Pa
     named = list(paths)
     found = [path for path in named if path.is_file()]
     if len(found) < len(named):
-        logger.warning("%s: %d skipped, which are not files.", folder, len(named) - len(found))
+        logger.warning("%s: %d skipped, which are not files.", one_line(folder), len(named) - len(found))
     return found
 
 

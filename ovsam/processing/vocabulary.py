@@ -97,7 +97,8 @@ class Vocabulary:
             text_hash: fingerprint of the text tower and its weights; required for the cache.
             cache_dir: folder of the cache; None for no cache.
             progress: whether to show a progress bar if there is more than one chunk; or a function that is called with
-                the number of prompts that are done and of all after each chunk, and may raise to stop.
+                the number of prompts that are done and of all, before the first chunk and after each, and may raise to
+                stop.
             chunk_size: number of sentences that are encoded at a time.
 
         Returns:
@@ -147,6 +148,8 @@ class Vocabulary:
 
         quick = len(self.prompts) * len(templates) <= 4 * chunk_size
         chunks = []
+        if callable(progress):
+            progress(0, len(self.prompts))
         with tqdm(total=len(self.prompts), unit=" words", disable=quick or progress is not True) as bar:
             for start in range(0, len(self.prompts), chunk_size):
                 prompts = [as_read(prompt) for prompt in self.prompts[start : start + chunk_size]]

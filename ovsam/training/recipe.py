@@ -97,7 +97,7 @@ def read_recipe(
     Raises:
         InputError: the recipe, its stage or a key is unknown, a key is missing, or weights to start from do not exist.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"There is no recipe at {path}; pass the path of a recipe.toml, such as one of adapters/.")
     try:
         recipe = tomllib.loads(read_text(path))
@@ -201,7 +201,7 @@ def _check_start(path: Path, recipe: dict) -> None:
             raise InputError(f"{path} lacks [model]: the towers that the stage {recipe['stage']} needs.")
     named = [value for key, value in given.items() if key.endswith("weights") and value and isinstance(value, str)]
     for file in (*weight_files(recipe), *named):
-        if not Path(file).is_file():
+        if not os.path.isfile(file):
             raise InputError(f"{path} starts from {file}, which does not exist; train that recipe first.")
 
 

@@ -216,9 +216,15 @@ def test_files_of_an_unknown_kind_raise_an_error(folder):
     (folder / "source.pth").write_bytes(b"PK\x03\x04 a download that broke off")
     with pytest.raises(InputError, match="damaged or not a checkpoint"):
         convert_checkpoint(folder / "source.pth", folder / "out")
-    (folder / "source.pth").write_text("<html>not found</html>")
-    with pytest.raises(InputError, match="damaged or not a checkpoint"):
-        convert_checkpoint(folder / "source.pth", folder / "out")
+    for text in ("<html>not found</html>", "hello"):
+        (folder / "source.pth").write_text(text)
+        with pytest.raises(InputError, match="damaged or not a checkpoint"):
+            convert_checkpoint(folder / "source.pth", folder / "out")
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="is not a file"):
+            convert_checkpoint(name, folder / "out")
+        with pytest.raises(InputError, match="cannot be written"):
+            convert_checkpoint(folder / "source.pth", name)
     (folder / "source.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(InputError, match="damaged"):
         convert_checkpoint(folder / "source.safetensors", folder / "out")

@@ -25,6 +25,9 @@ def folder(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "m")
 
 
+IMAGES = {"image_processor_type": "Sam2ImageProcessor", "size": {"height": 128, "width": 128}}
+
+
 def change(path, **settings):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
@@ -75,6 +78,23 @@ def test_a_hostile_configuration(folder, settings):
 def test_an_invalid_configuration(folder, content):
     (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match="config.json of"):
+        ovsam.load(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        (
+            "processor_config.json",
+            {"image_processor": {"image_processor_type": "Sam2ImageProcessor", "resample": 1323}},
+        ),
+        ("processor_config.json", {"clip_images": ["x"]}),
+        ("tokenizer_config.json", {"pad_token": None}),
+    ],
+)
+def test_a_processor_that_fails_in_use(folder, file, settings):
+    change(folder / file, **settings)
+    with pytest.raises(InputError, match="has a processor or tokenizer that cannot be used"):
         ovsam.load(folder, "cpu")
 
 

@@ -3,11 +3,14 @@
 import asyncio
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import app
 import engine
@@ -383,11 +386,15 @@ def test_questions_take_turns_and_long_lists_of_words_let_them_pass():
     going, begun = threading.Event(), threading.Event()
 
     def embed(progress):
+        assert not turns.free.locked()  # questions need not wait while the words are read
+        progress(0, 8)
         for done in range(1, 9):
+            assert turns.free.locked()
             order.append(f"words {done}")
             begun.set()
             going.wait(5)
             progress(done, 8)
+        assert not turns.free.locked()  # nor while the embeddings are written
 
     def question(name):
         assert turns.free.locked()
@@ -432,7 +439,29 @@ def test_words_take_a_small_share_of_the_time_while_questions_wait(monkeypatch):
         await question
         return waited
 
-    assert asyncio.run(visit()) >= 0.02 / 0.05
+    assert asyncio.run(visit()) >= 0.02 / 0.02
+
+
+def test_the_end_of_the_program_waits_for_the_running_part_alone():
+    program = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import engine
+
+def embed(progress):
+    progress(0, 3)
+    for done in (1, 2, 3):
+        begun.set()
+        time.sleep(0.3)
+        print("part", done, flush=True)
+        progress(done, 3)
+
+begun = threading.Event()
+engine.word_lists.begin("list", embed)
+begun.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program, Path(engine.__file__).parent], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "part 1\n"), done.stderr
 
 
 def test_the_place_in_the_queue_is_shown():
@@ -542,7 +571,7 @@ def test_on_a_space_models_come_from_the_hub(monkeypatch, tmp_path):
 def test_twenty_visitors_at_once_get_their_own_images(page, tmp_path, monkeypatch):
     """Each has a part of another size of the example by the same file name, and some ask again."""
     monkeypatch.setattr(engine.features, "size", 100_000_000)  # three images: most are encoded again
-    whole, together = Image.open(EXAMPLE).convert("RGB"), threading.Barrier(20)
+    whole, together = Image.open(EXAMPLE).convert("RGB"), threading.Barrier(20, timeout=120)
     segmenter, biggest = engine.models.get("ovsam-tiny"), 0
 
     def visit(number):
@@ -551,7 +580,7 @@ def test_twenty_visitors_at_once_get_their_own_images(page, tmp_path, monkeypatc
         path.parent.mkdir()
         part = whole.crop((0, 0, 300 + 10 * number, whole.height))
         part.save(path)
-        client = Client(page.url, verbose=False)
+        client = Client(page.url, verbose=False, httpx_kwargs={"timeout": 120.0})
         together.wait()
         for _ in range(2 if number % 7 == 0 else 1):
             coco = client.predict(handle_file(str(path)), points=[[100, 200]], vocabulary=["cat"], api_name="/what")

@@ -3,12 +3,24 @@
 import copy
 import json
 import random
+from pathlib import Path
 
 import pytest
 
+import ovsam
+from ovsam.data.coco import Coco
+from ovsam.data.folders import Folders
+from ovsam.data.sa1b import Sa1b
 from ovsam.errors import InputError
+from ovsam.evaluation.datasets import open_set
+from ovsam.evaluation.videos import open_videos
+from ovsam.ops.files import check_target
 from ovsam.ops.schema import read_json
+from ovsam.processing.images import open_image
+from ovsam.processing.vocabulary import Vocabulary
+from ovsam.results.formats import FORMATS, read_labels
 from ovsam.results.formats.coco import LabelFile, read_coco
+from ovsam.training.recipe import read_recipe
 
 GOOD = {
     "images": [{"id": 1, "file_name": "a.png", "width": 48, "height": 32}],
@@ -101,3 +113,58 @@ def test_pipes_and_folders_are_refused_without_waiting(tmp_path):
     for name in ("pipe.json", "folder.json", "nothing.json", "x" * 300):
         with pytest.raises(InputError, match="There is no file at"):
             read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder: Coco(folder / "a.json", folder),
+        lambda folder: Coco(folder / "a.json", folder / "none"),
+        lambda folder: Folders(folder),
+        lambda folder: Sa1b(folder),
+        lambda folder: open_set(folder),
+        lambda folder: open_set(folder / "a.json"),
+        lambda folder: open_videos(folder),
+        lambda folder: read_labels(folder),
+        lambda folder: read_labels(folder / "a.json", "coco"),
+        lambda folder: read_recipe(folder / "a.json"),
+        lambda folder: Vocabulary(folder / "none.txt"),
+        lambda folder: open_image(folder / "a.json"),
+        lambda folder: ovsam.load(folder),
+        lambda folder: check_target(folder / "a.json" / "b"),
+    ],
+)
+def test_a_line_break_in_the_name_of_a_folder_makes_no_second_line(tmp_path, read):
+    folder = tmp_path / "my\nfolder"
+    folder.mkdir()
+    write(folder, {"images": [{"id": 1, "file_name": "a\nb.png"}], "categories": [], "annotations": []})
+    with pytest.raises(InputError) as caught:
+        read(folder)
+    assert "my folder" in str(caught.value) or "my\\nfolder" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\udcff", "a.json/b"], ids=["long", "null", "bytes", "in a file"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda name: Coco(name, "."),
+        lambda name: Coco("a.json", name),
+        lambda name: Folders(name),
+        lambda name: Sa1b(name),
+        lambda name: open_set(name),
+        lambda name: open_set("a.json", name),
+        lambda name: open_videos(Path(name)),
+        lambda name: read_recipe(Path(name)),
+        lambda name: read_labels(name),
+        lambda name: Vocabulary(f"{name}.txt"),
+        lambda name: open_image(name),
+        lambda name: ovsam.load(name),
+        *(lambda name, kind=kind: read_labels(name, kind) for kind in FORMATS),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, monkeypatch, read, name):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"images": [], "categories": [], "annotations": []})
+    with pytest.raises(InputError):
+        read(name)

@@ -181,7 +181,7 @@ def test_a_function_is_told_the_progress_and_may_stop(capsys):
     Vocabulary([f"word {index}" for index in range(12)]).embed(
         Encoder(), chunk_size=5, progress=lambda *state: told.append(state)
     )
-    assert told == [(5, 12), (10, 12), (12, 12)] and capsys.readouterr().err == ""
+    assert told == [(0, 12), (5, 12), (10, 12), (12, 12)] and capsys.readouterr().err == ""
 
     def stop(done, total):
         raise KeyboardInterrupt

@@ -258,6 +258,8 @@ def test_yolo_of_other_tools(tmp_path):
         ("2 0 0 1 0 1 1", "Line 1 of .*a.txt must be the number of one of 2 names"),
         ("1 0 0 1 0 1", "must be the number of one of 2 names and a polygon x, y"),
         ("1 0 0 3 0 3 3", "Line 1 of .*a.txt lies outside its image"),
+        ("1", "Line 1 of .*a.txt has no polygon of three points or more"),
+        ("1 0 0 1 1", "Line 1 of .*a.txt has no polygon of three points or more"),
     ):
         (tmp_path / "labels/a.txt").write_text(line)
         with pytest.raises(InputError, match=message):
@@ -303,7 +305,14 @@ def test_label_studio_of_people(tmp_path):
     (found,) = Results.from_label_studio(tmp_path / "a.json")
     assert found.file_name == "photos/a.png" and found.labels == ["ring", "box"] and found[1].area == 40 * 15
     np.testing.assert_array_equal(found[0].mask, mask)
-    brush["value"]["rle"] = brush["value"]["rle"][:-8]
+    brush["value"]["brushlabels"] = []
+    (tmp_path / "a.json").write_text(json.dumps([task]))
+    assert Results.from_label_studio(tmp_path / "a.json")[0].labels == ["object", "box"]
+    brush["value"]["rle"][4] |= 0b10000000
+    (tmp_path / "a.json").write_text(json.dumps([task]))
+    with pytest.raises(InputError, match=r"The region b of .*, task \[0\], has run lengths of 24 bits a value"):
+        Results.from_label_studio(tmp_path / "a.json")
+    brush["value"]["rle"] = encode_rle(mask)[:-8]
     (tmp_path / "a.json").write_text(json.dumps([task]))
     with pytest.raises(InputError, match=r"The region b of .*, task \[0\], has incomplete run lengths"):
         Results.from_label_studio(tmp_path / "a.json")

@@ -1,5 +1,6 @@
 """`ovsam convert`: official checkpoints -> folders that transformers loads."""
 
+import os
 import re
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def convert_checkpoint(
     """
     if kind not in (None, *KINDS):
         raise InputError(f"There is no kind {kind!r}; choose one of {', '.join(KINDS)}.")
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return convert_open_vocabulary_sam(source, output)
     with new_folder(output) as folder:
         source_tensors, beside = read_tensors(source)

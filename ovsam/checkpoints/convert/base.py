@@ -1,6 +1,6 @@
 """Shared steps of the conversions: read an official file, map every key, write a complete folder or nothing."""
 
-import pickle
+import os
 import re
 import tempfile
 import zipfile
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -83,14 +82,16 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         InputError: the file does not exist, or has no readable state dict.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path} is not a file; give a checkpoint such as sam2.1_hiera_tiny.pt.")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler raises whatever the bytes of another kind of file lead to
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
                 f"{path} holds an object of {found[1]}, which could run code on loading; save the state dict "
@@ -188,9 +189,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         InputError: the name is that of a file or of a folder that is not empty, or its parent does not exist.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if os.path.exists(path) and (not os.path.isdir(path) or any(path.iterdir())):
         raise InputError(f"{path} exists already; give the name of a new or empty folder.")
-    check_output_folder(path.parent)
+    check_output_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         folder = Path(scratch) / path.name

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import subprocess
 import tarfile
 import tempfile
@@ -101,7 +102,7 @@ def drawable(styles: Sequence[str]) -> list[int]:
 
 def find_font() -> str:
     for path in FONT_PATHS:
-        if Path(path).is_file():
+        if os.path.isfile(path):
             return path
     raise FileNotFoundError(
         "EmojiScenes draws with the font Noto Color Emoji, which is not installed: "
@@ -125,7 +126,7 @@ def _load_package(style: str) -> list[Image.Image | None]:
     words, package = all_words(), PACKAGES[style]
     listed = hashlib.sha256("\n".join(word.char for word in words).encode()).hexdigest()[:8]
     path = CACHE / "sprites" / f"{style}-{package.version}-{SIDE}-{listed}.npz"
-    if not path.is_file():
+    if not os.path.isfile(path):
         drawn = [_rasterise(svg) if svg else None for svg in read_package(package, words)]
         pixels = np.stack([np.asarray(p) if p else np.zeros((SIDE, SIDE, 4), np.uint8) for p in drawn])
         path.parent.mkdir(parents=True, exist_ok=True)

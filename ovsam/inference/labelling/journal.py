@@ -170,7 +170,7 @@ class Journals:
 
 def read_header(path: Path) -> dict[str, Any] | None:
     """Return the first line; None if it is incomplete. Raises InputError if the file is not a journal."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"There is no journal {path}; check the path.")
     with open(path, "rb") as file:
         line = file.readline()

@@ -105,9 +105,9 @@ def read_labels(
 def recognise(source: str | os.PathLike[str]) -> str:
     """Return the format of a label file or folder; raises InputError if it is unknown."""
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"There are no labels at {path}; check the path.")
-    if path.is_dir():
+    if os.path.isdir(path):
         if (path / "labels").is_dir() or (path / "data.yaml").is_file() or any(path.rglob("*.txt")):
             return "yolo"
         if any(path.rglob("*.geojson")):

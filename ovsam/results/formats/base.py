@@ -99,7 +99,8 @@ def files_below(folder: str | os.PathLike[str], endings: Sequence[str]) -> list[
     """Sorted files below a folder, or the given file itself; raises InputError if there are none. Folders, pipes and
     devices of such names are skipped with a warning."""
     path = Path(folder)
-    named = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.suffix.lower() in endings)
+    below = path.rglob("*") if os.path.isdir(path) else ()
+    named = [path] if os.path.isfile(path) else sorted(one for one in below if one.suffix.lower() in endings)
     found = only_files(named, folder)
     if not found:
         raise InputError(f"There is no {' or '.join(endings)} file in {folder}; check the path.")
@@ -111,7 +112,7 @@ def picture_of(folders: Iterable[Path], place: str) -> Path | None:
     for folder in folders:
         for ending in PICTURES:
             for path in (folder / f"{place}{ending}", folder / f"{place}{ending.upper()}"):
-                if path.is_file():
+                if os.path.isfile(path):
                     return path
     return None
 

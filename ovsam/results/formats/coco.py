@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from ovsam.errors import InputError
+from ovsam.errors import InputError, one_line
 from ovsam.ops import outlines
 from ovsam.ops.files import write_whole
 from ovsam.ops.schema import Pixels, Share, checked, place, read_json
@@ -168,7 +168,7 @@ def read_coco(
         image.add(names[category], category, {"size": list(image.size), "counts": counts.decode("ascii")}, **known)
     for kind, count in skipped.items():
         if count:
-            logger.warning("%s: %d %s left out.", name, count, kind)
+            logger.warning("%s: %d %s left out.", one_line(name), count, kind)
     return list(found.values())
 
 

@@ -92,7 +92,7 @@ def read_cvat(path: str | os.PathLike[str]) -> list[LabelledImage]:
     Raises:
         InputError: the file is missing, has another format, or a shape does not fit its image.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"There is no file {path}; check the path.")
     try:
         root = ElementTree.parse(path).getroot()

@@ -205,6 +205,8 @@ def decode_rle(counts: Iterable[int], height: int, width: int) -> np.ndarray:
         sizes = [read(4) + 1 for _ in range(4)]
         if total != 4 * height * width:
             raise InputError(f"has run lengths of {total // 4} pixels; its image has {height * width}")
+        if word != 8:
+            raise InputError(f"has run lengths of {word} bits a value; Label Studio writes 8")
         pixels, at = np.zeros(total, dtype=np.uint8), 0
         while at < total:
             run, end = read(1), at + 1 + read(sizes[read(2)])
@@ -224,7 +226,7 @@ def _mask(region: dict[str, Any], size: tuple[int, int]) -> tuple[rle.RLE | None
     height, width = size
     value, kind = region["value"], region["type"]
     named: Any = value.get(kind) or value.get("labels") or value.get("brushlabels")
-    names = named if isinstance(named, list) else ["object"]
+    names = named if named and isinstance(named, list) else ["object"]
     if "rle" in value:
         return rle.encode(decode_rle(value["rle"], height, width)), names[0]
     if "points" in value:

@@ -102,7 +102,7 @@ def read_labelme(source: str | os.PathLike[str]) -> list[LabelledImage]:
         if not isinstance(record, dict) or not {"shapes", "imageHeight", "imageWidth"} <= record.keys():
             raise InputError(f"{path} is not a file of LabelMe: it must have shapes, imageHeight and imageWidth.")
         record = checked(record, LabelmeFile, str(path))
-        root = path.parent if Path(source).is_file() else Path(source)
+        root = path.parent if os.path.isfile(source) else Path(source)
         name = Path((record.get("imagePath") or path.stem).replace("\\", "/")).name
         image = LabelledImage(
             (record["imageHeight"], record["imageWidth"]), (path.parent.relative_to(root) / name).as_posix()

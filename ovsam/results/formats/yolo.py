@@ -76,7 +76,7 @@ def read_yolo(
         InputError: there are no names, an image file is missing, or a line is invalid.
     """
     root = Path(folder)
-    place = root / "labels" if (root / "labels").is_dir() else root
+    place = root / "labels" if os.path.isdir(root / "labels") else root
     labels = labels or _names(root if place != root else root.parent)
     pictures = [Path(images)] if images is not None else [place.parent / "images", place]
     found = []

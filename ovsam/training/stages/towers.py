@@ -10,6 +10,7 @@ A tower is written as one of
 the last two with `weights = "runs/NAME/model.safetensors"` to start from the result of another recipe.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -331,7 +332,7 @@ def _side(sides: dict[str, Any], model_type: str) -> Any:
 
 def _load(module: nn.Module, path: str, prefix: str, partly: bool = False) -> None:
     """Load weights of `module` from the result of a recipe; `partly`: an image trunk alone is enough, as from `mae`."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"The recipe starts from {path}, which does not exist; train that recipe first.")
     state = {name.removeprefix(prefix): t for name, t in load_file(path).items() if name.startswith(prefix)}
     own = module.state_dict()
