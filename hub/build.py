@@ -41,7 +41,7 @@ from ovsam.modeling.remote_code import SHIM, auto_map, write_shim  # noqa: E402
 from ovsam.training.stages.towers import edgetam_config  # noqa: E402
 
 IMAGE_SIZE = 512
-MASK_HEAD_WEIGHT = 4.0  # chosen on the calibration photographs: the masks of the ConceptHead are the better ones
+MASK_HEAD_WEIGHT = 2.0  # of clicks and mask prompts; chosen on the calibration photographs
 VISION_SHARD = hatch_build.VISION_SHARD  # not model.safetensors, which would be taken for the whole
 DECODER_SHARD = hatch_build.DECODER_SHARD
 TRUNK = [24, 48, 120, 352]  # its channels at strides 4, 8, 16, 32

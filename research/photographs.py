@@ -59,7 +59,7 @@ ROWS = ("image-crop", "feature-crop", "feature-crop + learned prompts", "adapter
 BATCH, LEARNING_RATE, WARMUP = 5, 6e-4, 50
 CONTEXT, CONTEXT_STEPS = 8, 400  # context vectors of the learned prompts
 CROP = 260  # side of image crops in pixels, that of the training of the tower
-# Scale of the softmax of CLIP's cosines in the fusion: of 10, 20, 30, 50 and 100, that with the highest harmonic mean of
+# Scale of the softmax of CLIP's cosines in the fusion: of 10, 20, 30, 50 and 100, that of the highest harmonic mean of
 # base and novel Acc on the 60 photographs for calibration.
 CLIP_SCALE = 50.0
 COST_PROMPTS = 9  # boxes of the image whose cost is measured: the mean number of objects of a frozen photograph
