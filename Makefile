@@ -2,11 +2,11 @@
 # make test   lint, types and all tests
 # make bench  cost and recall of text queries, prompts and everything; a quarter of an hour on an idle machine
 # make tiny   trains the parts of ovsam-tiny that are not in runs/ yet; an interrupted run continues
-# All make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='person "sports ball"' sets the text queries.
+# All make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='book fork' sets the text queries.
 
 PYTHON ?= python3
-TRY_IMAGE ?= 000000352257.jpg
-TRY_WORDS ?= person "tennis racket"
+TRY_IMAGE ?= 000000121647.jpg
+TRY_WORDS ?= pizza "wine glass"
 
 .PHONY: try test bench tiny
 .DELETE_ON_ERROR:

@@ -24,7 +24,7 @@ from ovsam.processing.images import open_image
 EXAMPLES = [  # file, words, excluded words
     ["tennis.jpg", "person", ""],
     ["train.jpg", "train", ""],
-    ["cat.jpg", "cat", ""],
+    ["pizza.jpg", "pizza, wine glass", ""],
 ]
 OWN, PASTE = "The model's own", "My own words"
 VOCABULARIES = {

@@ -90,7 +90,7 @@ class Interrupt:
 sys.meta_path.insert(0, Interrupt())
 sys.exit(ovsam_cli.main(sys.argv[1:]))
 """
-    image = ROOT / "demo" / "examples" / "cat.jpg"
+    image = ROOT / "demo" / "examples" / "pizza.jpg"
     command = [sys.executable, "-c", program, "segment", image, "--text", "cat", "--model", "ovsam-tiny"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -32,7 +32,7 @@ from ovsam.errors import InputError
 from ovsam.results.results import Results
 
 DEMO = ROOT / "demo"
-EXAMPLE = DEMO / "examples" / "cat.jpg"
+EXAMPLE = ROOT / "tests" / "data" / "photos-val" / "images" / "000000000599.jpg"
 SIZE = (40, 60)  # height, width
 
 
@@ -521,7 +521,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_menu_as_it_was(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file, coco_id", [("tennis.jpg", 352257), ("train.jpg", 565778), ("cat.jpg", 599)])
+@pytest.mark.parametrize("file, coco_id", [("tennis.jpg", 352257), ("train.jpg", 565778), ("pizza.jpg", 121647)])
 def test_the_examples_succeed(ovsam_tiny, file, coco_id):
     """The words that come with an example are found, with the masks that people drew."""
     words = next(words for name, words, _ in image_tab.EXAMPLES if name == file).split(", ")

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 TIMEOUT = 60_000  # milliseconds; two cores may be busy
-EXAMPLE = ROOT / "demo" / "examples" / "cat.jpg"
+EXAMPLE = ROOT / "tests" / "data" / "photos-val" / "images" / "000000000599.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_from_an_image_to_a_corrected_coco_file(visitor, page, shots, tmp_path, 
     with tab.expect_download() as started:
         tab.get_by_role("button", name="Download").click()
     started.value.save_as(tmp_path / "found.json")
-    assert started.value.suggested_filename == "cat.coco.json"
+    assert started.value.suggested_filename == "000000000599.coco.json"
     coco = COCO(tmp_path / "found.json")
     [annotation] = coco.loadAnns(coco.getAnnIds())
     assert annotation["label"] == "<b>lunch</b>" and annotation["segmentation"] == found[0].segmentation
