@@ -74,7 +74,9 @@ def load_folder(folder: Path, name: str) -> tuple[OVSamModel, OVSamProcessor]:
         raise _refused(name, problems)
     try:
         processor = OVSamProcessor.from_pretrained(folder, trust_remote_code=False)
-        processor(images=Image.new("RGB", (32, 32)), text=["a word"])  # most wrong values fail in use only
+        tried = processor(images=Image.new("RGB", (32, 32)), text=["a word"])  # most wrong values fail in use only
+        with torch.no_grad():  # a tokenizer may have more tokens than the text tower
+            model.get_text_features(tried["input_ids"], tried["attention_mask"])
     except Exception as error:  # likewise
         raise InputError(f"{name!r} has a processor or tokenizer that cannot be used: {_reason(error)}") from error
     return model.eval(), processor

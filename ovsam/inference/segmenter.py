@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ovsam.errors import InputError
 from ovsam.inference.encoded import EncodedImage, OneImage, map_tensors
 from ovsam.inference.options import check_device, check_dtype, check_proposer
 from ovsam.inference.proposers import (
@@ -162,7 +163,12 @@ class Segmenter(Questions):
     @torch.no_grad()
     def encode_words(self, phrases: list[str]) -> np.ndarray:
         tokens = self._to_device(self.processor.tokenize(phrases))
-        return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).float().cpu().numpy()
+        try:
+            return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).float().cpu().numpy()
+        except IndexError as error:
+            raise InputError(
+                f"The tokenizer of {self.name or 'this model'} has tokens that its text tower lacks; save both again."
+            ) from error
 
     def text_weights(self) -> tuple:
         # Weights that were changed in place have another version.

@@ -103,6 +103,6 @@ class OVSamConfig(RemoteCodeConfig):
             )
         for name in ("score_calibration", "name_calibration"):
             pair = getattr(self, name)
-            if len(pair) != 2 or pair[0] <= 0:
+            if len(pair) != 2 or not all(isinstance(one, int | float) for one in pair) or pair[0] <= 0:
                 raise InputError(f"{name} is {pair}; it must be two numbers, a positive scale and a shift.")
         super().__post_init__(**kwargs)

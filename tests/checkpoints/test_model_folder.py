@@ -60,6 +60,7 @@ def test_weights_that_do_not_fit(folder, damage, message):
         {"mask_head_weight": float("nan")},
         {"max_locations": 10**12},
         {"composition": 3},
+        {"score_calibration": [1.0, [1, 2]]},
         {"sam_config": "x"},
         {"concepts_config": [1]},
         {"templates": 5},
@@ -96,6 +97,25 @@ def test_a_processor_that_fails_in_use(folder, file, settings):
     change(folder / file, **settings)
     with pytest.raises(InputError, match="has a processor or tokenizer that cannot be used"):
         ovsam.load(folder, "cpu")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_text_tower(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {word: number + 100_000 for word, number in content["model"]["vocab"].items()}
+    for token in content["added_tokens"]:
+        token["id"] += 100_000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="has a processor or tokenizer that cannot be used"):
+        ovsam.load(folder, "cpu")
+
+
+def test_a_token_that_the_text_tower_lacks(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["cat"] = 100_000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    segmenter = ovsam.load(folder, "cpu")
+    with pytest.raises(InputError, match="has tokens that its text tower lacks"):
+        segmenter.where(torch.rand(3, 64, 64), ["cat"])
 
 
 def test_code_of_a_folder_never_runs(folder, tmp_path):

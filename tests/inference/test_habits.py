@@ -79,6 +79,23 @@ HABITS = {  # name -> folder of a model -> a model that answers as the plain one
 }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("question", [{"input_boxes": [[BOX]]}, {}], ids=["boxes", "words"])
+def test_a_compiled_model_answers_as_the_plain_one(question, tiny_folder):
+    """The whole call. The only data that shapes depend on is the number of proposals; the mask decoder is one graph."""
+    model = load(tiny_folder)
+    plain = ask(model, **question)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = ask(torch.compile(model, backend="eager"), **question)
+    torch.testing.assert_close(found.pred_masks, plain.pred_masks, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.logits, plain.logits, rtol=0, atol=1e-4)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert all("modeling/sam" not in reason and "decode" not in reason for reason in breaks), breaks
+    assert len(breaks) <= (0 if question else 1), breaks
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module")
 def expected(tiny_folder):
     return ask(load(tiny_folder))

@@ -218,6 +218,13 @@ def test_coco_file_loads_in_pycocotools(results, masks, tmp_path):
     assert last["id"] == 4 and last["category_id"] == 4 and last["prompt"] == [[1, 2, 1]] and last["source"] == "point"
 
 
+def test_images_from_memory_get_names_of_their_own(results, tmp_path):
+    results.file_name = None
+    write_coco([results, results], tmp_path / "a.json")
+    names = [image["file_name"] for image in json.loads((tmp_path / "a.json").read_text())["images"]]
+    assert names == ["image_000001.jpg", "image_000002.jpg"]
+
+
 def test_coco_of_one_image(results):
     one = results.to_coco(image_id=5)
     assert json.loads(json.dumps(one))["annotations"][2]["image_id"] == 5

@@ -73,7 +73,7 @@ def to_coco(results: Iterable[Labelled], first_image_id: int = 1, labels: Sequen
 
     Each annotation also has `label`, `score`, `mask_score`, `prompt`, `source`, `topk` and `objectness`. Categories are
     numbered from 1: first `labels` in order (pass the vocabulary to have the same numbers in every file), then other
-    labels in order of appearance.
+    labels in order of appearance. Images without a file name are called image_000001.jpg and on.
     """
     results = list(results)
     numbers, images, annotations = Numbers(labels), [], []
@@ -174,7 +174,8 @@ def read_coco(
 
 def _image(result: Labelled, image_id: int) -> dict[str, Any]:
     height, width = result.size
-    return {"id": image_id, "file_name": result.file_name or "", "height": height, "width": width}
+    name = result.file_name or f"image_{image_id:06}.jpg"  # tools tell images apart by their names
+    return {"id": image_id, "file_name": name, "height": height, "width": width}
 
 
 def _annotation(instance: Instance, number: int, image_id: int, category_id: int) -> dict[str, Any]:
