@@ -22,6 +22,7 @@ from ovsam.inference.segmenter import Segmenter
 from ovsam.inference.video import Prompt, VideoSegmenter
 from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes
+from ovsam.processing.images import open_image
 
 GIVEN = ("mask", "box")
 BASELINES = ("copy the first mask", "detect in every frame")
@@ -73,7 +74,7 @@ def _measure(segmenter, video: Video, given, baselines: bool, tracker: str, word
 
     def encoded() -> Iterator[EncodedImage]:
         for frame in range(count):
-            yield segmenter.encode(video.images[frame])
+            yield segmenter.encode_frame(open_image(video.images[frame]))
 
     words = words and bool(video.words)
     feeds = tee(encoded(), len(given) + words + 1)  # read in step, so that each frame is encoded once

@@ -130,6 +130,7 @@ class Segmenter(Questions):
         picture, features = encoded.image, encoded.features
         everything = asked.source == "auto"
         negatives = None if asked.negatives is None else (asked.negatives[0].prompts, asked.negatives[1])
+        self.model.complete(features)  # the choice of a proposer depends on it
         propose = self._proposer(asked.proposer, features)
         if propose is None:
             return self.model(

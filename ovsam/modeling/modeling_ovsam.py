@@ -162,10 +162,13 @@ class OVSamModel(OVSamPreTrainedModel):
         ConceptHead are computed when the model is first called with the features: most frames of a video need none."""
         features = encode_image(self, pixel_values, clip_pixel_values, clip_window)
         if concepts:
-            self._add_concepts(features)
+            self.complete(features)
         return features
 
-    def _add_concepts(self, features: OVSamFeatures) -> None:
+    def complete(self, features: OVSamFeatures) -> None:
+        """Add what `encode` without `concepts` left out."""
+        if features.concepts is not None or not (features.maps or features.clip is not None):
+            return  # it is there, or the features are those of the SAM side alone
         if self.concepts is not None:
             features.concepts = self.concepts(features.maps)
         elif features.clip is not None and self.clip.has_concepts:
@@ -247,8 +250,7 @@ class OVSamModel(OVSamPreTrainedModel):
             raise InputError("Pass pixel_values, or features of an earlier call to encode().")
         if features is None:
             features = self.encode(pixel_values, clip_pixel_values, clip_window)
-        elif features.concepts is None and (features.maps or features.clip is not None):
-            self._add_concepts(features)
+        self.complete(features)
         if text_embeds is None and input_ids is not None:
             text_embeds = self.get_text_features(input_ids, attention_mask)
         query = TextQuery.of(text_embeds, text_labels, negative_labels)

@@ -202,6 +202,18 @@ def test_frames_come_one_by_one_and_objects_are_added_corrected_and_removed_mean
         stream.add(ovsam.Prompt(mask=wrong, frame=1))
 
 
+@pytest.mark.parametrize("refine", [True, False])
+def test_an_image_that_is_encoded_for_tracking_answers_as_any_other(video, refine):
+    segmenter, image = video.segmenter, picture(2, WIDTH, HEIGHT)
+    for ask in (
+        lambda encoded: segmenter.where(encoded, ["dog"], threshold=0.0, refine=refine),
+        lambda encoded: segmenter.everything(encoded, ["dog"], objectness=0.0, refine=refine),
+    ):
+        found, expected = ask(segmenter.encode_frame(image)), ask(segmenter.encode(image))
+        assert [(one.score, one.segmentation) for one in found] == [(one.score, one.segmentation) for one in expected]
+        assert len(expected) > 0
+
+
 def test_the_concept_head_runs_only_on_frames_with_a_question(video, monkeypatch):
     images, masks = scene(5)
     head, runs = video.segmenter.model.concepts, []
