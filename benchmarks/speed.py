@@ -3,13 +3,16 @@
 Weights are random, since time does not depend on them. All runs take turns in one process, so that ratios are
 reliable on a busy machine even if seconds are not. The ratios of ovsam-tiny are printed too.
 
-    python benchmarks/speed.py [--threads 2] [--repeats 5] [--skip-pipeline]
+    python benchmarks/speed.py [--threads 2] [--repeats 5] [--skip-pipeline] [--only-tiny] [--onnx DIR] [--compile]
 """
 
 import argparse
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,12 +21,19 @@ from transformers import Sam2Config, Sam2Model, Sam2Processor, pipeline
 from transformers.models.sam2.image_processing_sam2 import Sam2ImageProcessor
 
 import ovsam
+from ovsam.checkpoints.onnx_export import export_onnx
+from ovsam.checkpoints.onnx_int8 import quantise
 from ovsam.checkpoints.text_tower import text_config
+from ovsam.inference.onnx import OnnxSegmenter
+from ovsam.inference.questions import Questions
 from ovsam.modeling.clip import DualEncoderConfig
+from ovsam.processing.vocabulary import Vocabulary
 
 WORD_COUNTS = (1, 100, 1203, 21841)
 INSTANCES = 20  # a fixed number, since the cost of refinement is not that of the text queries
 OBJECTS = 100
+PHOTO = Path(__file__).resolve().parents[1] / "tests" / "data" / "photos-val" / "images" / "000000000086.jpg"
+TEN_WORDS = ["person", "dog", "car", "chair", "bottle", "tennis racket", "bird", "cup", "boat", "clock"]
 
 
 def random_model(sam_config: Sam2Config | None = None) -> ovsam.OVSamModel:
@@ -45,20 +55,20 @@ def random_model(sam_config: Sam2Config | None = None) -> ovsam.OVSamModel:
 
 
 def compare(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turns, so that load of the machine affects all of them."""
+    """CPU seconds of each run, which other work on the machine changes little, taken in turns."""
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return times
 
 
 def report(times: dict[str, list[float]], base: str) -> None:
-    """Median seconds, and the ratio to `base`, round by round: median, minimum and maximum."""
+    """Median CPU seconds, and the ratio to `base`, round by round: median, minimum and maximum."""
     for name, seconds in times.items():
         ratios = np.array(seconds) / np.array(times[base])
         spread = f"({ratios.min():.3f}-{ratios.max():.3f})"
@@ -102,21 +112,46 @@ def everything(model: ovsam.OVSamModel, pixels: torch.Tensor, repeats: int) -> N
     report(times, "one image encoding")
 
 
-@torch.no_grad()
-def fusing(repeats: int) -> None:
-    """ovsam-tiny as it is loaded, and fused for inference (`Segmenter.fuse`): an encoding, and ten words."""
-    plain, fused = ovsam.load("ovsam-tiny").model, ovsam.load("ovsam-tiny").fuse().model
-    pixels = torch.randn(1, 3, plain.sam.image_size, plain.sam.image_size)
-    embeds = torch.nn.functional.normalize(torch.randn(10, plain.clip.embed_dim), dim=-1)
-    for model in (plain, fused):
-        model.config.nms_threshold = model.config.mask_nms_threshold = 1.0
-        model.config.max_detections = INSTANCES
-    for question, ask in (
-        ("encoding", lambda model: model.encode(pixels)),
-        ("10 words", lambda model: model(pixel_values=pixels, text_embeds=embeds, proposal_threshold=0.0)),
-    ):
-        runs = {f"{question}, {name}": partial(ask, model) for name, model in (("plain", plain), ("fused", fused))}
-        report(compare(runs, repeats), f"{question}, plain")
+def runtimes(threads: int, repeats: int, compiled: bool, folder: Path | None) -> None:
+    """ovsam-tiny as it is loaded, with its masks refined, fused for inference (`Segmenter.fuse`), and exported (`ovsam
+    export`): an encoding, and the whole call with ten words, from the photograph to the results."""
+    image = Image.open(PHOTO).convert("RGB")
+    eager, fused = (ovsam.load("ovsam-tiny", device="cpu") for _ in range(2))
+    fused.fuse()
+    with tempfile.TemporaryDirectory() as scratch:
+        if folder is None:
+            folder = Path(scratch) / "onnx"
+            export_onnx(eager.model, eager.processor, folder, "ONNX")
+        small = Path(shutil.copytree(folder, Path(scratch) / "int8"))
+        quantise(small / "text.onnx")
+        onnx, int8 = (OnnxSegmenter(each, threads=threads) for each in (folder, small))
+        models: dict[str, Questions] = {"eager": eager, "fused": fused, "ONNX": onnx}
+        if compiled:
+            whole = ovsam.load("ovsam-tiny", device="cpu").fuse()
+            whole.model.encode = torch.compile(whole.model.encode, dynamic=False)
+            start = time.perf_counter()
+            whole.encode(image)
+            print(f"  torch.compile of the encoding: {time.perf_counter() - start:.0f} s")
+            models["fused and compiled"] = whole
+        runs = {f"encoding, {name}": partial(model.encode, image) for name, model in models.items()}
+        report(compare(runs, repeats), "encoding, eager")
+        runs = {"10 words, eager, refined": partial(eager.where, image, TEN_WORDS, refine=True)}
+        runs |= {f"10 words, {name}": partial(model.where, image, TEN_WORDS) for name, model in models.items()}
+        report(compare(runs, repeats), "10 words, eager, refined")
+        text_towers({"eager": eager, "ONNX": onnx, "ONNX, int8": int8}, repeats)
+
+
+def text_towers(models: dict[str, Questions], repeats: int) -> None:
+    """The 80 names of COCO through the text tower, one of them alone, and the cosine to the embeddings of the eager
+    one."""
+    names = Vocabulary("coco").prompts
+    wanted = models["eager"].encode_words(names)
+    for name, model in models.items():
+        cosine = (model.encode_words(names) * wanted).sum(-1)
+        print(f"  80 names, {name}: lowest cosine to eager {cosine.min():.5f}, mean {cosine.mean():.5f}")
+    for count in (80, 1):
+        runs = {f"{count} names, {name}": partial(model.encode_words, names[:count]) for name, model in models.items()}
+        report(compare(runs, repeats), f"{count} names, eager")
 
 
 @torch.no_grad()
@@ -146,11 +181,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip-pipeline", action="store_true", help="leave out the comparison that takes minutes")
+    parser.add_argument("--only-tiny", action="store_true", help="only compare the ways to run ovsam-tiny")
+    parser.add_argument("--onnx", metavar="DIR", type=Path, help="ovsam-tiny as `ovsam export` wrote it (default: now)")
+    parser.add_argument("--compile", action="store_true", help="add torch.compile to them, which takes minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    print("ovsam-tiny, fused for inference against as it is loaded")
-    fusing(arguments.repeats)
+    print("ovsam-tiny: eager, fused, exported to ONNX")
+    runtimes(arguments.threads, arguments.repeats, arguments.compile, arguments.onnx)
+    if arguments.only_tiny:
+        return
     tiny = ovsam.load("ovsam-tiny").model
     tiny.config.nms_threshold = tiny.config.mask_nms_threshold = 1.0
     tiny.config.max_detections = INSTANCES

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsam.checkpoints.exported import write_settings
+from ovsam.checkpoints.onnx_int8 import quantise
 from ovsam.errors import InputError
 from ovsam.modeling.clip.base import ClipSide
 from ovsam.modeling.modeling_ovsam import OVSamModel
@@ -37,7 +38,7 @@ from ovsam.modeling.scoring import BlendedNaming, FusedNaming
 from ovsam.ops.masks import add_prior, mean_masks
 from ovsam.processing.processing_ovsam import OVSamProcessor
 
-OPSET = 18
+OPSET = 20  # the first one with GELU
 CONCEPTS = ("objectness", "boxes", "embeds", "logit_scale", "logit_shift")
 
 
@@ -299,7 +300,7 @@ def export_onnx(
         processor: of the model.
         folder: where to write; `ovsam.load(folder)` then runs it without torch.
         name: of the model, which results record.
-        int8: whether to store the weights of the text tower as 8-bit integers (dynamic quantisation).
+        int8: whether to store the weights of the text tower as 8-bit integers (`ovsam.checkpoints.onnx_int8`).
 
     Returns:
         the files, in the order in which they were written.
@@ -403,17 +404,6 @@ def write_graph(graph: Graph, examples: tuple[Tensor, ...], path: Path) -> None:
 def _takes_any_number(graph: Graph) -> bool:
     """Whether `forward` takes *given, which torch.export describes as one tuple."""
     return graph.forward.__code__.co_flags & 0x04 != 0
-
-
-def quantise(path: Path) -> None:
-    """Store the weights of a graph as 8-bit integers, in place."""
-    try:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError as error:
-        raise InputError("8-bit weights need onnxruntime, which `pip install 'ovsam[onnx]'` brings.") from error
-    small = path.with_suffix(".int8")
-    quantize_dynamic(path, small, weight_type=QuantType.QInt8, per_channel=True)
-    small.replace(path)
 
 
 def settings_of(model: OVSamModel, processor: OVSamProcessor, name: str) -> dict[str, Any]:

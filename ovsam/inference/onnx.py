@@ -231,8 +231,9 @@ class OnnxSegmenter(Questions):
         }
 
     def _name(self, features, masks, regions, tokens, words, shares) -> dict[str, np.ndarray]:
-        if tokens is None:  # not read
-            tokens = np.zeros((len(masks), 1), np.float32)
+        if tokens is None:  # an input of the graph, though the adapter does not read them
+            shapes = {one.name: one.shape for one in self._session("names").get_inputs()}
+            tokens = np.zeros((len(masks), *shapes.get("tokens", ())[2:]), np.float32)
         own = {"masks": masks, "regions": regions, "tokens": tokens}
         return self.run("names", **features, **{k: one[None] for k, one in own.items()}, words=words, shares=shares)
 
