@@ -18,6 +18,7 @@ from ovsam_cli import LESS_MEMORY
 RECIPE = ROOT / "adapters" / "finetune" / "recipe.toml"
 COMMANDS = {  # name -> its arguments, and the function that does the work
     "segment": ("a.png --text dog", "ovsam.load"),
+    "label": ("a.png --text dog -o out --format coco --model m", "ovsam.load"),
     "video": ("a.png --text dog --json a.json", "ovsam.load_video"),
     "eval": (".", "ovsam.evaluation.evaluate.run_eval"),
     "train": (str(RECIPE), "ovsam.training.engine.train_recipe"),
@@ -66,7 +67,7 @@ def converted(*_, **__):
 
 
 @pytest.mark.parametrize("work", [interrupted, swallowed, converted])
-@pytest.mark.parametrize("name", ["segment", "video", "eval", "train", "demo"])
+@pytest.mark.parametrize("name", ["segment", "label", "video", "eval", "train", "demo"])
 def test_ctrl_c_is_exit_code_130(run, name, work):
     code, error = run(name, work)
     assert code == 130 and "Traceback" not in error
@@ -113,6 +114,7 @@ def fails_with(error):
     ("name", "option"),
     [
         ("segment", "a smaller --batch, --half"),
+        ("label", "a smaller --batch, fewer --workers"),
         ("video", "fewer objects"),
         ("eval", "--device cpu"),
         ("train", "--set optim.batch_size=1"),
