@@ -13,6 +13,8 @@ import ovsam
 from ovsam.results.results import Results
 
 BOX = [30, 30, 100, 80]
+pytestmark = pytest.mark.slow  # a minute
+
 WHERE = ["words", "negative", "threshold", "exemplars", "refine", "nms", "per_word", "rescore", "exclusive", "top_k"]
 WHERE += ["mask_threshold", "conf", "zz"]
 WHAT = ["points", "labels", "boxes", "masks", "vocabulary", "top_k", "mask_threshold", "conf"]
