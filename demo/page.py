@@ -61,7 +61,7 @@ class Page(dict):
         """A handler for Gradio. Its errors become messages. A handler with an argument `show` reports its progress
         with it, which is the message until it is finished or cancelled.
 
-        The last message is removed unless `keeps_message`.
+        The last message is removed unless `keeps_message`; then it stays until the handler reports something.
         """
         before = {} if keeps_message else {"message": ""}
 
@@ -82,7 +82,7 @@ class Page(dict):
 
             @wraps(handler)
             async def wrapper(*arguments):
-                shown = [busy("One moment")]
+                shown, reported = [] if keeps_message else [busy("One moment")], not keeps_message
                 task = asyncio.create_task(
                     handler(*arguments, show=lambda text, share=None: shown.append(busy(text, share)))
                 )
@@ -91,8 +91,9 @@ class Page(dict):
                         if shown:
                             yield values({"message": shown[-1]})
                             shown.clear()
+                            reported = True
                         await asyncio.wait([task], timeout=LOOK)
-                    yield values({"message": ""} | task.result())
+                    yield values(({"message": ""} if reported else {}) | task.result())
                 except Exception as error:
                     yield values({"message": sentence(error)})
                 finally:

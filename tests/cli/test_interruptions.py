@@ -26,6 +26,14 @@ COMMANDS = {  # name -> its arguments, and the function that does the work
 }
 
 
+@pytest.fixture(autouse=True)
+def handler():
+    """Python's handler of Ctrl-C, which a test run in the background of a shell does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """Run a command whose work is replaced; returns the exit code and stderr."""
@@ -93,7 +101,7 @@ sys.exit(ovsam_cli.main(sys.argv[1:]))
 """
     image = ROOT / "demo" / "examples" / "pizza.jpg"
     command = [sys.executable, "-c", program, "segment", image, "--text", "cat", "--model", "ovsam-tiny"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)  # SIGINT is inherited
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

@@ -21,6 +21,7 @@ import torch
 from common import ROOT, wait_until
 from contours import to_path
 from gradio_client import Client, handle_file
+from page import LOOK, Page
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from scene import Scene, Session, Sessions, Sliders
@@ -533,6 +534,27 @@ def test_the_examples_succeed(ovsam_tiny, file, coco_id):
         drawn = [photos.annToMask(one) > 0 for one in photos.imgToAnns[image] if names[one["category_id"]] == word]
         best = max((mask & one.mask).sum() / (mask | one.mask).sum() for one in results[word] for mask in drawn)
         assert best > 0.5
+
+
+def test_a_message_stays_until_something_is_reported():
+    """After an upload that failed, the image that is not there is prepared, which must not remove the error."""
+
+    async def quiet(show):
+        await asyncio.sleep(0.01)
+        return {"status": "done"}
+
+    async def busy(show):
+        show("Encoding the image")
+        await asyncio.sleep(3 * LOOK)
+        return {"status": "done"}
+
+    async def results(handler, keeps_message):
+        page = Page(message="message", status="status")
+        return [one async for one in page.does(handler, keeps_message)()]
+
+    assert asyncio.run(results(quiet, True)) == [{"status": "done"}]
+    assert asyncio.run(results(quiet, False))[-1] == {"message": "", "status": "done"}
+    assert [one["message"] for one in asyncio.run(results(busy, True))][1:] == [""]
 
 
 def test_an_animation_is_announced(tmp_path):

@@ -253,7 +253,9 @@ def test_a_list_of_images_gives_a_list_of_results(segmenter, scene, path, monkey
     words = ["cat", "dog", "moon"]
     singles = [segmenter.everything(image, words) for image in (scene, WIDE, path)]
     calls, own = [], segmenter.model.encode
-    monkeypatch.setattr(segmenter.model, "encode", lambda *pixels: (calls.append(len(pixels)), own(*pixels))[1])
+    monkeypatch.setattr(
+        segmenter.model, "encode", lambda *pixels, **kind: (calls.append(len(pixels)), own(*pixels, **kind))[1]
+    )
     encoded = segmenter.encode([scene, WIDE, path])
     assert len(calls) == 1 and encoded[0] is scene and encoded[1].features.sam.embedding.shape[0] == 1
     for found, single in zip(segmenter.everything(encoded, words), singles, strict=True):

@@ -134,8 +134,9 @@ def test_pipes_and_folders_are_refused_without_waiting(tmp_path):
         lambda folder: check_target(folder / "a.json" / "b"),
     ],
 )
-def test_a_line_break_in_the_name_of_a_folder_makes_no_second_line(tmp_path, read):
-    folder = tmp_path / "my\nfolder"
+def test_a_line_break_in_the_name_of_a_folder_makes_no_second_line(tmp_path, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)  # messages shorten long paths
+    folder = Path("my\nfolder")
     folder.mkdir()
     write(folder, {"images": [{"id": 1, "file_name": "a\nb.png"}], "categories": [], "annotations": []})
     with pytest.raises(InputError) as caught:
