@@ -116,6 +116,7 @@ def test_a_tracker_gives_its_image_model(parts, tmp_path):
     assert_close(found.iou_scores, expected.iou_scores, rtol=0, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sam2_video", "edgetam_video"])
 @torch.no_grad()
 def test_a_tracker_that_keeps_its_memory_tracks_as_alone(kind, parts, tmp_path):
@@ -192,6 +193,7 @@ def test_the_layout_of_open_clip(parts, tmp_path):
     assert processor.tokenizer("a cat")["input_ids"] == [49406, 320, 2368, 49407]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_whole_model_is_a_source_of_every_part(tiny_folder):
     """Taken apart and composed again, it is the same model."""

@@ -67,6 +67,7 @@ def test_every_key_of_an_official_checkpoint_is_accounted_for(name):
 TRACKER = ("memory_", "maskmem_", "mask_downsample", "obj_ptr_", "no_mem_pos_enc", "no_obj_")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param("sam_vit_b", marks=pytest.mark.slow), "sam2.1_hiera_tiny_256", "edgetam", "efficienttam_ti"],

@@ -20,6 +20,8 @@ from ovsam.checkpoints.presets import PRESETS, choose_auto
 from ovsam.checkpoints.weight_files import fetch
 from ovsam.inference.proposers import get_proposer
 
+pytestmark = pytest.mark.slow  # it waits for servers that do not answer
+
 SECONDS = 5.0
 
 

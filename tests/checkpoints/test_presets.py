@@ -136,6 +136,7 @@ def test_auto_is_embedded_without_cache_and_hub(cache, capsys):
     assert "using ovsam-tiny, which is small and finds COCO's 80 words best" in line
 
 
+@pytest.mark.slow
 def test_auto_is_downloaded_once_if_the_hub_responds(cache, tmp_path, monkeypatch, capsys):
     """Whole repositories, of which only the required files are fetched; also one in the layout of open_clip."""
     hub = FakeHub()

@@ -443,6 +443,7 @@ def test_words_take_a_small_share_of_the_time_while_questions_wait(monkeypatch):
     assert asyncio.run(visit()) >= 0.02 / 0.02
 
 
+@pytest.mark.slow
 def test_the_end_of_the_program_waits_for_the_running_part_alone():
     program = """
 import sys, threading, time
@@ -478,6 +479,7 @@ def test_the_place_in_the_queue_is_shown():
     assert shown[0] == "1 before you" and shown[-1] == "The model is running"
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_embeddings_of_built_in_vocabularies_are_made_off_the_questions(page, monkeypatch, tmp_path):
     """A visitor who asks for a long vocabulary waits for it; meanwhile others are answered."""

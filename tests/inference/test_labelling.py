@@ -111,8 +111,8 @@ def test_a_finished_job_is_not_repeated(photos, segmenter, capsys):
     assert len(Results.from_coco("out/coco.json")) == 21
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_again_and_again_it_ends_in_the_same_bytes(photos, times):
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_in_the_same_bytes(photos, times=20):
     make_photos(photos, 40 + 10 * times)
     (photos / "bad.png").write_text("no picture")
     command = [sys.executable, str(Path(__file__).parents[1] / "label_stub.py"), str(photos), "--text", "dog", "cat"]

@@ -13,6 +13,8 @@ import ovsam
 from ovsam.checkpoints.compose import compose
 from ovsam.modeling.check_parts import check_fit
 
+pytestmark = pytest.mark.slow
+
 SAMS = ("sam2", "edgetam", "sam")
 CLIPS = ("convnext", "resnet", "clip", "siglip", "owlv2")
 HEAD = {"width": 16, "mask_width": 12}
