@@ -115,6 +115,7 @@ def test_a_tracker_from_an_official_file_tracks_as_transformers(folder, clip_fol
     assert expected.std() > 0
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_a_small_change(folder):
     """One window of another size, which changes no weight, and one weight by a thousandth."""
     name = "efficienttam_ti"
@@ -234,6 +235,7 @@ def test_files_of_an_unknown_kind_raise_an_error(folder):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_every_container_gives_the_same_folder(tiny_sam, folder):
     half = {key: value.half() for key, value in tiny_sam.items()}
     torch.save(tiny_sam, folder / "plain.pth")

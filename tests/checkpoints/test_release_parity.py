@@ -23,6 +23,8 @@ from ovsam.modeling.scoring import FusedNaming, row_labels
 from ovsam.ops.boxes import masks_to_boxes
 from ovsam.processing.vocabulary import Vocabulary
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parents[1] / "data" / "ovsam_vectors"
 
 TOLERANCE = 1e-5

@@ -29,6 +29,7 @@ def open_image(name):
     return Image.new("RGB", (64, 48), "white")
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
 def test_a_person_filters_the_page(tmp_path):
