@@ -112,7 +112,8 @@ def test_a_finished_job_is_not_repeated(photos, segmenter, capsys):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_in_the_same_bytes(photos, times=20):
+def test_killed_again_and_again_it_ends_in_the_same_bytes(photos):
+    times = 20
     make_photos(photos, 40 + 10 * times)
     (photos / "bad.png").write_text("no picture")
     command = [sys.executable, str(Path(__file__).parents[1] / "label_stub.py"), str(photos), "--text", "dog", "cat"]

@@ -125,7 +125,7 @@ def _read(keys: Keys, references: list[Reference], alike: list[Tensor], reach: f
     for cells, part in zip(best.split(CHUNK), keys.fine.split(CHUNK), strict=True):  # [l, m], [l, p, D]
         weight = (part @ fine[cells].flatten(1, 2).mT / TEMPERATURE).softmax(-1)  # [l, p, D] @ [l, D, m*p]
         share = weight @ labels[cells].flatten(1, 2)  # [l, p, m*p] @ [l, m*p, P] -> [l, p, P]
-        if not known.all():  # references from before an object was there say nothing about it
+        if not known.all():  # references from before an object was there do not count
             owner = cells // len(keys.coarse)  # the reference of each candidate, [l, m]
             counted = known[owner].float().repeat_interleave(none.shape[-1], 1)  # [l, m, P] -> [l, m*p, P]
             share = share / (weight @ counted).clamp(min=LEAST)
