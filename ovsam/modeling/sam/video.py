@@ -28,8 +28,8 @@ from ovsam.modeling.sam.memory import Recall
 from ovsam.modeling.sam.sam2 import Sam2Side
 from ovsam.ops.masks import INSIDE, OUTSIDE
 
-# Bytes of attention scores that are computed at once on a CPU, whose caches are small.
-SCORES_AT_ONCE = 2**23
+# Queries and keys of attention on a CPU that are multiplied at once: their scores must stay in the cache.
+ROWS_AT_ONCE, KEYS_AT_ONCE = 1024, 512
 
 
 class Sam2VideoSide(Sam2Side):
@@ -331,18 +331,31 @@ def _read_memory(
 
 
 def _average(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """softmax(query keys^T * scale) values; on a CPU, some rows at a time, so that scores stay in the cache."""
+    """softmax(query keys^T * scale) values: query [N, heads, L, d], keys [N, heads, K, d], values [N, 1, K, 64].
+
+    On a CPU in blocks whose scores stay in the cache (FlashAttention-2, Dao 2023, algorithm 1); torch's own blocks need
+    values as wide as the queries.
+    """
     if query.device.type != "cpu" or torch.is_grad_enabled() and query.requires_grad:
         return F.scaled_dot_product_attention(query, keys, values.expand(-1, query.shape[1], -1, -1), scale=scale)
-    n, heads, length, _ = query.shape
-    rows = max(1, min(length, SCORES_AT_ONCE // (keys.shape[2] * 4)))
-    mean = query.new_empty(n, heads, length, values.shape[-1])
-    for start in range(0, length, rows):
-        part = slice(start, start + rows)
-        for one in range(n):  # one object's keys at a time stay in the cache
-            scores = (query[one, :, part] * scale) @ keys[one].mT
-            mean[one, :, part] = scores.softmax(-1) @ values[one]
-    return mean
+    objects = zip(query, keys, values, strict=True)
+    return torch.stack(
+        [torch.cat([_average_block(rows * scale, k, v) for rows in q.split(ROWS_AT_ONCE, 1)], 1) for q, k, v in objects]
+    )
+
+
+def _average_block(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """[heads, R, d], [heads, K, d], [1, K, 64] -> [heads, R, 64]"""
+    top = query.new_full((*query.shape[:2], 1), -torch.inf)
+    total, mean = torch.zeros_like(top), query.new_zeros(*query.shape[:2], values.shape[-1])
+    for some_keys, some_values in zip(keys.split(KEYS_AT_ONCE, 1), values.split(KEYS_AT_ONCE, 1), strict=True):
+        scores = query @ some_keys.mT
+        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        weights, fade = scores.sub_(higher).exp_(), (top - higher).exp_()
+        total = total.mul_(fade).add_(weights.sum(-1, keepdim=True))
+        mean = mean.mul_(fade).add_(weights @ some_values)
+        top = higher
+    return mean / total
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:
