@@ -2,12 +2,15 @@
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, Sam2Model
+from transformers.models.sam2.modeling_sam2 import Sam2HieraDetModel
 
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import SamFeatures
 from ovsam.modeling.sam.base import SamSide
+from ovsam.modeling.sam.hiera import hiera_pyramid
 
 
 class Sam2Side(SamSide):
@@ -31,7 +34,12 @@ class Sam2Side(SamSide):
 
     def _encode(self, pixel_values: Tensor) -> SamFeatures:
         decoder = self.model.mask_decoder
-        pyramid = tuple(self.model.vision_encoder(pixel_values, return_dict=True).fpn_hidden_states[:3])
+        encoder = self.model.vision_encoder
+        stock = torch.is_grad_enabled() or torch.compiler.is_compiling()  # which would unroll the strips
+        if stock or not isinstance(encoder.backbone, Sam2HieraDetModel):
+            pyramid = tuple(encoder(pixel_values, return_dict=True).fpn_hidden_states[:3])
+        else:
+            pyramid = hiera_pyramid(encoder, pixel_values)
         return SamFeatures(
             embedding=pyramid[2] + self.model.no_memory_embedding.view(-1, 1, 1),
             high_res=(decoder.conv_s0(pyramid[0]), decoder.conv_s1(pyramid[1])),
