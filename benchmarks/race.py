@@ -243,6 +243,11 @@ def yoloe(scale: str, words: int) -> Call:
     return lambda: model(pixels)
 
 
+def stock_encoding() -> Call:
+    model, pixels = Sam2Model(Sam2Config()).eval(), torch.randn(1, 3, SIDE, SIDE)
+    return lambda: model.get_image_embeddings(pixels)
+
+
 # ---- the parts: rows of (point, ours, peer, build) -----------------------------------------------------------------
 
 
@@ -264,6 +269,9 @@ def calls() -> Rows:
     mine = "one encoding"
     yield f"{OBJECTS} objects, refined", mine, "everything, named", lambda: (encoding(), own_everything())
     yield f"{OBJECTS} objects, unrefined", mine, "everything, named", lambda: (encoding(), own_everything(refine=False))
+    stock = "one encoding by Sam2Model"
+    yield "16 words, stock", stock, "ours, whole call", lambda: (stock_encoding(), own_words(16, cached=True))
+    yield f"{OBJECTS} refined, stock", stock, "everything, named", lambda: (stock_encoding(), own_everything())
 
 
 def prompts() -> Rows:
