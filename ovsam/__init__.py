@@ -1,7 +1,7 @@
 """Open-vocabulary segmentation for transformers.
 
 Importing it is quick: torch and transformers are imported with the first name that needs them. Its classes are
-registered with transformers' Auto classes as soon as transformers is imported too, before or after it.
+registered with transformers' Auto classes as soon as these are imported too, before or after it.
 """
 
 import importlib
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _PUBLIC = "ovsam.inference.public"  # all other names, which need torch
+_AUTO = "transformers.models.auto.configuration_auto"  # the module that all Auto classes and pipelines import
 
 
 class _Registration(MetaPathFinder):
-    """Imports `_PUBLIC`, which registers the classes, once transformers is imported.
+    """Imports `_PUBLIC`, which registers the classes, once the Auto classes of transformers are imported.
 
     It waits for the end of the outermost import of transformers or of a module of ovsam: before that, modules may be
     half executed.
@@ -38,7 +39,7 @@ class _Registration(MetaPathFinder):
         self.depth = 0
 
     def find_spec(self, name: str, where: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "transformers" and not name.startswith("ovsam."):
+        if not name.startswith(("transformers.", "ovsam.")):
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         found = (finder.find_spec(name, where, target) for finder in others)
@@ -52,7 +53,7 @@ class _Registration(MetaPathFinder):
                     run(module)
                 finally:
                     self.depth -= 1
-                if not self.depth and "transformers" in sys.modules and self in sys.meta_path:
+                if not self.depth and _AUTO in sys.modules and self in sys.meta_path:
                     self.register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -75,5 +76,5 @@ def __dir__() -> list[str]:
 
 
 sys.meta_path.insert(0, _Registration())
-if "transformers" in sys.modules:
+if _AUTO in sys.modules:
     sys.meta_path[0].register()  # type: ignore[attr-defined]

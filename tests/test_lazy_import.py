@@ -42,7 +42,17 @@ def test_torch_is_imported_with_the_first_name_that_needs_it():
         "import transformers\nimport ovsam",
         "from ovsam.modeling.modeling_ovsam import OVSamModel",
         "from transformers import PreTrainedModel\nimport ovsam",
+        "import ovsam\nfrom transformers import PreTrainedModel",
+        "import ovsam\nfrom transformers import pipeline",
+        "from transformers import AutoConfig\nimport ovsam",
     ],
 )
 def test_classes_are_registered(first):
     run(first + REGISTERED)
+
+
+def test_transformers_alone_does_not_make_it_slow():
+    run(
+        "import torch, transformers, ovsam, sys\n"
+        "assert 'torchvision' not in sys.modules and 'ovsam.modeling' not in sys.modules\n"
+    )
