@@ -46,7 +46,15 @@ _bare: set[str] = set()  # packages imported without running their __init__
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.splitlines())
         self.exit(2, f"ovsam: error: {message} (see `{self.prog} --help`)\n")
+
+    def parse_args(self, *args, **named):
+        found = super().parse_args(*args, **named)
+        for action in self._actions:  # an unset variable of a shell, -o "$OUT"
+            if getattr(found, action.dest, None) == "":
+                self.error(f"The argument {'/'.join(action.option_strings) or action.metavar} is empty")
+        return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +117,8 @@ def _print(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     name, rest = _choose_command(argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals; tqdm reads it when it is imported
     _import_bare("ovsam")
     from ovsam.errors import InputError, is_out_of_memory
 
@@ -126,6 +136,7 @@ def _run(argv: list[str]) -> int:
             command.check(args)
         if not getattr(command, "LIGHT", False):
             _finish_import("ovsam")
+            _quieten(getattr(args, "verbose", False), getattr(args, "quiet", False))
         return command.run(args)
     except InputError as error:
         return _fail(str(error))
@@ -133,6 +144,16 @@ def _run(argv: list[str]) -> int:
         if not is_out_of_memory(error):
             raise
         return _fail(f"There is not enough memory; {getattr(command, 'LESS_MEMORY', LESS_MEMORY)}.")
+
+
+def _quieten(verbose: bool, quiet: bool) -> None:
+    """Let transformers report errors only, and show progress on a terminal only."""
+    from transformers.utils import logging
+
+    if not verbose:
+        logging.set_verbosity_error()
+    if quiet or not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _fail(message: str) -> int:

@@ -1,9 +1,47 @@
 """Arguments and argument types that several commands share; errors state the right form."""
 
 import argparse
+import math
+import os
+import re
+from collections.abc import Callable
 from typing import Any
 
 from ovsam.errors import InputError
+from ovsam.inference.loading import check_model
+from ovsam.inference.options import check_proposer_name
+from ovsam.processing.arguments import MIN_TILE
+
+DEVICES = "cpu|cuda|mps|xpu|hpu|mtia|npu|xla"
+
+
+def checked(check: Callable[[str], Any]) -> Callable[[str], str]:
+    """Return an argument type that accepts the texts for which `check` raises no InputError."""
+
+    def parse(text: str) -> str:
+        try:
+            check(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+        return text
+
+    return parse
+
+
+def check_proposer(text: str) -> None:
+    """Raise InputError for a name that no proposer has, and for a model that is not here and cannot be downloaded."""
+    _, _, model_id = check_proposer_name(text).partition(":")
+    if model_id:
+        from ovsam.checkpoints.download import check_in_reach
+
+        check_in_reach(model_id)
+
+
+def device(text: str) -> str:
+    """The name of a device; whether it is here is checked by torch."""
+    if re.fullmatch(rf"({DEVICES})(:\d{{1,3}})?", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not a device, such as cpu, cuda or cuda:1")
 
 
 def point(text: str) -> tuple[float, float, int]:
@@ -11,6 +49,8 @@ def point(text: str) -> tuple[float, float, int]:
     try:
         x, y, *label = text.split(",")
         if label not in ([], ["0"], ["1"]):
+            raise ValueError
+        if not (math.isfinite(float(x)) and math.isfinite(float(y))):
             raise ValueError
         return float(x), float(y), int(label[0]) if label else 1
     except ValueError:
@@ -23,6 +63,10 @@ def box(text: str) -> tuple[float, float, float, float]:
         x1, y1, x2, y2 = map(float, text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not X1,Y1,X2,Y2 (left, top, right, bottom)") from None
+    if not (x1 < x2 and y1 < y2):  # also for NaN
+        raise argparse.ArgumentTypeError(
+            f"The box {text} is reversed or empty; it must be left,top,right,bottom, with left < right and top < bottom"
+        )
     return x1, y1, x2, y2
 
 
@@ -38,9 +82,25 @@ def share(text: str) -> float:
 
 def count(text: str) -> int:
     """A whole number above 0."""
-    if text.isdecimal() and int(text) > 0:
+    if re.fullmatch(r"\d{1,9}", text) and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
+def tile(text: str) -> int:
+    side = count(text)
+    if side < MIN_TILE:
+        raise argparse.ArgumentTypeError(f"{text} is too small; take {MIN_TILE} pixels or more")
+    return side
+
+
+def check_dataset(path: str, images: str | None, folders: bool = False) -> None:
+    """Raise InputError unless a data set is a JSON file, or a folder with annotations.json (`folders`: any folder)."""
+    inside = os.path.join(path, "annotations.json") if os.path.isdir(path) else path
+    if not os.path.isfile(inside) and not (folders and os.path.isdir(path)):
+        raise InputError(f"There is no data set {path}; name a JSON file, or a folder with annotations.json.")
+    if images and not os.path.isdir(images):
+        raise InputError(f"There is no folder {images}; --images must be the folder of the images.")
 
 
 WORDS: dict[str, Any] = {"metavar": "WORD", "nargs": "+", "action": "extend", "default": []}
@@ -63,11 +123,12 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--proposer": {
         "metavar": "NAME",
+        "type": checked(check_proposer),
         "help": "proposer: concepts, clip-dense, grid, detector:ID or sam3:ID (default: the model's own)",
     },
     "--tile": {
         "metavar": "PIXELS",
-        "type": count,
+        "type": tile,
         "help": "also search overlapping tiles of this side, for small objects in large images",
     },
     "--exclusive": {"action": "store_true", "help": "assign each pixel to one instance only"},
@@ -75,8 +136,13 @@ SHARED: dict[str, dict[str, Any]] = {
         "action": argparse.BooleanOptionalAction,
         "help": "refine the masks of the ConceptHead by the mask decoder, which is slower (default: that of the model)",
     },
-    "--model": {"metavar": "PRESET|PATH|ID", "default": "auto", "help": "default: %(default)s"},
-    "--device": {"help": "such as cpu, cuda or cuda:1 (default: a GPU if there is one)"},
+    "--model": {
+        "metavar": "PRESET|PATH|ID",
+        "type": checked(check_model),
+        "default": "auto",
+        "help": "default: %(default)s",
+    },
+    "--device": {"type": device, "help": "such as cpu, cuda or cuda:1 (default: a GPU if there is one)"},
     "--tracker": {
         "choices": ("auto", "memory", "propagation"),
         "default": "auto",

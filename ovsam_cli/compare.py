@@ -2,6 +2,8 @@
 
 from argparse import ArgumentParser, Namespace
 
+from ovsam.inference.loading import check_model
+from ovsam.ops.files import check_target
 from ovsam_cli import arguments
 
 LESS_MEMORY = "use smaller models, or --device cpu in place of a GPU"
@@ -15,6 +17,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", metavar="OUT.json", help="also write the results of both models to this file")
     parser.add_argument("--limit", metavar="N", type=arguments.count, help="use only the first N images")
     arguments.add(parser, "--device")
+
+
+def check(args: Namespace) -> None:
+    """Raise InputError for models, files and folders that do not exist, and for an invalid target."""
+    for model in (args.base, args.tuned):
+        check_model(model)
+    arguments.check_dataset(args.data, args.images)
+    if args.json:
+        check_target(args.json, "--json")
 
 
 def run(args: Namespace) -> int:

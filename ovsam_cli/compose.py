@@ -2,6 +2,10 @@
 
 from argparse import ArgumentParser, Namespace
 
+from ovsam.checkpoints.download import check_in_reach
+from ovsam.checkpoints.embedded import EMBEDDED
+from ovsam.ops.files import check_new_folder
+
 PARSER = {
     "description": "Each part is a folder, or a Hub id ORG/NAME or ORG/NAME@REVISION, "
     "or a whole OVSam model that has the part (see docs/compose.md)."
@@ -27,16 +31,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
 
 
+def check(args: Namespace) -> None:
+    """Raise InputError for parts that do not exist, and an output folder that cannot be written."""
+    for name in ("sam", "clip", "clip2sam", "sam2clip", "concepts"):
+        part = getattr(args, name)
+        if part and not part.startswith("imagenet:") and part != EMBEDDED:
+            check_in_reach(part)
+    check_new_folder(args.output, "-o")
+
+
 def run(args: Namespace) -> int:
     """Write a model composed of parts, and print its abilities and the licences of its parts."""
-    from transformers.utils import logging
-
     from ovsam.checkpoints import compose as parts
     from ovsam.checkpoints.convert.base import new_folder
     from ovsam.modeling.adapters import ADAPTERS
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     names = ("sam", "clip", *ADAPTERS)
     chosen = {name: getattr(args, name) for name in names if getattr(args, name)}
     with new_folder(args.output) as folder:

@@ -1,9 +1,10 @@
 """`ovsam eval`: evaluate a model on a data set."""
 
-import os
+import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from ovsam.errors import InputError
+from ovsam.ops.files import check_output_folder, check_target
 from ovsam_cli import arguments
 
 PHOTOS = "tests/data/photos-val"
@@ -63,10 +64,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def check(args: Namespace) -> None:
     """Raise InputError if the data set does not exist, before torch is imported."""
-    if not os.path.exists(args.dataset):
-        raise InputError(
-            f"There is no data set {args.dataset}; name a COCO or LVIS JSON file, or a folder with annotations.json."
-        )
+    arguments.check_dataset(args.dataset, args.images, folders=VIDEO in args.tasks)
+    if args.output:
+        check_output_folder(args.output, "--output")
+    if args.json:
+        check_target(args.json, "--json")
     videos = {VIDEO, MOVING} & {*args.tasks}
     if videos and len(args.tasks) > 1:
         raise InputError("Videos are measured alone; give --task video or --task moving without other tasks.")
@@ -115,6 +117,6 @@ def run(args: Namespace) -> int:
 def _absent(text: str) -> int | None:
     if text == "all":
         return None
-    if text.isdecimal():
+    if re.fullmatch(r"\d{1,9}", text):
         return int(text)
     raise ArgumentTypeError(f"{text!r} must be a whole number or all")

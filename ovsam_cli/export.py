@@ -2,6 +2,9 @@
 
 from argparse import ArgumentParser, Namespace
 
+from ovsam.inference.loading import check_model
+from ovsam.ops.files import check_new_folder
+
 PARSER = {
     "description": "Write a model as ONNX graphs (see docs/onnx.md). `--model DIR` of the other commands and "
     "ovsam.load(DIR) then run it with onnxruntime, without torch."
@@ -15,6 +18,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
     parser.add_argument("--format", choices=["onnx"], default="onnx", help="of the files (default: onnx)")
     parser.add_argument("--int8", action="store_true", help="store the weights of the text tower as 8-bit integers")
+
+
+def check(args: Namespace) -> None:
+    """Raise InputError for a model that does not exist, and an output folder that cannot be written."""
+    check_model(args.model)
+    check_new_folder(args.output, "-o")
 
 
 def run(args: Namespace) -> int:

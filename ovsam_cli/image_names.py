@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ovsam.errors import InputError
 from ovsam.ops.files import STDOUT, only_files
+from ovsam.ops.schema import read_text
 from ovsam.processing.images import is_url
 from ovsam.results.formats.base import PICTURES
 
@@ -35,12 +36,7 @@ def list_images(given: list[str], depth: int = 0) -> Iterator[str]:
 
 def _read_list(path: str) -> list[str]:
     """The lines of a text file; relative paths start from its folder."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The list {path} cannot be read ({error}); it must be a text file with one image a line."
-        ) from error
+    lines = read_text(path, "list of images").splitlines()
     named = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not named:
         raise InputError(f"The list {path} is empty; it must be a text file with one image a line.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ovsam.errors import InputError, one_line
 from ovsam.inference.labelling.journal import Journal, Journals, read_header
 from ovsam.inference.labelling.sources import Item, list_items
-from ovsam.ops.files import check_target
+from ovsam.ops.files import check_output_folder, check_target
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam.results.formats import FORMATS, check_format
 from ovsam_cli import arguments
@@ -93,11 +93,13 @@ def check(args: Namespace) -> None:
         check_target(args.report, "--report")
     if "://" in args.output:
         raise InputError(f"-o {args.output} is an address; it must be a folder of this machine.")
-    if os.path.exists(output) and not os.path.isdir(output):
+    if os.path.isfile(output):
         raise InputError(f"-o {output} is a file; it must be a folder.")
+    check_output_folder(output, "-o")
     if args.merge:
         if args.text or args.vocabulary or args.everything or args.shard != (1, 1):
             raise InputError("--merge takes output folders and formats only; the journals have the other options.")
+        args.journals = _find_journals(args.inputs)
         return
     if args.text and args.vocabulary:
         raise InputError("--text and --vocabulary exclude each other; use one of them.")
@@ -227,12 +229,7 @@ def _merge(args: Namespace) -> int:
     """Write the common label files of shards."""
     from ovsam.inference.labelling import job
 
-    folders, output = [Path(one) for one in args.inputs], Path(args.output)
-    journals = [
-        path for one in folders for path in ([one] if os.path.isfile(one) else sorted(one.glob("journal*.jsonl")))
-    ]
-    if not journals:
-        raise InputError(f"There is no journal in {', '.join(args.inputs)}; name output folders of `ovsam label`.")
+    output, journals = Path(args.output), args.journals
     images = Journals(journals)
     output.mkdir(parents=True, exist_ok=True)
     for path in images.unfinished:
@@ -242,6 +239,14 @@ def _merge(args: Namespace) -> int:
     job.write_errors(output / "errors.jsonl", failed)
     print(f"{output}: {len(images)} images of {len(journals)} journals, {len(failed)} errors")
     return max(_export(args, images, {}), 1 if failed or images.unfinished else 0)
+
+
+def _find_journals(inputs: list[str]) -> list[Path]:
+    named = [Path(one) for one in inputs]
+    journals = [path for one in named for path in ([one] if one.is_file() else sorted(one.glob("journal*.jsonl")))]
+    if not journals:
+        raise InputError(f"There is no journal in {', '.join(inputs)}; name output folders of `ovsam label`.")
+    return journals
 
 
 def _journal(args: Namespace) -> Path:

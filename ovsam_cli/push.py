@@ -1,6 +1,10 @@
 """`ovsam push`: publish a model or an adapter on the Hugging Face Hub."""
 
+import os
 from argparse import ArgumentParser, Namespace
+
+from ovsam.checkpoints.download import check_repository
+from ovsam.errors import InputError
 
 PARSER = {
     "description": "Load the folder back in a clean process, compare its outputs, "
@@ -17,13 +21,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the upload without sending it")
 
 
+def check(args: Namespace) -> None:
+    """Raise InputError for a folder without a model, and a name that no repository can have."""
+    if not os.path.isfile(os.path.join(args.folder, "config.json")):
+        raise InputError(f"{args.folder} has no config.json; pass the folder of a model.")
+    check_repository(args.repo, args.revision, args.create_pr)
+
+
 def run(args: Namespace) -> int:
     """Publish a folder and print its address."""
-    from transformers.utils import logging
-
     from ovsam.checkpoints.push import push as push_folder
 
-    logging.disable_progress_bar()
     address = push_folder(
         args.folder,
         args.repo,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.ops.files import STDOUT, check_output_folder, check_target, write_text, write_whole
-from ovsam.processing.arguments import MIN_TILE, check_inside
+from ovsam.processing.arguments import check_inside
 from ovsam.processing.images import is_url, open_image
 from ovsam.processing.vocabulary import Vocabulary, split_words
 from ovsam.results.formats import FORMATS
@@ -152,7 +152,6 @@ def run(args: Namespace) -> int:
     import ovsam
     from ovsam.results.formats import write_coco, write_labels
 
-    _quieten(args.verbose, args.quiet)
     half = "float16" if (args.device or _default_device()).startswith("cuda") else "bfloat16"
     segmenter = ovsam.load(args.model, device=args.device, dtype=half if args.half else None)
     printer, found, places = Printer(args), [], _names(args)
@@ -225,15 +224,6 @@ def _save(image: Image.Image, path: Path) -> None:
     write_whole(path, lambda temporary: image.save(temporary, format=_kind(path)))
 
 
-def _quieten(verbose: bool, quiet: bool) -> None:
-    from transformers.utils import logging
-
-    if not verbose:
-        logging.set_verbosity_error()
-    if quiet or not sys.stderr.isatty():
-        logging.disable_progress_bar()
-
-
 def _default_device() -> str:
     import torch
 
@@ -283,14 +273,6 @@ def _check_question(args: Namespace) -> Vocabulary | None:
         raise InputError("All points belong to one object; give at most one --box with --point.")
     if args.points and not args.boxes and not any(label for _, _, label in args.points):
         raise InputError("All points are beside the object (X,Y,0); at least one must be on it (X,Y,1).")
-    for x1, y1, x2, y2 in args.boxes + args.exemplars:
-        if not (x1 < x2 and y1 < y2):
-            raise InputError(
-                f"The box {x1:g},{y1:g},{x2:g},{y2:g} is reversed or empty; it must be left,top,right,bottom, "
-                "with left < right and top < bottom."
-            )
-    if args.tile and args.tile < MIN_TILE:
-        raise InputError(f"--tile {args.tile} is too small; take {MIN_TILE} pixels or more.")
     if not args.text:
         if args.negative:
             raise InputError("--not needs --text; add the text queries to search for.")

@@ -1,10 +1,12 @@
 """`ovsam train`: train a model or an adapter by a recipe."""
 
-import tomllib
+import os
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from ovsam.errors import InputError
-from ovsam.ops.schema import read_text
+from ovsam.ops.files import check_output_folder
+from ovsam.training.recipe import parse_recipe
 from ovsam_cli import arguments
 
 LESS_MEMORY = "use --set optim.batch_size=1 with a larger optim.accumulate, or --set optim.gradient_checkpointing=true"
@@ -38,16 +40,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def check(args: Namespace) -> None:
-    """Raise InputError for a missing recipe, one that is not TOML, or invalid --data and --set."""
-    if (args.data is None) != (args.images is None):
-        raise InputError("--data and --images go together: a COCO JSON file, and the folder of its images.")
-    for setting in args.settings:
-        if not setting.partition("=")[1]:
-            raise InputError(f"--set {setting} cannot be read; write KEY=VALUE, such as optim.learning_rate=1e-4.")
-    try:
-        tomllib.loads(read_text(args.recipe, "recipe"))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InputError(f"{args.recipe} is not a TOML file: {error}.") from error
+    """Raise InputError for invalid recipes, --data, --images, --set and --output."""
+    for file in args.data or ():
+        if not os.path.isfile(file):
+            raise InputError(f"There is no file {file}; --data must be a COCO JSON file.")
+    for folder in args.images or ():
+        if not os.path.isdir(folder):
+            raise InputError(f"There is no folder {folder}; --images must be the folder of the images.")
+    if args.output:
+        check_output_folder(args.output, "--output")
+    parse_recipe(Path(args.recipe), args.steps, args.data, args.images, args.settings)
 
 
 def run(args: Namespace) -> int:

@@ -1,7 +1,9 @@
 """`ovsam video`: track objects through a video, found by text queries or selected by prompts."""
 
+import contextlib
 import json
 import os
+import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
@@ -9,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from ovsam.errors import InputError
-from ovsam.ops.files import check_output_folder, check_target, write_text
+from ovsam.inference.frames import VIDEOS, FrameSource
+from ovsam.ops.files import STDOUT, check_output_folder, check_target, write_text
+from ovsam.processing.arguments import check_inside
+from ovsam.processing.images import open_file
 from ovsam.processing.vocabulary import Vocabulary
 from ovsam_cli import arguments
 
@@ -39,7 +43,7 @@ def on_frame(read: Callable[[str], Any]) -> Callable[[str], tuple[int, Any]]:
 
     def parse(text: str) -> tuple[int, Any]:
         frame, colon, value = text.partition(":")
-        if not colon or not frame.isdecimal():
+        if not colon or not re.fullmatch(r"\d{1,9}", frame):
             raise ArgumentTypeError(f"{text!r} must begin with the number of a frame and a colon, such as 0:")
         return int(frame), read(value)
 
@@ -112,7 +116,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def check(args: Namespace) -> None:
     """Raise InputError for invalid questions, missing videos and invalid targets.
 
-    Sets `args.words`, the vocabulary of --text or None, and `args.source`.
+    Sets `args.words`, the vocabulary of --text or None, `args.source`, and in `args.given` (frame, path, masks).
     """
     if not (args.text or args.points or args.boxes or args.given):
         raise InputError("There is nothing to track; give --text WORD..., --point, --box or --mask.")
@@ -123,19 +127,43 @@ def check(args: Namespace) -> None:
     if not (args.output or args.json or args.masks):
         raise InputError("There is no output; give -o OUT.mp4, --json OUT.json or --masks DIR.")
     args.words = Vocabulary(args.text) if args.text else None
-    args.source = int(args.video) if args.video.isdecimal() else args.video
-    if isinstance(args.source, str) and "://" not in args.source and not os.path.exists(args.source):
-        raise InputError(f"There is no video {args.video}; pass a file, a folder of images, a camera or an address.")
-    for _, path in args.given:
-        if not os.path.isfile(path):
-            raise InputError(f"There is no mask {path}; check the path.")
+    if args.vocabulary:
+        args.vocabulary = Vocabulary(args.vocabulary)
+    if both := set(args.words.prompts if args.words else ()) & set(args.negative):
+        raise InputError(f"{min(both)!r} is in --text and in --not; remove it from one of them.")
+    if args.output and Path(args.output).suffix.lower() not in VIDEOS:
+        raise InputError(f"-o {args.output} is no video file; its name must end in {', '.join(VIDEOS)}.")
     for option, target in (("-o", args.output), ("--json", args.json)):
         if target:
             check_target(target, option)
     if args.output and os.path.exists(args.output) and Path(args.output).resolve() == Path(args.video).resolve():
         raise InputError(f"-o {args.output} is the video itself; write to another file.")
+    args.source = int(args.video) if re.fullmatch(r"\d{1,4}", args.video) else args.video
+    args.given = [(frame, path, read_masks(path)) for frame, path in args.given]
+    if isinstance(args.source, str) and "://" not in args.source:
+        _check_frame(args)
     if args.masks:
         check_output_folder(args.masks, "--masks")
+
+
+def _check_frame(args: Namespace) -> None:
+    """Raise InputError if a file or folder is no video, or if prompts do not fit its first frame."""
+    with contextlib.closing(FrameSource(args.source)) as source:
+        first = next(iter(source), None)
+    if first is None:
+        raise InputError(f"The video {args.video} has no frames.")
+    boxes, points = [box for _, box in args.boxes], [point[:2] for _, point in args.points]
+    check_inside(first.image.size, points, boxes, "the frame")
+    for _, path, found in args.given:
+        for _, mask in found:
+            if mask.shape != (first.image.height, first.image.width):
+                raise InputError(
+                    f"The mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels and the frame "
+                    f"{first.image.width}x{first.image.height}; they must be equal."
+                )
+    named = [frame for frame, *_ in [*args.points, *args.boxes, *args.given]]
+    if source.length and max(named, default=0) >= source.length:
+        raise InputError(f"There is no frame {max(named)}; the video has {source.length}, counted from 0.")
 
 
 def run(args: Namespace) -> int:
@@ -143,7 +171,7 @@ def run(args: Namespace) -> int:
     import ovsam
     from ovsam.inference.frames import VideoWriter
 
-    prompts = read_prompts(args)
+    prompts, out = make_prompts(args), sys.stderr if args.json == STDOUT else sys.stdout
     video = ovsam.load_video(args.model, device=args.device, tracker=args.tracker)
     stream = video.track(
         args.source,
@@ -171,32 +199,37 @@ def run(args: Namespace) -> int:
             progress.show(len(frame.results))
     except InputError as error:  # a damaged video: the frames before are kept
         failed = True
-        print(f"\novsam: error: {error}", file=sys.stderr)
+        print(f"ovsam: error: {error}", file=sys.stderr)
     finally:
+        progress.close()
         stream.close()
-        if writer is not None:
-            writer.close()
-        if args.json and tracks.length:
-            names = args.words.labels if args.words else ()
-            write_text(args.json, json.dumps(tracks.to_youtube_vis(args.video, names)))
-    progress.close()
+        try:
+            if writer is not None:
+                writer.close()
+        finally:
+            if args.json and tracks.length:
+                names = args.words.labels if args.words else ()
+                write_text(args.json, json.dumps(tracks.to_youtube_vis(args.video, names)))
     for track in tracks.tracks.values():
         frames = sorted(track.frames)
-        print(f"{track.id:4}  {track.label:24} {track.score:.2f}  frames {frames[0]}-{frames[-1]} ({len(frames)})")
+        print(
+            f"{track.id:4}  {track.label:24} {track.score:.2f}  frames {frames[0]}-{frames[-1]} ({len(frames)})",
+            file=out,
+        )
     for option, path in (("video", args.output), ("json", args.json), ("masks", args.masks)):
         if path:
-            print(f"{option}: {path}")
+            print(f"{option}: {path}", file=out)
     return 2 if failed else 0
 
 
-def read_prompts(args: Namespace) -> list["Prompt"]:
+def make_prompts(args: Namespace) -> list["Prompt"]:
     """Return the prompts of --point, --box and --mask, in this order."""
     from ovsam.inference.video import Prompt
 
     prompts = [Prompt(points=[(x, y)], labels=[label], frame=frame) for frame, (x, y, label) in args.points]
     prompts += [Prompt(box=box, frame=frame) for frame, box in args.boxes]
-    for frame, path in args.given:
-        prompts += [Prompt(mask=mask, id=number, frame=frame) for number, mask in read_masks(path)]
+    for frame, _, found in args.given:
+        prompts += [Prompt(mask=mask, id=number, frame=frame) for number, mask in found]
     taken = {prompt.id for prompt in prompts if prompt.id is not None}
     free = (number for number in range(1, 10**6) if number not in taken)
     return [prompt if prompt.id is not None else _numbered(prompt, next(free)) for prompt in prompts]
@@ -211,10 +244,12 @@ def _numbered(prompt: "Prompt", number: int) -> "Prompt":
 def read_masks(path: Path) -> list[tuple[int | None, np.ndarray]]:
     """Return the objects of a mask file: one without an id for a binary image, one for each value except 0 for an id
     map."""
+    if not os.path.isfile(path):
+        raise InputError(f"There is no mask {path}; check the path.")
     try:
-        with Image.open(path) as image:
+        with open_file(path) as image:
             values = np.asarray(image if image.mode in ("L", "P", "I", "I;16", "1") else image.convert("L"))
-    except OSError as error:
+    except Exception as error:  # each decoder raises errors of its own
         raise InputError(f"{path} cannot be read as a mask: {error}.") from error
     ids = [int(value) for value in np.unique(values) if value]
     if not ids:
@@ -232,7 +267,8 @@ class Progress:
 
         length = stream.source.length
         self.stream = stream
-        self.bar = tqdm(total=None if length is None else -(-length // stream.every), unit=" frames")
+        total = None if length is None else -(-length // stream.every)
+        self.bar = tqdm(total=total, unit=" frames", disable=None)  # none in a pipe
 
     def show(self, objects: int) -> None:
         self.bar.set_postfix_str(f"{objects} objects, {self.stream.nbytes / 2**20:.0f} MB of memory", refresh=False)

@@ -23,6 +23,7 @@ from transformers import (
 
 from ovsam.checkpoints import text_tower
 from ovsam.checkpoints.embedded import find_checkpoint
+from ovsam.checkpoints.settings import check_configs, reason_of
 from ovsam.checkpoints.tokenizer import clip_tokenizer
 from ovsam.checkpoints.weight_files import OPEN_CLIP, check_weights, fetch, is_open_clip
 from ovsam.errors import InputError
@@ -270,10 +271,11 @@ def _open(given: str | PreTrainedModel) -> tuple[Part, PreTrainedModel | None]:
     part = Part(given, PreTrainedConfig(), {}, folder)
     if is_open_clip(folder):
         return part, None
+    check_configs(folder, given, part=True)
     try:
-        part.config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{given!r} has no readable configuration: {error}") from error
+        part.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a configuration class may raise anything over values it does not expect
+        raise InputError(f"{given!r} has no readable configuration: {reason_of(error)}") from error
     return part, _load(part, OVSamModel) if part.config.model_type == OVSamConfig.model_type else None
 
 
@@ -281,8 +283,8 @@ def _load(part: Part, model_class: Any, config: PreTrainedConfig | None = None) 
     given = {} if config is None else {"config": config}
     try:
         model, found = model_class.from_pretrained(part.folder, dtype=torch.float32, output_loading_info=True, **given)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{part.name!r} cannot be loaded as a {model_class.__name__}: {error}") from error
+    except Exception as error:  # likewise
+        raise InputError(f"{part.name!r} cannot be loaded as a {model_class.__name__}: {reason_of(error)}") from error
     if missing := sorted(found["missing_keys"]):  # transformers has initialised them at random
         raise InputError(f"{part.name!r} lacks {len(missing)} of its weights, such as {missing[0]}.")
     return model
@@ -344,7 +346,7 @@ def _with_sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 def _sam_colours(part: Part) -> dict[str, list[float]]:
     """Return the mean and deviation that SAM was trained with, if its folder has them."""
     try:
-        found = AutoImageProcessor.from_pretrained(part.folder)
+        found = AutoImageProcessor.from_pretrained(part.folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError):
         return {}
     return {"image_mean": list(found.image_mean), "image_std": list(found.image_std)}
@@ -383,8 +385,8 @@ def load_tokenizer(part: Part) -> Any:
         InputError: its folder has no tokenizer.
     """
     try:
-        return AutoTokenizer.from_pretrained(part.folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(part.folder, trust_remote_code=False)
+    except Exception as error:  # likewise
         model_cfg = getattr(part.config, "model_cfg", None)
         if model_cfg is not None and "hf_tokenizer_name" not in model_cfg["text_cfg"]:
             return clip_tokenizer()  # part of open_clip, not of the weights

@@ -86,3 +86,17 @@ def out_of_reach(name: str) -> InputError:
         f"{name!r} is not a folder and not (completely) in the cache, and the Hub does not respond: run "
         f"`hf download {repo}{pinned}` with a network and without HF_HUB_OFFLINE, or pass a folder."
     )
+
+
+def check_repository(repo: str, revision: str | None = None, create_pr: bool = False) -> None:
+    """Raises InputError for a name that is not ORG/NAME, and for a pull request together with a branch."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise InputError(
+            f"{repo!r} is not the name of a repository; it must be ORG/NAME of letters and digits, -, _ and ."
+        ) from None
+    if repo.count("/") != 1:
+        raise InputError(f"{repo!r} lacks the user or organisation; it must be ORG/NAME.")
+    if create_pr and revision:
+        raise InputError("A pull request is opened against the default branch: leave out --revision or --create-pr.")

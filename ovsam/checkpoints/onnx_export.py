@@ -35,6 +35,7 @@ from ovsam.modeling.clip.base import ClipSide
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.outputs import ClipFeatures, ConceptOutput, DecodedMasks, OVSamFeatures, SamFeatures
 from ovsam.modeling.scoring import BlendedNaming, FusedNaming
+from ovsam.ops.files import check_new_folder
 from ovsam.ops.masks import add_prior, mean_masks
 from ovsam.processing.processing_ovsam import OVSamProcessor
 
@@ -313,9 +314,8 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError("The export needs onnx and onnxscript, which `pip install 'ovsam[onnx]'` brings.") from error
+    check_new_folder(folder)
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is not an empty folder; name a new one.")
     check_exportable(model, processor)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:

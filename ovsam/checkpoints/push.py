@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, ModelCard, constants, get_token
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 from ovsam.checkpoints.cards import check_card, default_card
+from ovsam.checkpoints.download import check_repository
 from ovsam.checkpoints.embedded import PACKAGE
+from ovsam.checkpoints.settings import check_configs
 from ovsam.checkpoints.weight_files import INDEX, check_weights, file_hash, hub_errors, hub_hashes, reason, shards_of
 from ovsam.errors import InputError
 from ovsam.modeling.modeling_ovsam import OVSamModel
@@ -107,7 +108,7 @@ def push(
         InputError: the folder cannot be published, found before anything is uploaded; or the upload failed.
     """
     folder = Path(folder)
-    check_target(repo, revision, create_pr)
+    check_repository(repo, revision, create_pr)
     check_folder(folder)
     if not dry_run and not get_token():
         raise InputError(
@@ -127,27 +128,14 @@ def push(
         return upload(built, repo, private, revision, create_pr)
 
 
-def check_target(repo: str, revision: str | None = None, create_pr: bool = False) -> None:
-    """Raises InputError for a name that is not ORG/NAME, and for a pull request together with a branch."""
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise InputError(
-            f"{repo!r} is not the name of a repository; it must be ORG/NAME of letters and digits, -, _ and ."
-        ) from None
-    if repo.count("/") != 1:
-        raise InputError(f"{repo!r} lacks the user or organisation; it must be ORG/NAME.")
-    if create_pr and revision:
-        raise InputError("A pull request is opened against the default branch: leave out --revision or --create-pr.")
-
-
 def check_folder(folder: Path) -> RemoteCodeConfig:
     """Return the configuration of a folder that can be published; raises InputError for any other folder."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; pass the folder of a model.")
+    check_configs(folder, str(folder))
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a configuration class may raise anything over values it does not expect
         raise InputError(f"{folder} is not an OVSam model or adapter: its config.json is of another kind.") from error
     if not isinstance(config, RemoteCodeConfig) or "AutoModel" not in config.auto_classes:
         raise InputError(f"{folder} is a {config.model_type}; it must be an OVSam model or one of its adapters.")
@@ -209,8 +197,10 @@ def build(folder: Path, repo: str, scratch: Path) -> HubFolder:
 def open_source(folder: Path) -> tuple[PreTrainedModel, OVSamProcessor | None]:
     """Load the model of a folder, and the processor of a whole model; raises InputError if files are missing."""
     try:
-        model, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, report = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # likewise
         raise InputError(f"{folder} cannot be loaded: {reason(error)}.") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -218,8 +208,8 @@ def open_source(folder: Path) -> tuple[PreTrainedModel, OVSamProcessor | None]:
     if not isinstance(model, OVSamModel):
         return model.eval(), None
     try:
-        processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # likewise
         raise InputError(f"{folder} has no processor: add one with processor.save_pretrained().") from error
     if not isinstance(processor, OVSamProcessor):
         raise InputError(f"{folder} has no OVSamProcessor: add one with processor.save_pretrained().")

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from ovsam.checkpoints.download import cached_folder, check_in_reach, hub_answers, out_of_reach, split_revision
+from ovsam.checkpoints.embedded import EMBEDDED, find_checkpoint
 from ovsam.errors import InputError
 
 WHOLE = "model.safetensors"
@@ -75,8 +76,8 @@ def check_weights(folder: Path, finite: bool = False) -> None:
 
 
 def fetch(name: str) -> Path:
-    """Return the folder of a model: itself, or the cached snapshot of a Hub repository ("ORG/NAME" or
-    "ORG/NAME@REVISION").
+    """Return the folder of a model: itself, that of the embedded checkpoint, or the cached snapshot of a Hub repository
+    ("ORG/NAME" or "ORG/NAME@REVISION").
 
     Missing files are downloaded. The Hub client checks only the size of a download over plain HTTP, so new weights are
     hashed and compared with the sha256 of the Hub.
@@ -88,6 +89,8 @@ def fetch(name: str) -> Path:
     repo, revision = split_revision(name)
     if os.path.isdir(repo):
         return Path(repo)
+    if name == EMBEDDED:
+        return find_checkpoint(name)
     check_in_reach(name)
     if not hub_answers():
         folder = cached_folder(name)

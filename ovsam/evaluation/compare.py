@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ovsam.evaluation.datasets import open_coco
+from ovsam.evaluation.datasets import open_set
 from ovsam.evaluation.evaluate import measure, write_json
 from ovsam.inference.loading import load
 
@@ -28,14 +28,13 @@ def run_compare(base, tuned, data, images=None, json_path=None, limit=None, devi
     Raises:
         InputError: the model, the JSON file or the folder does not exist.
     """
-    coco = open_coco(Path(data))
-    folder = Path(images) if images is not None else Path(data).parent
+    opened = open_set(data, images)
     figures = []
     for name in (base, tuned):
         segmenter = load(name, device=device)
-        figures.append(measure(segmenter, coco, folder, limit, baselines=False))
+        figures.append(measure(segmenter, opened.coco, opened.folder, limit, baselines=False))
     before, after = figures
-    print(f"\n{min(limit or 10**9, len(coco.imgs))} images of {data}\nbase: {base}\ntuned: {tuned}\n")
+    print(f"\n{min(limit or 10**9, len(opened.coco.imgs))} images of {data}\nbase: {base}\ntuned: {tuned}\n")
     print(f"{'':<40}{'base':>9}{'tuned':>9}{'change':>9}")
     for name in COMPARED:
         print(f"{name:<40}{before[name]:>9.3f}{after[name]:>9.3f}{after[name] - before[name]:>+9.3f}")

@@ -1,5 +1,6 @@
 """Frames of a video from any source, one at a time, and a file to write frames to. PyAV decodes and encodes."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from PIL import Image
 
 from ovsam.errors import InputError
 from ovsam.inference.encoded import EncodedImage
-from ovsam.ops.files import only_files
+from ovsam.ops.files import only_files, refused, temporary_beside
 from ovsam.processing.images import open_image
 
 DEFAULT_RATE = Fraction(25)  # frames a second of sources without a rate
 TICKS = 90_000  # time units a second of written files
 MISSING = 2  # number of frames that a header may count too many
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".avi")  # endings of written files
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -58,7 +60,7 @@ class FrameSource:
             self.length = len(self._files)
         elif isinstance(source, int | str | os.PathLike):
             self._open()
-        elif not isinstance(source, Iterable):
+        elif not isinstance(source, Iterable) or getattr(source, "ndim", 1) == 0:
             raise InputError(
                 "A video must be a file, the number of a camera, an address, a folder of images or an iterable of "
                 f"images; got {type(source).__name__}."
@@ -87,6 +89,8 @@ class FrameSource:
         av = import_av()
         name, options = str(self.source), {}
         if isinstance(self.source, int):
+            if not 0 <= self.source < 1000:
+                raise InputError("A camera is a number from 0 to 999; pass that, or the path of a video.")
             name, options = f"/dev/video{self.source}", {"format": "v4l2"}
         elif "://" not in name and not os.path.isfile(name):
             raise InputError(f"There is no video {name}; pass a file, a folder of images, a camera or an address.")
@@ -126,8 +130,10 @@ class FrameSource:
 class VideoWriter:
     """Writer of a video file with frames of one size, H.264 in mp4 if PyAV supports it.
 
+    The file gets its name when it is closed; after an error of the disk nothing is left of it, and an older file stays.
+
     Args:
-        path: path of the file; its ending selects the container.
+        path: path of the file; its ending, one of `VIDEOS`, selects the container.
         rate: frames a second.
         size: width and height in pixels; odd numbers are supported.
     """
@@ -136,7 +142,11 @@ class VideoWriter:
         av = import_av()
         self._av, self.size = av, size
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        self._container = av.open(str(path), "w")
+        self.path = Path(os.path.realpath(path))
+        self._temporary = temporary_beside(self.path)
+        with refused(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._container = av.open(str(self._temporary), "w")
         self._stream = self._container.add_stream(codec, rate=rate)
         self._stream.width, self._stream.height = size
         # Chroma subsampling, which every player supports, needs even sides.
@@ -150,14 +160,31 @@ class VideoWriter:
         frame = self._av.VideoFrame.from_image(image)
         self._last = max(self._last + 1, round(time * TICKS))
         frame.pts, frame.time_base = self._last, Fraction(1, TICKS)
-        self._container.mux(self._stream.encode(frame))
+        with self._abandoned_on_error():
+            self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        """Finish the file, which cannot be played otherwise."""
+        """Finish the file, which cannot be played otherwise, and give it its name; further calls do nothing."""
         if self._container is not None:
-            self._container.mux(self._stream.encode(None))
-            self._container.close()
+            with self._abandoned_on_error():
+                self._container.mux(self._stream.encode(None))
+                self._container.close()
+                self._container = None
+                self._temporary.replace(self.path)
+
+    @contextlib.contextmanager
+    def _abandoned_on_error(self) -> Iterator[None]:
+        """Remove the file, and raise InputError, where it cannot be written."""
+        try:
+            with refused(self.path):
+                yield
+        except InputError:
+            if self._container is not None:
+                with contextlib.suppress(OSError):
+                    self._container.close()
             self._container = None
+            self._temporary.unlink(missing_ok=True)
+            raise
 
 
 def import_av() -> Any:

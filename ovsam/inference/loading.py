@@ -5,10 +5,8 @@ torch is imported with the model, and not for an exported one.
 
 import difflib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovsam.checkpoints.embedded import find_checkpoint
 from ovsam.checkpoints.exported import is_exported
 from ovsam.errors import InputError
 from ovsam.processing import arguments
@@ -40,11 +38,7 @@ def load(
     Raises:
         InputError: unknown model, none available, or unknown device or dtype.
     """
-    if not isinstance(model, str | os.PathLike):
-        raise InputError(f"The model is {arguments.short(model)}; it must be a preset, a folder or a Hub id.")
-    name = os.fspath(model)
-    if name == "auto":
-        name = os.environ.get("OVSAM_MODEL") or name
+    name = check_model(model)
     if is_exported(name):
         if dtype is not None and str(dtype).removeprefix("torch.") != "float32":
             raise InputError(f"The dtype is {dtype!r}; an exported model runs in float32.")
@@ -54,12 +48,44 @@ def load(
     return _load_model(name, device, dtype, memory)
 
 
+def check_model(model: str | os.PathLike) -> str:
+    """Return the name of a model to load; needs no torch.
+
+    Raises:
+        InputError: it is no preset, no folder of a model, and no Hub id in the cache or within reach.
+    """
+    from ovsam.checkpoints.download import check_in_reach, split_revision
+    from ovsam.checkpoints.presets import PRESETS
+
+    if not isinstance(model, str | os.PathLike):
+        raise InputError(f"The model is {arguments.short(model)}; it must be a preset, a folder or a Hub id.")
+    name = os.fsdecode(model)
+    if name == "auto":
+        name = os.environ.get("OVSAM_MODEL") or name
+    folder, _ = split_revision(name)
+    if name == "auto" or name in PRESETS or is_exported(name):
+        return name
+    if os.path.isdir(folder):
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise InputError(f"{name!r} lacks config.json; a model folder is what `save_pretrained` writes.")
+    elif "/" not in name and not os.path.exists(name):
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        meant = f"did you mean {close[0]!r}? Pass" if close else "pass"
+        raise InputError(
+            f"There is no model {arguments.short(name)}: {meant} {', '.join(PRESETS)}, a folder, or a Hub id, ORG/NAME."
+        )
+    else:
+        check_in_reach(name)
+    return name
+
+
 def _load_model(name: str, device, dtype, memory: bool) -> "Segmenter":
     import torch
 
     from ovsam.checkpoints.compose import compose
     from ovsam.checkpoints.model_folder import load_folder
     from ovsam.checkpoints.presets import PRESETS, announce_download, choose_auto
+    from ovsam.checkpoints.weight_files import fetch
     from ovsam.inference.options import check_device, check_dtype
     from ovsam.inference.segmenter import Segmenter
 
@@ -70,20 +96,6 @@ def _load_model(name: str, device, dtype, memory: bool) -> "Segmenter":
         parts = PRESETS[name].parts
         whole, processor = compose(sam=parts["sam"], clip=parts["clip"], memory=memory)
         return Segmenter(whole.to(target, dtype), processor, name)
-    folder = find_checkpoint(name) if name in PRESETS else _fetch(name)
+    folder = fetch(name)
     whole, processor = load_folder(folder, name)
     return Segmenter(whole.to(target, dtype), processor, name)
-
-
-def _fetch(name: str) -> Path:
-    """Return the folder of a model that is not a preset."""
-    from ovsam.checkpoints.presets import PRESETS
-    from ovsam.checkpoints.weight_files import fetch
-
-    if "/" not in name and not os.path.exists(name):
-        close = difflib.get_close_matches(name, PRESETS, n=1)
-        meant = f"did you mean {close[0]!r}? Pass" if close else "pass"
-        raise InputError(
-            f"There is no model {arguments.short(name)}: {meant} {', '.join(PRESETS)}, a folder, or a Hub id, ORG/NAME."
-        )
-    return fetch(name)

@@ -15,7 +15,8 @@ from ovsam.processing.vocabulary import Vocabulary, to_vocabulary
 if TYPE_CHECKING:
     import torch
 
-    from ovsam.inference.proposers import Proposer
+PROPOSERS = ("concepts", "clip-dense", "grid")  # they need only the model
+LOADED_PROPOSERS = ("detector", "sam3")  # "detector:ID", loaded from a folder or the Hub
 
 
 def check_device(device: "str | torch.device") -> "torch.device":
@@ -67,15 +68,23 @@ def check_tile(tile: Any) -> int | None:
     return None if tile is None or tile is False or tile == 0 else arguments.whole("tile", tile, arguments.MIN_TILE)
 
 
-def check_proposer(proposer: Any) -> "str | Proposer | None":
-    from ovsam.inference.proposers import check_name
-
+def check_proposer(proposer: Any) -> Any:
+    """Check and return a proposer: a name, a function, or None."""
     if proposer is None or callable(proposer):
         return proposer
     if not isinstance(proposer, str):
         raise InputError(f"The proposer is {arguments.short(proposer)}; it must be a name, a function or None.")
-    check_name(proposer)
+    check_proposer_name(proposer)
     return proposer
+
+
+def check_proposer_name(name: str) -> str:
+    """Raises InputError unless a proposer may have this name; nothing is loaded."""
+    kind, _, model_id = name.partition(":")
+    if name not in PROPOSERS and (kind not in LOADED_PROPOSERS or not model_id):
+        names = ", ".join((*PROPOSERS, *(f"{kind}:ID" for kind in LOADED_PROPOSERS)))
+        raise InputError(f"There is no proposer {arguments.short(name)}; there are {names}, and functions of your own.")
+    return name
 
 
 def check_negative(negative: Any) -> Vocabulary | None:

@@ -18,6 +18,8 @@ from ovsam.processing.vocabulary import Vocabulary, to_vocabulary
 from ovsam.results.results import Results
 
 TASK = "open-vocabulary-segmentation"
+PROMPTS = ("input_points", "input_labels", "input_boxes")
+OPTIONS = ("text", "negative_text", *PROMPTS, "vocabulary", "everything", "threshold", "mask_threshold", "top_k")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,13 @@ class OpenVocabularySegmentationPipeline(Pipeline):
     _load_tokenizer = False
 
     def __call__(
-        self, images: Any = None, candidate_labels: Any = None, *, batch_size: int | None = None, **options: Any
+        self,
+        images: Any = None,
+        candidate_labels: Any = None,
+        *,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        **options: Any,
     ) -> Any:
         """Segment an image, or each of a list, generator or data set.
 
@@ -55,17 +63,23 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             threshold, mask_threshold: minimum score, and minimum probability of the pixels of a mask.
             top_k: maximum number of instances of an image.
             batch_size: number of images in one pass.
+            num_workers: has no effect; images are decoded in this process.
 
         Raises:
             InputError: text queries are given twice, or an option is out of range.
         """
         images = options.pop("image", images)
+        arguments.no_others("The pipeline", {name: None for name in options if name not in OPTIONS}, OPTIONS)
         if candidate_labels is not None:
             if options.get("text") is not None:
                 raise InputError("The text queries are given twice, as candidate_labels and as text; give one of them.")
             options["text"] = candidate_labels
-        size = arguments.whole("batch_size", batch_size or self._batch_size or 1, 1)
+        if batch_size is None:
+            batch_size = self._batch_size or 1
+        size = arguments.whole("batch_size", batch_size, 1)
         if isinstance(images, Mapping):
+            if not all(isinstance(name, str) for name in images):
+                raise InputError(f"The input is {arguments.short(images)}; its keys must be `image` and options.")
             return self(**{**options, **images})
         if isinstance(images, list | tuple):
             return list(self._many(images, size, options))

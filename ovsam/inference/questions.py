@@ -146,7 +146,7 @@ class Questions:
         self,
         image: OneImage | Sequence[OneImage],
         words: Words | None = None,
-        negative: Sequence[str] = (),
+        negative: Vocabulary | Sequence[str] | None = (),
         threshold: float | None = None,
         exemplars: Sequence | Mapping[str, Sequence] | None = None,
         proposer: Any = None,

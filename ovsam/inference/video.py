@@ -15,13 +15,15 @@ from ovsam.errors import InputError
 from ovsam.inference.encoded import EncodedImage
 from ovsam.inference.frames import Frame, FrameSource
 from ovsam.inference.loading import load
+from ovsam.inference.options import check_negative, check_share
 from ovsam.inference.questions import Words
 from ovsam.inference.segmenter import Segmenter
 from ovsam.modeling.outputs import OVSamFeatures
 from ovsam.modeling.sam.propagation import cover, frame_keys
 from ovsam.modeling.tracking import OVSamVideoOutput, OVSamVideoSession, Tracker, VideoPrompt
 from ovsam.ops import rle
-from ovsam.processing.arguments import check_inside
+from ovsam.processing import arguments
+from ovsam.processing.vocabulary import Vocabulary, to_vocabulary
 from ovsam.results.instance import Instance
 from ovsam.results.results import Results
 from ovsam.results.tracks import FrameResults
@@ -60,16 +62,41 @@ class Prompt:
     id: int | None = None
     name: str | None = None
 
-    def check(self) -> None:
-        """Raise InputError for a prompt without content, or with content that cannot be combined."""
-        if self.points is None and self.box is None and self.mask is None:
+    def checked(self) -> "Prompt":
+        """Return the prompt with lists of numbers, and a mask [H, W] of bool.
+
+        Raises:
+            InputError: it has no content, content that cannot be combined, or values of a wrong type.
+        """
+        points, boxes = arguments.points(self.points), arguments.boxes(self.box, "box")
+        if len(boxes) > 1:
+            raise InputError(f"A prompt selects one object; pass one box with it, not {len(boxes)}.")
+        if not points and not boxes and self.mask is None:
             raise InputError("A prompt needs points, a box or a mask.")
-        if self.mask is not None and (self.points is not None or self.box is not None):
+        if self.mask is not None and (points or boxes):
             raise InputError("A mask prompt cannot be combined; leave out its points and its box.")
-        if self.labels is not None and len(self.labels) != len(self.points or ()):
-            raise InputError(f"There are {len(self.labels)} labels for {len(self.points or ())} points.")
-        if self.frame < 0:
-            raise InputError(f"The frame is {self.frame}; frames count from 0.")
+        mask = None if self.mask is None else arguments.masks(self.mask)
+        if mask is not None and len(mask) != 1:
+            raise InputError(f"A prompt selects one object; pass one mask with it, not {len(mask)}.")
+        if not (self.name is None or isinstance(self.name, str)):
+            raise InputError(f"The name of a prompt is {arguments.short(self.name)}; it must be a string.")
+        return Prompt(
+            points or None,
+            None if self.labels is None else arguments.point_labels(self.labels, len(points)),
+            boxes[0] if boxes else None,
+            None if mask is None else mask[0] > 0,
+            arguments.whole("frame", self.frame, 0),
+            arguments.optional(arguments.whole, "id of a prompt", self.id, 0),
+            self.name,
+        )
+
+
+def _checked_prompts(prompts: Any) -> list[Prompt]:
+    """The prompts, each checked; one may stand alone."""
+    given = [prompts] if isinstance(prompts, Prompt) else prompts
+    if not arguments.is_sequence(given) or not all(isinstance(one, Prompt) for one in given):
+        raise InputError(f"The prompts are {arguments.short(prompts)}; they must be a list of ovsam.Prompt(...).")
+    return [one.checked() for one in given]
 
 
 @dataclass
@@ -109,7 +136,7 @@ class VideoSegmenter:
         words: Words | None = None,
         prompts: Sequence[Prompt] = (),
         *,
-        negative: Sequence[str] = (),
+        negative: Vocabulary | Sequence[str] = (),
         threshold: float | None = None,
         vocabulary: Words | None = None,
         redetect_every: int = 10,
@@ -139,12 +166,16 @@ class VideoSegmenter:
             InputError: there is nothing to track, or the video cannot be read.
         """
         for name, value in (("redetect_every", redetect_every), ("patience", patience), ("every", every)):
-            if value < 1:
-                raise InputError(f"{name} is {value}; it must be 1 or more.")
-        for prompt in prompts:
-            prompt.check()
+            arguments.whole(name, value, 1)
+        arguments.flag("exclusive", exclusive)
+        arguments.whole("top_k", top_k, 0)
+        prompts = _checked_prompts(prompts)
+        words = None if words is None else to_vocabulary(words)
+        if vocabulary is not None and not isinstance(vocabulary, Vocabulary):
+            vocabulary = Vocabulary(vocabulary)
+        unwanted, threshold = check_negative(negative), check_share("threshold", threshold)
         return VideoStream(
-            self, FrameSource(source), words, prompts, negative, threshold, vocabulary,
+            self, FrameSource(source), words, prompts, unwanted, threshold, vocabulary,
             redetect_every, patience, exclusive, every, top_k,
         )  # fmt: skip
 
@@ -163,7 +194,7 @@ class VideoStream:
         source: FrameSource,
         words: Words | None,
         prompts: Sequence[Prompt],
-        negative: Sequence[str],
+        negative: Vocabulary | None,
         threshold: float | None,
         vocabulary: Words | None,
         redetect_every: int,
@@ -217,7 +248,7 @@ class VideoStream:
         Raises:
             InputError: the prompt is invalid, or its frame has passed.
         """
-        prompt.check()
+        (prompt,) = _checked_prompts([prompt])
         if self.frame is not None and prompt.frame <= self.frame.index:
             raise InputError(f"Frame {prompt.frame} has passed; `correct` changes frame {self.frame.index}.")
         self._pending.append(prompt)
@@ -228,7 +259,7 @@ class VideoStream:
         Raises:
             InputError: there is no frame yet, or the prompt is invalid.
         """
-        prompt.check()
+        (prompt,) = _checked_prompts([prompt])
         if self._now is None or self.frame is None:
             raise InputError("There is no frame yet; pass the prompt to `track`, or request the first frame.")
         frame, encoded = self._now
@@ -238,7 +269,7 @@ class VideoStream:
 
     def remove(self, number: int) -> None:
         """Stop tracking an object. Raises InputError if the id is unknown."""
-        if number not in self._objects:
+        if arguments.whole("number of a track", number, 0) not in self._objects:
             raise InputError(f"There is no track {number}; current tracks: {sorted(self._objects) or 'none'}.")
         self._session.remove_object(number)
         del self._objects[number]
@@ -249,6 +280,7 @@ class VideoStream:
         Raises:
             InputError: the track is not in the frame.
         """
+        arguments.whole("number of a track", number, 0)
         shown = [] if self.frame is None else [one for one in self.frame.results if one.id == number]
         if not shown or self._now is None:
             raise InputError(f"The track {number} is not in the frame.")
@@ -270,7 +302,7 @@ class VideoStream:
         number = self._new_id() if prompt.id is None else prompt.id
         self._last_id = max(self._last_id, number)
         if prompt.mask is not None:
-            mask = torch.as_tensor(np.asarray(prompt.mask), dtype=torch.bool)
+            mask = torch.as_tensor(prompt.mask)
             if tuple(mask.shape) != (height, width):
                 got = "x".join(map(str, reversed(mask.shape)))
                 raise InputError(f"The mask is {got} pixels and the frame {width}x{height}; they must be equal.")
@@ -288,10 +320,10 @@ class VideoStream:
             self._objects[number] = _Object(number, name, -1, source, shown, 1.0, seen=frame.index)
 
     def _point_prompt(self, prompt: Prompt, width: int, height: int) -> VideoPrompt:
-        points = [[float(x), float(y)] for x, y in prompt.points or ()]
+        points = [list(point) for point in prompt.points or ()]
         labels = list(prompt.labels or [1] * len(points))
-        boxes = [] if prompt.box is None else [[float(side) for side in prompt.box]]
-        check_inside((width, height), points, boxes, "the frame")
+        boxes = [] if prompt.box is None else [list(prompt.box)]
+        arguments.check_inside((width, height), points, boxes, "the frame")
         for x1, y1, x2, y2 in boxes:
             points, labels = [[x1, y1], [x2, y2], *points], [2, 3, *labels]
         inputs = self.segmenter.processor(

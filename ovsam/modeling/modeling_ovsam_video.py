@@ -1,6 +1,7 @@
 """OVSamVideoModel: an OVSamModel that tracks, called as transformers' own video models are."""
 
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -118,6 +119,8 @@ class OVSamVideoModel(OVSamModel):
         prompted = [number for by_frame in session.prompts.values() for number in by_frame]
         prompted += [number for memory in session.objects.values() for number in memory.conditioned]
         prompted += [number for number, kept in session.labels.frames.items() if kept.prompted]
+        start_frame_idx = _number("start_frame_idx", start_frame_idx, frames - 1)
+        max_frame_num_to_track = _number("max_frame_num_to_track", max_frame_num_to_track)
         if start_frame_idx is None and session.text is not None:
             start_frame_idx = 0
         if start_frame_idx is None:
@@ -148,6 +151,13 @@ class OVSamVideoModel(OVSamModel):
         features = self.encode(*pixels, concepts=False)
         session._encoded = frame_idx, features
         return features
+
+
+def _number(name: str, value: Any, most: int | None = None) -> int | None:
+    """None, or a whole number from 0 to `most`; raises InputError for others."""
+    if value is None or isinstance(value, Integral) and 0 <= int(value) and (most is None or int(value) <= most):
+        return value if value is None else int(value)
+    raise InputError(f"{name} must be a whole number from 0{'' if most is None else f' to {most}'}; got {value!r:.60}.")
 
 
 def with_memory(model: OVSamModel, **memory: Any) -> OVSamVideoModel:

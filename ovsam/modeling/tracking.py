@@ -104,7 +104,7 @@ class OVSamVideoSession:
         video_width: int | None = None,
         tracker: str = "auto",
     ):
-        if tracker not in TRACKERS:
+        if not isinstance(tracker, str) or tracker not in TRACKERS:
             raise InputError(f"There is no tracker {tracker!r}; tracker is {', '.join(TRACKERS)}.")
         self.tracker = tracker
         self.video, self.prepare = video, prepare

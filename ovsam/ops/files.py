@@ -65,7 +65,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
                 shutil.copyfileobj(content, sink)
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix[-40:]}")
+        temporary = temporary_beside(target)
         try:
             write(temporary)
             if kind is not None:
@@ -74,6 +74,11 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def temporary_beside(target: Path) -> Path:
+    """A hidden name in the folder of a file, with its ending, that no other process or thread uses."""
+    return target.with_name(f".{secrets.token_hex(8)}{target.suffix[-40:]}")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -123,8 +128,17 @@ def check_target(path: str | os.PathLike[str], option: str = "") -> None:
 
 def check_output_folder(path: str | os.PathLike[str], option: str = "") -> None:
     """Raise InputError if files evidently cannot be written into this folder, which need not exist yet."""
+    if os.fspath(path) == STDOUT:
+        raise InputError(f"{_called(path, option)} takes no several files; name a folder.")
     with refused(path, option):
         _check_folder(Path(os.path.realpath(path)))
+
+
+def check_new_folder(path: str | os.PathLike[str], option: str = "") -> None:
+    """`check_output_folder` for a folder that must not exist yet or be empty."""
+    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        raise InputError(f"{_called(path, option)} exists already; give the name of a new or empty folder.")
+    check_output_folder(path, option)
 
 
 def _check_folder(folder: Path) -> None:
@@ -137,6 +151,8 @@ def _check_folder(folder: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         read_only = hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_RDONLY", 0)
         raise OSError(errno.EROFS if read_only else errno.EACCES, "")
+    with tempfile.TemporaryFile(dir=folder):  # root has every permission, and folders such as /proc take no files
+        pass
 
 
 def _open_sink(target: Path) -> IO[bytes]:

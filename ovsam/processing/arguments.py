@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ovsam.errors import InputError
+from ovsam.errors import InputError, one_line
 
 MIN_TILE = 64  # px; smaller tiles show too little, and are very many
 
@@ -137,7 +137,7 @@ def masks(value: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     """Masks [n, H, W], or one, [H, W], over an image of `size` (height, width): bool, zeros and ones (or 255) as
     integers, which become bool, or logits as floats."""
     try:
-        array = np.asarray(_to_numpy(value))
+        array = np.asarray(to_numpy(value))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"The masks are {short(value)}; they must be an array [n, H, W] of bool.") from error
     array = array[None] if array.ndim == 2 else array
@@ -165,7 +165,7 @@ def masks(value: Any, size: tuple[int, int] | None = None) -> np.ndarray:
 def plain_masks(value: Any) -> np.ndarray:
     """Masks [n, H, W] of any numbers as an array; 0 is background."""
     try:
-        array = np.asarray(_to_numpy(value))
+        array = np.asarray(to_numpy(value))
     except (TypeError, ValueError) as error:
         raise InputError(f"The masks are {short(value)}; they must be an array [n, H, W].") from error
     if array.ndim != 3 or array.dtype.kind not in "buif":
@@ -244,13 +244,13 @@ def is_stream(value: Any) -> bool:
 
 def plain(value: Any) -> Any:
     """Arrays and tensors as nested lists of numbers; other values unchanged."""
-    value = _to_numpy(value)
+    value = to_numpy(value)
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def short(value: Any) -> str:
     """A value in the short form of messages."""
-    if isinstance(value, np.ndarray) or hasattr(value, "detach"):
+    if isinstance(value, np.ndarray) or is_tensor(value):
         return f"an array of shape {list(value.shape)}"
     try:
         text = repr(value).replace("\n", " ")
@@ -259,9 +259,19 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _to_numpy(value: Any) -> Any:
-    """A tensor as an array, without importing torch for other values."""
-    if hasattr(value, "detach") and hasattr(value, "numpy"):
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor of torch, recognised without importing torch."""
+    return hasattr(value, "detach") and hasattr(value, "numpy")
+
+
+def to_numpy(value: Any) -> Any:
+    """A tensor as an array; other values unchanged. Raises InputError for a tensor that no array can hold."""
+    if not is_tensor(value):
+        return value
+    try:
         value = value.detach().cpu()
         return (value.float() if value.is_floating_point() else value).numpy()
-    return value
+    except (TypeError, RuntimeError, AttributeError) as error:  # on the device meta, sparse, quantised
+        raise InputError(
+            f"The tensor of shape {list(value.shape)} cannot be read ({one_line(error)}); pass a dense one."
+        ) from error

@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ovsam.errors import InputError
 from ovsam.ops.outlines import UPRIGHT
+from ovsam.processing.arguments import is_tensor, to_numpy
 
 if TYPE_CHECKING:
     import torch
@@ -99,10 +100,10 @@ def _open(picture: Picture) -> tuple[str, Image.Image]:
     if isinstance(picture, bytes | bytearray | memoryview):
         return "The image", _decode("The image", io.BytesIO(picture))
     if is_url(picture):
-        return str(picture), _decode(str(picture), io.BytesIO(_download(str(picture))))
+        return _shown(picture), _decode(_shown(picture), io.BytesIO(_download(str(picture))))
     if isinstance(picture, str | os.PathLike):
-        return str(picture), _read(picture)
-    if hasattr(picture, "detach") and hasattr(picture, "numpy"):  # a tensor, recognised without importing torch
+        return _shown(picture), _read(picture)
+    if is_tensor(picture):
         return "The tensor", _from_tensor(picture)
     if hasattr(picture, "read"):
         try:
@@ -118,23 +119,27 @@ def _open(picture: Picture) -> tuple[str, Image.Image]:
     )
 
 
+def _shown(path: object) -> str:
+    """A path or an address in messages."""
+    name = " ".join(str(path).splitlines())
+    return name if len(name) <= 300 else f"{name[:200]}..."
+
+
 def _read(path: str | os.PathLike[str]) -> Image.Image:
-    name = " ".join(str(path).splitlines())  # messages are one line
-    shown = name if len(name) <= 300 else f"{name[:200]}..."
+    shown = _shown(path)
     try:
         status = os.stat(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a PathLike without a path
         if isinstance(error, PermissionError):
             raise InputError(f"{shown} cannot be read: permission is denied; allow reading it.") from error
-        shown = name if isinstance(error, FileNotFoundError) else shown
         raise InputError(f"{shown} does not exist; check the path of the image.") from error
     if stat.S_ISDIR(status.st_mode):
-        raise InputError(f"{path} is a folder; name the images inside it.")
+        raise InputError(f"{shown} is a folder; name the images inside it.")
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} is a device or a pipe, not a file; save the image first.")
+        raise InputError(f"{shown} is a device or a pipe, not a file; save the image first.")
     if status.st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes); it must be an image.")
-    return _decode(str(path), path)
+        raise InputError(f"{shown} is empty (0 bytes); it must be an image.")
+    return _decode(shown, path)
 
 
 def _decode(name: str, source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
@@ -157,6 +162,7 @@ def _decode(name: str, source: str | os.PathLike[str] | IO[bytes]) -> Image.Imag
 def _download(url: str) -> bytes:
     import httpx
 
+    shown = _shown(url)
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=DOWNLOAD_SECONDS) as answer:
             answer.raise_for_status()
@@ -164,15 +170,15 @@ def _download(url: str) -> bytes:
             for chunk in answer.iter_bytes():
                 content += chunk
                 if len(content) > MAX_DOWNLOAD:
-                    raise InputError(f"{url} has more than {MAX_DOWNLOAD // 2**20} MB; download and shrink it first.")
+                    raise InputError(f"{shown} has more than {MAX_DOWNLOAD // 2**20} MB; download and shrink it first.")
     except httpx.HTTPStatusError as error:
-        raise InputError(f"{url} cannot be downloaded: the server answers {error.response.status_code}.") from error
+        raise InputError(f"{shown} cannot be downloaded: the server answers {error.response.status_code}.") from error
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{url} cannot be downloaded ({str(error).strip() or type(error).__name__}).") from error
+        raise InputError(f"{shown} cannot be downloaded ({str(error).strip() or type(error).__name__}).") from error
     if not content:
-        raise InputError(f"{url} is empty (0 bytes); it must be an image.")
+        raise InputError(f"{shown} is empty (0 bytes); it must be an image.")
     return bytes(content)
 
 
@@ -197,7 +203,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _from_tensor(tensor: "torch.Tensor") -> Image.Image:
     """A tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1]."""
-    array = (tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()).numpy()
+    array = to_numpy(tensor)
     if array.ndim != 3 or array.shape[0] not in (1, 3) or not array.size or array.dtype not in (np.uint8, np.float32):
         raise InputError(
             f"The tensor is {list(array.shape)} of {tensor.dtype}; an image must be [3, H, W], uint8 or in [0, 1]."

@@ -33,7 +33,7 @@ def _open_picture(image: Any) -> Any:
             return open_image(image)
         return image
     if isinstance(image, Tensor | np.ndarray) and image.ndim in (3, 4):
-        array = np.asarray(image.detach().cpu().float() if isinstance(image, Tensor) else image)
+        array = arguments.to_numpy(image)
         if array.dtype.kind not in "iuf" or not array.size or not np.isfinite(array).all():
             raise InputError("An image contains values that are not finite; pass uint8, or floats in [0, 1].")
         if array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1:

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ovsam.errors import InputError
 from ovsam.modeling.tracking import OVSamVideoSession, VideoPrompt, VideoText
+from ovsam.processing import arguments
 from ovsam.processing.images import open_image
+from ovsam.processing.inputs import check_sizes
+from ovsam.processing.vocabulary import to_vocabulary
 
 
 class VideoSessions:
@@ -28,6 +30,9 @@ class VideoSessions:
         """
         if video is None:
             return OVSamVideoSession(tracker=tracker)
+        listed = arguments.is_sequence(video) or hasattr(video, "ndim") and video.ndim > 0
+        if not listed:
+            raise InputError(f"The video is {arguments.short(video)}; it must be a list of frames.")
         if not len(video):
             raise InputError("The video has no frames.")
         first = open_image(video[0])
@@ -56,34 +61,36 @@ class VideoSessions:
         Raises:
             InputError: no prompt, the counts differ, or the size of the frames is not known.
         """
-        session, numbers = inference_session, [obj_ids] if isinstance(obj_ids, int) else list(obj_ids)
+        session, numbers = inference_session, _object_ids(obj_ids)
+        frame_idx = arguments.whole("frame_idx", frame_idx, 0, session.num_frames and session.num_frames - 1)
         if original_size is not None:
-            session.video_height, session.video_width = original_size
+            sizes = check_sizes(original_size) or []
+            if len(sizes) != 1:
+                raise InputError(f"The original_size is {arguments.short(original_size)}; it must be (height, width).")
+            session.video_height, session.video_width = sizes[0]
         if input_points is None and input_boxes is None and input_masks is None:
             raise InputError("There is no prompt; pass input_points, input_boxes or input_masks.")
         if input_masks is not None:
-            masks = [torch.as_tensor(np.asarray(mask)).bool() for mask in input_masks]
+            masks = arguments.masks(input_masks) > 0
             _check_count("input_masks", len(masks), numbers)
             for number, mask in zip(numbers, masks, strict=True):
-                session.add_prompt(number, frame_idx, self.video_mask_prompt(mask))
+                session.add_prompt(number, frame_idx, self.video_mask_prompt(torch.from_numpy(mask)))
             return session
         if session.video_height is None or session.video_width is None:
             raise InputError("The size of the frames is not known; pass original_size, height and width.")
         size = session.video_height, session.video_width
-        count = len(numbers)
-        points, labels = torch.zeros(count, 0, 2), torch.zeros(count, 0, dtype=torch.long)
-        if input_points is not None:
-            points = torch.as_tensor(np.asarray(input_points, dtype=np.float32))[0]
-            labels = torch.ones(points.shape[:2]) if input_labels is None else torch.as_tensor(input_labels)[0]
-            _check_count("input_points", len(points), numbers)
-        if input_boxes is not None:
-            boxes = torch.as_tensor(np.asarray(input_boxes, dtype=np.float32))[0]
-            _check_count("input_boxes", len(boxes), numbers)
-            points = torch.cat([boxes.view(count, 2, 2), points], 1)  # a box is its two corners, labelled 2 and 3
-            labels = torch.cat([torch.tensor([[2, 3]]).expand(count, -1), labels.long()], 1)
-        points = self._normalize_coordinates(self.target_size, points, size)  # type: ignore[attr-defined]
-        for number, own, kinds in zip(numbers, points, labels.long(), strict=True):
-            session.add_prompt(number, frame_idx, VideoPrompt(own, kinds))
+        form = "[1][object][point]"
+        points = _of_objects("input_points", input_points, numbers, 3, 2, f"{form}[x, y]")
+        labels = _of_objects("input_labels", input_labels, numbers, 3, None, f"{form}, 1 or 0 each")
+        boxes = _of_objects("input_boxes", input_boxes, numbers, 2, 4, "[1][object][x1, y1, x2, y2]")
+        for number, own, kinds, box in zip(numbers, points, labels, boxes, strict=True):
+            own, kinds = list(own), arguments.point_labels(kinds, len(own)) if kinds else [1] * len(own)
+            if box:  # its two corners, labelled 2 and 3
+                own, kinds = [box[:2], box[2:], *own], [2, 3, *kinds]
+            if not own:
+                raise InputError(f"The object {number} has no prompt; give it at least a point or a box.")
+            given = self._normalize_coordinates(self.target_size, torch.tensor(own), size)  # type: ignore[attr-defined]
+            session.add_prompt(number, frame_idx, VideoPrompt(given, torch.tensor(kinds)))
         return session
 
     def add_text_prompt(
@@ -95,9 +102,8 @@ class VideoSessions:
         Raises:
             InputError: a text query is empty or too long for the text tower.
         """
-        if redetect_every < 1:
-            raise InputError(f"redetect_every is {redetect_every}; it must be 1 or more.")
-        labels = [text] if isinstance(text, str) else list(text)
+        redetect_every = arguments.whole("redetect_every", redetect_every, 1)
+        labels = to_vocabulary(text).prompts
         tokens = self(text=labels, original_sizes=[(1, 1)])  # type: ignore[operator]
         inference_session.text = VideoText(labels, tokens["input_ids"], tokens.get("attention_mask"), redetect_every)
         return inference_session
@@ -111,6 +117,26 @@ class VideoSessions:
 
     def _prepare_frame(self, frame: Any) -> Any:
         return self(images=[open_image(frame)])  # type: ignore[operator]
+
+
+def _object_ids(given: Any) -> list[int]:
+    found = arguments.plain(given)
+    found = found if arguments.is_sequence(found) else [found]
+    numbers = [arguments.whole("obj_ids", one, 0) for one in found]
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise InputError(f"The obj_ids are {arguments.short(given)}; they must be different numbers, at least one.")
+    return numbers
+
+
+def _of_objects(name: str, value: Any, numbers: Sequence[int], depth: int, width: int | None, form: str) -> list:
+    """The prompts of each object, from those of the one frame; empty without any."""
+    frames = arguments.prompts(name, value, depth, width, form)
+    if frames is None:
+        return [[]] * len(numbers)
+    if len(frames) != 1:
+        raise InputError(f"The {name} are for {len(frames)} frames; they must be for one, {form}.")
+    _check_count(name, len(frames[0]), numbers)
+    return frames[0]
 
 
 def _check_count(name: str, count: int, numbers: Sequence[int]) -> None:

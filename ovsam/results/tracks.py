@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ovsam.errors import InputError
+from ovsam.ops.files import write_whole
+from ovsam.processing.arguments import is_sequence, plain, short
 from ovsam.results.results import Results
 
 MOST_IDS = 255  # of an id map of 8 bits
@@ -46,7 +48,8 @@ class FrameResults:
 
     def save_id_map(self, folder: Path) -> None:
         """Write `id_map` as NNNNN.png."""
-        Image.fromarray(self.id_map()).save(folder / f"{self.index:05d}.png")
+        image = Image.fromarray(self.id_map())
+        write_whole(folder / f"{self.index:05d}.png", lambda temporary: image.save(temporary, format="PNG"))
 
 
 @dataclass
@@ -77,11 +80,16 @@ class Tracks:
     def __init__(self, frames: Iterable[FrameResults] = ()):
         self.tracks: dict[int, Track] = {}
         self.length, self.size = 0, (0, 0)
+        frames = plain(frames)
+        if not isinstance(frames, Iterable):
+            raise InputError(f"Tracks are collected from FrameResults, those of a VideoStream; got {short(frames)}.")
         for frame in frames:
             self.add(frame)
 
     def add(self, frame: FrameResults) -> None:
         """Take over the instances of a frame."""
+        if not isinstance(frame, FrameResults):
+            raise InputError(f"Tracks are collected from FrameResults, those of a VideoStream; got {short(frame)}.")
         self.length, self.size = max(self.length, frame.index + 1), frame.results.size
         for one in frame.results:
             track = self.tracks.setdefault(one.id, Track(one.id, one.label, one.label_id, one.topk))
@@ -95,7 +103,12 @@ class Tracks:
             file_name: of the video.
             names: class names that come first in the list of categories.
         """
-        labels = list(dict.fromkeys([*names, *(track.label for track in self.tracks.values())]))
+        given = [names] if isinstance(names, str) else plain(names)
+        if not is_sequence(given) or not all(isinstance(name, str) for name in given):
+            raise InputError(f"The names are {short(names)}; they must be a list of class names.")
+        if not isinstance(file_name, str):
+            raise InputError(f"The file_name is {short(file_name)}; it must be a string.")
+        labels = list(dict.fromkeys([*given, *(track.label for track in self.tracks.values())]))
         height, width = self.size
         annotations = []
         for track in self.tracks.values():

@@ -15,7 +15,6 @@ from ovsam.ops.arguments import accepted_arguments, check_arguments
 from ovsam.ops.files import write_text
 from ovsam.ops.schema import Share, checked, read_json, read_text
 from ovsam.processing.arguments import short
-from ovsam.training.stages import STAGES
 
 CALIBRATE = "calibrate"  # the only stage that is not gradient-based (calibrate.py)
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
@@ -79,12 +78,11 @@ HARMLESS = ("optim.save_steps", "optim.logging_steps", "optim.workers", "eval.")
 RECORD = "recipe.json"
 
 
+Paths = str | os.PathLike | Sequence[str | os.PathLike] | None
+
+
 def read_recipe(
-    path: Path,
-    steps: int | None = None,
-    data: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
-    images: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
-    settings: Sequence[str] = (),
+    path: Path, steps: int | None = None, data: Paths = None, images: Paths = None, settings: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Read a recipe and fill in the defaults.
 
@@ -97,6 +95,15 @@ def read_recipe(
     Raises:
         InputError: the recipe, its stage or a key is unknown, a key is missing, or weights to start from do not exist.
     """
+    recipe = parse_recipe(path, steps, data, images, settings)
+    _check_start(path, recipe)
+    return recipe
+
+
+def parse_recipe(
+    path: Path, steps: int | None = None, data: Paths = None, images: Paths = None, settings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`read_recipe` without the checks of the stage, which need torch."""
     if not os.path.isfile(path):
         raise InputError(f"There is no recipe at {path}; pass the path of a recipe.toml, such as one of adapters/.")
     try:
@@ -124,9 +131,7 @@ def read_recipe(
             for json, folder in zip(jsons, folders, strict=True)
         ]
         recipe["data"] = sets[0] if len(sets) == 1 else {"format": "mixture", "sets": sets}
-    recipe = _checked(path, recipe, steps)
-    _check_start(path, recipe)
-    return recipe
+    return _checked(path, recipe, steps)
 
 
 def _checked(path: Path, recipe: dict[str, Any], steps: int | None) -> dict[str, Any]:
@@ -136,8 +141,8 @@ def _checked(path: Path, recipe: dict[str, Any], steps: int | None) -> dict[str,
         raise InputError(f"{path} lacks {', '.join(missing)}; the recipes of adapters/ show what is needed.")
     if unknown := recipe.keys() - set(fields):
         raise InputError(f"{path} has {', '.join(sorted(unknown))}; a recipe takes {', '.join(sorted(fields))}.")
-    if recipe["stage"] not in (stages := (*STAGES, CALIBRATE)):
-        raise InputError(f"{path} has the stage {short(recipe['stage'])}; choose one of {', '.join(stages)}.")
+    if not isinstance(recipe["stage"], str):
+        raise InputError(f"{path} has the stage {short(recipe['stage'])}; it must be the name of one.")
     if recipe["stage"] != CALIBRATE:
         optim = checked(recipe.get("optim", {}), Table, str(path), "optim")
         recipe["optim"] = optim if steps is None else optim | {"steps": steps}
@@ -180,7 +185,11 @@ def _set(recipe: dict, setting: str) -> None:
 
 
 def _check_start(path: Path, recipe: dict) -> None:
-    """Check that the stage takes its arguments, and that the weights it starts from exist."""
+    """Check that the stage exists and takes its arguments, and that the weights it starts from exist."""
+    from ovsam.training.stages import STAGES
+
+    if recipe["stage"] not in (stages := (*STAGES, CALIBRATE)):
+        raise InputError(f"{path} has the stage {short(recipe['stage'])}; choose one of {', '.join(stages)}.")
     given, model = recipe["stage_args"], recipe.get("model", {})
     if recipe["stage"] != CALIBRATE:
         accepted = accepted_arguments(STAGES[recipe["stage"]].__mro__)

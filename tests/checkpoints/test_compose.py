@@ -1,6 +1,7 @@
 """Whole models out of parts: against the models the parts came from, through folders in their authors' layouts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -462,3 +463,36 @@ def test_describe(parts):
     ):
         model, _ = compose_model(parts["sam2"], parts["clip"], **given)
         assert f"Names of prompted masks: {sentence}" in describe(model)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_part_never_runs(parts, tmp_path, monkeypatch, file):
+    """transformers asks whether it may run code of a folder of a type that it does not know; the answer is no."""
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "clip"
+    shutil.copytree(parts["clip"], folder)
+    settings = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    auto_map = {"AutoConfig": "evil.X", "AutoTokenizer": ["evil.X", None]}
+    settings |= {"model_type": "strange", "tokenizer_class": "Strange", "auto_map": auto_map}
+    (folder / file).write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w')\nclass X: pass\n")
+    try:
+        compose(sam=parts["sam2"], clip=str(folder))
+    except InputError:
+        pass
+    assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_hidden_layers", 100_000), ("hidden_size", "wide"), ("hidden_size", -3), ("hidden_act", 5)]
+)
+def test_settings_of_a_part_that_cannot_be_used_are_one_sentence(parts, tmp_path, key, value):
+    folder = tmp_path / "clip"
+    shutil.copytree(parts["clip"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"] |= {key: value}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError) as error:
+        compose(sam=parts["sam2"], clip=str(folder))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500

@@ -103,8 +103,8 @@ def test_a_terminal_shows_a_table_for_people(folder, loaded, capsys, monkeypatch
 
 
 def test_overlay_and_json(folder, loaded, capsys):
-    assert run("segment a.png --text dog cat -o out.png --json found.json --model here --device cpu") == 0
-    assert loaded[0][1:] == ("here", "cpu")
+    assert run("segment a.png --text dog cat -o out.png --json found.json --model photo --device cpu") == 0
+    assert loaded[0][1:] == ("photo", "cpu")
     assert capsys.readouterr().err.splitlines()[-2:] == ["overlay: out.png", "json: found.json"]
     with Image.open("out.png") as overlay:
         assert overlay.size == (5 * 64, 5 * 48)  # enlarged, so that names can be read
@@ -157,7 +157,7 @@ def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
         ("segment dot.png --text dog", "dot.png is 1x1 pixels"),
         ("segment a.png --point 64,5", "point 64,5 is outside a.png, which is 64x48 pixels"),
         ("segment a.png --point -1,5", "point -1,5 is outside"),
-        ("segment a.png --point nan,5", "point nan,5 is outside"),
+        ("segment a.png --point nan,5", "'nan,5' is not X,Y"),
         ("segment a.png --point 5", "'5' is not X,Y"),
         ("segment a.png --point 5,5,2", "'5,5,2' is not X,Y"),
         ("segment a.png --point 5,5,0", "at least one must be on it"),
@@ -169,11 +169,11 @@ def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
         ("segment a.png --box 3,5,20", "'3,5,20' is not X1,Y1,X2,Y2"),
         (["segment", "a.png", "--text", " "], "empty"),
         ("segment --text dog a.png", "--text took a.png for a text query"),
-        ("segment a.png --text dog --tile 8", "--tile 8 is too small"),
+        ("segment a.png --text dog --tile 8", "argument --tile: 8 is too small"),
         ("segment a.png --text dog --format yolo", "--format yolo needs -o"),
         ("segment a.png --text dog --format yolo -o -", "writes several files; name a folder"),
         ("segment a.png --text dog --json - -o -", "would both write to stdout"),
-        ("segment @missing.txt --text dog", "The list missing.txt cannot be read"),
+        ("segment @missing.txt --text dog", "There is no list of images at missing.txt"),
         ("segment *.webp --text dog", "There is no file like *.webp"),
         ("segment out --text dog", "out is a folder without images"),
         ("segment a.png --exemplar 3,5,3,20", "is reversed or empty"),
@@ -206,6 +206,11 @@ def test_a_broken_image_does_not_stop_the_others(folder, loaded, capsys):
         ("demo --port 99999", "it must be a number from 1 to 65535"),
         ("label-studio --port 99999", "it must be a number from 1 to 65535"),
         ("train recipe.toml --steps 0", "'0' is not a whole number above 0"),
+        ("segment a.png --text dog --batch " + "9" * 5000, "is not a whole number above 0"),
+        (["segment", "a.png", "--text", "dog", "-o", ""], "The argument -o/--output is empty"),
+        (["segment", "a.png", "--everything", "--vocabulary", ""], "The argument --vocabulary is empty"),
+        ("segment @/dev/zero --text dog", "There is no list of images at /dev/zero"),
+        ("segment a.png --text dog --json /proc/found.json", "/proc/found.json cannot be written"),
     ],
 )
 def test_errors_are_one_line_before_a_model_is_loaded(folder, loaded, capsys, command, message):
@@ -216,13 +221,13 @@ def test_errors_are_one_line_before_a_model_is_loaded(folder, loaded, capsys, co
     assert not loaded and not out and sorted(folder.rglob("*")) == before
 
 
-def test_an_unknown_model_is_an_error_of_one_line(folder, monkeypatch, capsys):
+def test_an_error_of_loading_is_one_line(folder, monkeypatch, capsys):
     def load(model, device, dtype):
-        raise InputError(f"There is no model {model!r}.")
+        raise InputError(f"The model {model!r} is damaged.")
 
     monkeypatch.setattr(ovsam, "load", load, raising=False)
-    assert run("segment a.png --text dog --model nonsense") == 2
-    assert capsys.readouterr().err == "ovsam: error: There is no model 'nonsense'.\n"
+    assert run("segment a.png --text dog --model photo") == 2
+    assert capsys.readouterr().err == "ovsam: error: The model 'photo' is damaged.\n"
 
 
 def test_eval_and_train_hand_over(monkeypatch, capsys, tmp_path):
@@ -231,6 +236,10 @@ def test_eval_and_train_hand_over(monkeypatch, capsys, tmp_path):
         stand_in = type(sys)(module)
         setattr(stand_in, function, lambda *arguments, **named: calls.append((arguments, named)))
         monkeypatch.setitem(sys.modules, module, stand_in)
+    monkeypatch.chdir(tmp_path)
+    for name in ("annotations.json", "coco.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "pictures").mkdir()
     assert run(f"eval {here} --json figures.json --limit 5 --task words --absent all") == 0
     more = "--data coco.json --images pictures --set optim.workers=2"
     recipe = ROOT / "adapters" / "finetune" / "recipe.toml"
@@ -265,8 +274,12 @@ def test_eval_and_train_hand_over(monkeypatch, capsys, tmp_path):
     ]
 
 
-def test_compare_fails_unless_the_tuned_model_is_better(monkeypatch):
+def test_compare_fails_unless_the_tuned_model_is_better(monkeypatch, tmp_path):
     calls = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for name in ("runs/mine/config.json", "coco.json"):
+        (tmp_path / name).touch()
     stand_in = type(sys)("ovsam.evaluation.compare")
     stand_in.run_compare = lambda *models, **named: calls.append((models, named)) or len(calls) == 1
     monkeypatch.setitem(sys.modules, "ovsam.evaluation.compare", stand_in)
@@ -308,11 +321,73 @@ def test_help_and_errors_do_not_import_torch(arguments):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
+MISTAKES = {
+    "segment a.png --text dog --model nope": "There is no model 'nope'",
+    "segment a.png --text dog --model out": "'out' lacks config.json",
+    "segment a.png --text dog --model org/nope": "the Hub does not respond",
+    "segment a.png --text dog --device warp9": "'warp9' is not a device",
+    "segment a.png --text dog --proposer nope": "There is no proposer 'nope'",
+    "segment a.png --text dog --proposer detector:org/nope": "the Hub does not respond",
+    "label a.png --text dog -o a.png/labels": "a part of the path is a file",
+    "label a.png --text dog -o labels --tile 3": "3 is too small",
+    "label --merge out -o labels": "There is no journal in out",
+    "eval out": "There is no data set out",
+    "eval words.txt --json out": "--json out is a folder",
+    "compare photo nope --data words.txt": "There is no model 'nope'",
+    "compare photo photo --data words.txt --json out": "--json out is a folder",
+    "compose --sam a --clip b -o new": "'a' is neither a folder nor the id of a model",
+    "compose --sam full --clip ovsam-tiny -o full": "full exists already",
+    "convert words.txt -o full": "full exists already",
+    "convert nope.pt -o new": "nope.pt is not a file",
+    "export -o full": "full exists already",
+    "export nope -o new": "There is no model 'nope'",
+    "push out org/name": "out has no config.json",
+    "push full org/name/more": "it must be ORG/NAME",
+    "train recipe.toml": "recipe.toml lacks stage",
+    "train recipe.toml --data words.txt --images nowhere": "There is no folder nowhere",
+    "video a.png --text dog -o found.txt": "its name must end in .mp4",
+    "video words.txt --text dog -o found.mp4": "cannot be read as a video",
+    "video a.png --box 0:9,9,3,3 -o found.mp4": "is reversed or empty",
+    "video a.png --box 0:9,9,300,300 -o found.mp4": "is not inside the frame",
+    "video frames --point 7:9,9 -o found.mp4": "There is no frame 7",
+    "video a.png --mask 0:words.txt -o found.mp4": "words.txt cannot be read as a mask",
+    "video a.png --box 0:3,3,9,9 --vocabulary nope -o found.mp4": "There is no vocabulary 'nope'",
+    f"video {'9' * 5000} --text dog -o found.mp4": "There is no video",
+}
+
+
+def test_mistakes_of_every_command_are_found_without_torch(folder):
+    (folder / "full").mkdir()
+    (folder / "full" / "config.json").write_text("{}")
+    (folder / "recipe.toml").write_text("seed = 1")
+    (folder / "frames").mkdir()
+    Image.new("RGB", (64, 48)).save("frames/0.png")
+    program = (
+        "import json, sys, ovsam_cli\n"
+        "for command in json.loads(sys.stdin.read()):\n"
+        "    try: code = ovsam_cli.main(command.split())\n"
+        "    except SystemExit as stop: code = stop.code\n"
+        "    print(code, 'torch' in sys.modules, flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(list(MISTAKES)),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+    )
+    errors = done.stderr.splitlines()
+    assert done.stdout.split() == ["2", "False"] * len(MISTAKES) and len(errors) == len(MISTAKES)
+    for error, message in zip(errors, MISTAKES.values(), strict=True):
+        assert error.startswith("ovsam: error: ") and message in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--model", "no-such-model", "--text", "cat"], "There is no model 'no-such-model'"),
-        (["--device", "warp9", "--text", "cat"], "device 'warp9' cannot be used here"),
+        (["--device", "warp9", "--text", "cat"], "'warp9' is not a device"),
+        (["--device", "cuda:99", "--text", "cat"], "device 'cuda:99' cannot be used here"),
         (["--text", "cat " * 20], "tokens; this model takes at most 12"),
     ],
 )

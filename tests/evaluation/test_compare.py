@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ovsam.evaluation import compare
+from ovsam.evaluation.datasets import EvalSet
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,7 @@ def test_a_tuned_model_is_better_if_no_figure_falls(coco, tmp_path, monkeypatch,
     figures = {model: dict.fromkeys(compare.COMPARED, 0.5) for model in ("base", "tuned")}
     figures["tuned"] |= {key: 0.5 + value for key, value in change.items()}
     monkeypatch.setattr(compare, "load", lambda model, device: model)
-    monkeypatch.setattr(compare, "open_coco", lambda path: coco[0])
+    monkeypatch.setattr(compare, "open_set", lambda path, images: EvalSet(coco[0], tmp_path))
     monkeypatch.setattr(compare, "measure", lambda model, *_, **__: figures[model])
     assert compare.run_compare("base", "tuned", data="x.json", json_path=tmp_path / "both.json") is better
     assert ("does not beat" not in capsys.readouterr().out) is better

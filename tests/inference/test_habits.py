@@ -243,6 +243,8 @@ def test_a_pipeline_of_another_dtype(tiny_folder, dtype):
         ({"text": WORDS, "batch_size": -1}, "The batch_size is -1"),
         ({"text": []}, "empty|at least one"),
         ({"text": 5}, "5"),
+        ({"text": WORDS, "conf": 0.5}, "did you mean 'threshold'"),
+        ({"text": WORDS, "batch_size": 0}, "The batch_size is 0"),
     ],
 )
 def test_what_cannot_work_is_one_sentence(segment, options, message):

@@ -216,3 +216,24 @@ def test_a_pipe_raises_an_error(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(InputError, match="is a device or a pipe"):
         open_image(tmp_path / "pipe.png")
+
+
+class NoPath:
+    def __fspath__(self):
+        return 5
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.zeros(3, 20, 20, device="meta"),
+        torch.zeros(3, 20, 20).to_sparse(),
+        NoPath(),
+        "http://127.0.0.1:9/" + "a" * 10_000,
+    ],
+    ids=["meta", "sparse", "no path", "long address"],
+)
+def test_what_holds_no_pixels_is_one_short_sentence(image):
+    with pytest.raises(InputError) as error:
+        open_image(image)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600

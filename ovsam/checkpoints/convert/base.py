@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ovsam.errors import InputError
-from ovsam.ops.files import check_output_folder
+from ovsam.ops.files import check_new_folder
 
 Renames = Sequence[tuple[str, str]]
 
@@ -188,10 +188,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: the name is that of a file or of a folder that is not empty, or its parent does not exist.
     """
+    check_new_folder(path)
     path = Path(path)
-    if os.path.exists(path) and (not os.path.isdir(path) or any(path.iterdir())):
-        raise InputError(f"{path} exists already; give the name of a new or empty folder.")
-    check_output_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         folder = Path(scratch) / path.name

@@ -182,7 +182,7 @@ def record(
     Raises InputError if the journal cannot be written, such as on a full disk; it has all outcomes before.
     """
     summary = Summary(before=len(journal.done))
-    bar = tqdm(total=total, initial=len(journal.done), unit=" images", disable=not progress, mininterval=0.5)
+    bar = tqdm(total=total, initial=len(journal.done), unit=" images", disable=not progress or None, mininterval=0.5)
     with bar, ThreadPoolExecutor(1, thread_name_prefix="journal") as writer:
         writing: deque[Future] = deque()
         for batch, found in outcomes:

@@ -5,27 +5,19 @@ A proposer is a function from a Question to Proposals; a user's own is one too: 
 
 from collections.abc import Callable
 
-from ovsam.errors import InputError
+from ovsam.inference.options import check_proposer_name
 from ovsam.inference.proposers.base import Proposals, Proposer, Question, decode_proposals, mask_boxes, text_inputs
 from ovsam.inference.proposers.clip_dense import clip_dense
 from ovsam.inference.proposers.detector import Detector
 from ovsam.inference.proposers.grid import grid
 from ovsam.inference.proposers.sam3 import Sam3
 
-# Proposers that need only the model, and those loaded from a folder or the Hub: "detector:ID".
+# Their names stand in `ovsam.inference.options`, which needs no torch.
 FUNCTIONS: dict[str, Proposer] = {"clip-dense": clip_dense, "grid": grid}
 LOADERS: dict[str, Callable[[str, str], Proposer]] = {
     "detector": Detector.from_pretrained,
     "sam3": Sam3.from_pretrained,
 }
-NAMES = ("concepts", *FUNCTIONS, *(f"{kind}:ID" for kind in LOADERS))
-
-
-def check_name(name: str) -> None:
-    """Raises InputError unless a proposer may have this name; nothing is loaded."""
-    kind, _, model_id = name.partition(":")
-    if name not in ("concepts", *FUNCTIONS) and (kind not in LOADERS or not model_id):
-        raise InputError(f"There is no proposer {name!r}; there are {', '.join(NAMES)}, and functions of your own.")
 
 
 def get_proposer(name: str, device: str = "cpu") -> Proposer:
@@ -34,7 +26,7 @@ def get_proposer(name: str, device: str = "cpu") -> Proposer:
     Raises:
         InputError: no such proposer, or no such model.
     """
-    check_name(name)
+    check_proposer_name(name)
     kind, _, model_id = name.partition(":")
     if name in FUNCTIONS:
         return FUNCTIONS[name]
@@ -42,7 +34,6 @@ def get_proposer(name: str, device: str = "cpu") -> Proposer:
 
 
 __all__ = [
-    "NAMES",
     "Proposals",
     "Proposer",
     "Question",

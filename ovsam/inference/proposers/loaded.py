@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
-from ovsam.checkpoints.weight_files import fetch
+from ovsam.checkpoints.settings import check_configs
+from ovsam.checkpoints.weight_files import check_weights, fetch
 from ovsam.errors import InputError
 
 
@@ -26,10 +27,12 @@ class LoadedProposer:
     def from_pretrained(cls, model_id: str, device: str = "cpu") -> Self:
         """model_id: a folder, "ORG/NAME" or "ORG/NAME@REVISION". Raises InputError: the model cannot be loaded."""
         folder = fetch(model_id)
+        check_configs(folder, model_id, part=True)
+        check_weights(folder)
         try:
-            model = cls.model_class.from_pretrained(folder)
-            return cls(model.to(device).eval(), AutoProcessor.from_pretrained(folder))
-        except (OSError, ValueError) as error:
+            model = cls.model_class.from_pretrained(folder, trust_remote_code=False, use_safetensors=True)
+            return cls(model.to(device).eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=False))
+        except Exception as error:  # classes of other libraries may raise anything over values they do not expect
             raise InputError(f"{model_id!r} cannot be loaded as {cls.kind}.") from error
 
 
