@@ -18,7 +18,7 @@ from ovsam.errors import InputError
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.outputs import OVSamFeatures, SamFeatures, TrackedMasks
 from ovsam.modeling.sam.memory import FrameMemory, ObjectMemory, stack_memories
-from ovsam.modeling.sam.propagation import LabelMemory, Reference, cover, frame_keys, to_masks
+from ovsam.modeling.sam.propagation import LabelMemory, cover, frame_keys, to_masks
 from ovsam.modeling.sam.video import Sam2VideoSide
 
 TRACKERS = ("auto", "memory", "propagation")
@@ -196,27 +196,23 @@ class Tracker:
     def _propagate(self, session: OVSamVideoSession, frame: int, features: OVSamFeatures) -> OVSamVideoOutput:
         assert features.sam is not None
         keys, memory, size = frame_keys(features), session.labels, self.sam.image_size // 4
-        known = {number for kept in memory.frames.values() for number in kept.labels}
-        labels: dict[int, Tensor] = {}
-        asked = {n: session.prompts[n].pop(frame) for n in session.objects if frame in session.prompts.get(n, {})}
-        answered = memory.frames.get(frame)
-        for number, prompt in asked.items():
-            if prompt.mask is not None:
-                mask = prompt.mask.to(self.model.device)
-            else:
-                before = answered.labels.get(number) if answered is not None else None
-                if before is None and number in known:
-                    before = memory.propagate(frame, keys, [number])[0]
-                corrected = None if before is None else to_masks(before[None], keys.side, size).masks  # [1, 1, h, w]
-                mask = self._prompted_mask(features, prompt, corrected)
-            labels[number] = cover(mask[None].float(), keys.side)[0]
-        if answered is not None:  # a prompted frame that tracking passes by once more
-            labels = {n: answered.labels[n] for n in answered.prompted if n in session.objects} | labels
-        later = [number for number in session.objects if number in known and number not in labels]
-        if later:
-            labels |= dict(zip(later, memory.propagate(frame, keys, later), strict=True))
-        prompted = set(asked) | (answered.prompted if answered is not None else set())
-        memory.store(frame, Reference(keys, labels, prompted))
+        known = {number for at, kept in memory.frames.items() if at != frame for number in kept.labels}
+        answered = memory.frames.get(frame)  # a prompted frame that tracking passes by once more
+        found = memory.propagate(frame, keys, [number for number in session.objects if number in known])
+        if answered is not None:
+            for number in answered.prompted & session.objects.keys():
+                found.prompt(number, answered.labels[number])
+        for number in session.objects:
+            prompt = session.prompts.get(number, {}).pop(frame, None)
+            if prompt is not None:
+                mask = prompt.mask
+                if mask is None:
+                    before = found.labels.get(number)
+                    corrected = None if before is None else to_masks(before[None], keys.side, size).masks
+                    mask = self._prompted_mask(features, prompt, corrected)
+                found.prompt(number, cover(mask[None].to(self.model.device).float(), keys.side)[0])
+        memory.store(frame, found)
+        labels = found.labels
         order = [number for number in session.objects if number in labels]
         if not order:
             return OVSamVideoOutput(object_ids=[], frame_idx=frame, features=features)

@@ -1,9 +1,11 @@
 """Trackers: the same masks as transformers' own video models, memories that do not grow, sessions."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModel, EdgeTamVideoModel, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 
@@ -191,7 +193,7 @@ def moving(count: int, step: int = 16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("composition", ["dual", "clip", "sam"])
-def test_labels_follow_an_image_that_moves_and_each_object_is_independent(composition):
+def test_labels_follow_an_image_that_moves_and_objects_apart_do_not_disturb_each_other(composition):
     torch.manual_seed(0)
     model = ovsam.OVSamVideoModel(tiny_config(composition, adapters=False)).eval()
     video, squares = moving(3), {1: (16, 48), 2: (48, 16)}
@@ -208,7 +210,7 @@ def test_labels_follow_an_image_that_moves_and_each_object_is_independent(compos
         alone.add_prompt(number, 0, VideoPrompt(mask=truth[number][0]))
         for frame, (output, one) in enumerate(zip(outputs, model.propagate_in_video_iterator(alone), strict=True)):
             mask = output.pred_masks[output.object_ids.index(number)]
-            torch.testing.assert_close(mask, one.pred_masks[0])
+            assert ((mask > 0) == (one.pred_masks[0] > 0)).float().mean() > 0.98
             full = torch.nn.functional.interpolate(mask[None], (SIZE, SIZE), mode="bilinear")[0, 0] > 0
             both, either = (full & truth[number][frame]).sum(), (full | truth[number][frame]).sum()
             assert both / either > 0.7, (number, frame)  # a mask that stays where it was: 0.33
@@ -330,28 +332,51 @@ def test_wrong_inputs_of_a_session_are_one_clear_error():
         processor.init_video_session(video=[])
 
 
-def test_an_object_that_is_lost_is_searched_for_in_the_whole_image_and_one_that_is_there_near_by():
-    side, width, generator = 16, 64, torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)  # noqa: E731
-    back, thing = draw(side, side, width), draw(3, 3, width)
+class Board:
+    """Frames of random features, on which a thing of 3 x 3 cells is shown at some columns, the last one in front."""
 
-    def show(*corners):
-        """Keys of a frame that shows the thing at some columns, and the cells that show it."""
-        cells, covered = back.clone(), torch.zeros(side, side, dtype=torch.bool)
-        for x in corners:
-            cells[6:9, x : x + 3], covered[6:9, x : x + 3] = thing, True
+    side, width = 16, 64
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, self.width, generator=generator)  # noqa: E731
+        # Cells of the background are alike, and so are those of the thing.
+        self.back, self.thing = (F.normalize(draw(1) + 0.7 * draw(side, side), dim=-1) for side in (self.side, 3))
+
+    def show(self, *columns: int) -> tuple[Keys, dict[int, torch.Tensor]]:
+        """The keys of a frame, and the cells that show each thing, numbered from 1."""
+        cells, owner = self.back.clone(), torch.zeros(self.side, self.side, dtype=torch.int)
+        for number, x in enumerate(columns, 1):
+            cells[6:9, x : x + 3], owner[6:9, x : x + 3] = self.thing, number
         cells = cells.flatten(0, 1)
-        return Keys(cells, cells[:, None].expand(-1, 4, -1), side), covered.flatten()
+        shown = {number: owner.flatten() == number for number in range(1, len(columns) + 1)}
+        return Keys(cells, cells[:, None].expand(-1, 4, -1), self.side), shown
 
-    def follow(*frames):
-        memory, keys, covered = LabelMemory(), *show(0)
-        memory.store(0, Reference(keys, {1: covered[:, None].repeat(1, 4).float()}, {1}))
-        for number, corners in enumerate(frames, 1):
-            keys, _ = show(*corners)
-            labels = memory.propagate(number, keys, [1])[0]
-            memory.store(number, Reference(keys, {1: labels}))
-        return (labels > 0.5).all(1)
+    def follow(self, *frames: Sequence[int]) -> dict[int, torch.Tensor]:
+        """The cells of each thing of the first frame on the last one."""
+        memory, (keys, shown) = LabelMemory(), self.show(*frames[0])
+        first = Reference(keys)
+        for number, cells in shown.items():
+            first.prompt(number, cells[:, None].repeat(1, 4).float())
+        memory.store(0, first)
+        for number, columns in enumerate(frames[1:], 1):
+            last = memory.propagate(number, self.show(*columns)[0], list(shown))
+            memory.store(number, last)
+        return {number: (label > 0.5).all(1) for number, label in last.labels.items()}
 
-    assert not follow([0], [], []).any()
-    assert torch.equal(follow([0], [], [], [12]), show(12)[1])  # farther than it moves between two frames
-    assert torch.equal(follow([0], [2], [2, 13]), show(2)[1])  # not the copy of it
+
+def test_an_object_that_is_lost_is_searched_for_in_the_whole_image_and_one_that_is_there_near_by():
+    board = Board()
+    assert not board.follow([0], [0], [], [])[1].any()
+    assert torch.equal(board.follow([0], [0], [], [], [12])[1], board.show(12)[1][1])  # farther than it moves at once
+    assert torch.equal(board.follow([0], [0], [2], [2, 13])[1], board.show(2)[1][1])  # not the copy of it
+
+
+def test_two_objects_of_one_look_keep_their_labels_when_they_pass_each_other():
+    board = Board()
+    path = [(12 - x, x) for x in range(13)]  # the second passes in front of the first
+    for end in range(8, 13):
+        found = board.follow(*path[: end + 1])
+        for number, cells in board.show(*path[end])[1].items():
+            wrong = (found[number] != cells).sum()
+            assert wrong <= 2, (end, number)

@@ -3,8 +3,11 @@
 Each cell of a frame takes the labels of the cells that it resembles most in reference frames, as self-supervised
 features are evaluated (Jabri et al. 2020, section 4; Caron et al. 2021, section 4.2.1). Two levels make it cheap:
 the best coarse cells are found first, and only their parts are compared finely. Correspondence is computed once a
-frame, whatever the number of objects, and once more if some are out of the image. The references are the frames with a
-prompt and the last few frames, so that what is kept does not grow with the length of a video.
+frame, whatever the number of objects. The references are the frames with a prompt and the last few frames, so that what
+is kept does not grow with the length of a video.
+
+Features do not tell two objects of one look apart, so places count too: the cells of a reference are moved along with
+their objects (`ovsam.modeling.sam.motion`), and those that are near weigh more.
 
 Shapes: P objects, R reference frames, L = h*w coarse cells, each of FINE*FINE parts, D channels.
 """
@@ -18,15 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovsam.modeling.outputs import OVSamFeatures, TrackedMasks
+from ovsam.modeling.sam.motion import FINE, PRESENT, Motion
 
-FINE = 2  # parts of a coarse cell along each side: strides 16 and 8
 RECENT = 3  # frames before this one that are references
 PROMPTED = 8  # frames with a prompt that are references, at most
 CANDIDATES = 16  # coarse cells that are compared finely, at most one in eight of a frame
 CHUNK = 256  # coarse cells whose candidates are gathered at a time
 TEMPERATURE = 0.05
-NEAR, FAR = 6 / 32, 12 / 32  # how far labels move, from recent and from prompted frames, in parts of the image's side
-PRESENT = 0.5  # share of a part from which on an object is in the image
+NEAR = {False: 4 / 32, True: 2 / 32}  # deviation of places, of recent and of prompted frames, as a share of the side
+FARTHEST = 3.0  # deviations that a cell moves at most
+OUT = 9.0  # what is beyond costs
+BONUS = 0.2  # what likeness to a prompted frame counts more: it has no errors
+BORDER = 2 / 32  # width around an object that moves with it in references, as a share of the side
+ANYWHERE = 0.1  # the most that a place costs for an object that is absent
 LEAST = 1e-4  # probabilities are kept this far from 0 and 1
 
 
@@ -42,12 +49,26 @@ class Keys:
 
 @dataclass
 class Reference:
-    """A frame whose labels are known: `labels` holds for each object the share of each part that it covers,
-    [L, FINE*FINE]; `prompted`, the objects that were prompted on it."""
+    """A frame whose labels are known.
+
+    Attributes:
+        labels: for each object the share of each part that it covers, [L, FINE*FINE].
+        motions: the motion of each object.
+        drift: where the background has moved since the first frame, [2] in cells.
+        prompted: the objects that were prompted on it.
+    """
 
     keys: Keys
-    labels: dict[int, Tensor]
+    labels: dict[int, Tensor] = field(default_factory=dict)
+    motions: dict[int, Motion] = field(default_factory=dict)
+    drift: Tensor = field(default_factory=lambda: torch.zeros(2))
     prompted: set[int] = field(default_factory=set)
+
+    def prompt(self, number: int, label: Tensor) -> None:
+        """Set the label [L, FINE*FINE] of an object that is prompted."""
+        self.labels[number] = label
+        self.motions[number] = Motion.of_mask(spread(label, self.keys.side))
+        self.prompted.add(number)
 
 
 @dataclass
@@ -76,61 +97,96 @@ class LabelMemory:
         """Forget an object."""
         for frame, kept in list(self.frames.items()):
             kept.labels.pop(number, None)
+            kept.motions.pop(number, None)
             kept.prompted.discard(number)
             if not kept.labels:
                 del self.frames[frame]
 
     def nbytes(self) -> int:
         """Bytes of all tensors that are kept."""
-        tensors = [
-            t for kept in self.frames.values() for t in (kept.keys.coarse, kept.keys.fine, *kept.labels.values())
-        ]
+        tensors = []
+        for kept in self.frames.values():
+            tensors += [kept.keys.coarse, kept.keys.fine, *kept.labels.values()]
+            tensors += [motion.template for motion in kept.motions.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def propagate(self, frame: int, keys: Keys, numbers: list[int]) -> Tensor:
-        """The labels of some objects on a frame, [P, L, FINE*FINE]; an object needs a reference that has it.
+    def propagate(self, frame: int, keys: Keys, numbers: list[int]) -> Reference:
+        """The frame with the labels and motions of some objects; each needs a reference that has it."""
+        near = [self.frames[n] for n in sorted(self.frames, key=lambda n: abs(frame - n)) if n != frame]
+        drift = near[0].drift if near else keys.coarse.new_zeros(2)
+        if not numbers:
+            return Reference(keys, drift=drift)
+        before = {number: next(kept.motions[number] for kept in near if number in kept.motions) for number in numbers}
+        references = [kept for kept in near if kept.labels.keys() & before.keys()]
+        labels, moved = _read(keys, references, before, drift)
+        masks = torch.stack([spread(label, keys.side) for label in labels])
+        found = Reference(keys, drift=drift + moved)
+        background = (1 - masks.sum(0)).clamp(min=0)
+        for (number, motion), mask in zip(before.items(), masks, strict=True):
+            after = motion.follow(mask, background)
+            found.motions[number] = after
+            found.labels[number] = nest((mask * (not after.absent))[None])[..., 0]
+        return found
 
-        Objects that were in the image on the last frame are searched for near by, so that one alike does not take their
-        label; all others in the whole image, by the frames on which they were prompted.
-        """
-        order = [n for n in sorted(self.frames) if n != frame and any(one in self.frames[n].labels for one in numbers)]
-        references = [self.frames[number] for number in order]
-        last = self.frames[min(order, key=lambda number: abs(frame - number))].labels
-        here = [number for number in numbers if number in last and bool((last[number] > PRESENT).any())]
-        alike = [keys.coarse @ kept.keys.coarse.T for kept in references]
-        found: dict[int, Tensor] = {}
-        for group, reach in ((here, FAR), ([number for number in numbers if number not in here], math.inf)):
-            if group:
-                found |= zip(group, _read(keys, references, alike, reach, group), strict=True)
-        return torch.stack([found[number] for number in numbers])
 
-
-def _read(keys: Keys, references: list[Reference], alike: list[Tensor], reach: float, numbers: list[int]) -> Tensor:
-    """The labels of P objects on a frame, [P, L, FINE*FINE], from references that cells of it are `alike`, [L, L] each;
-    reach: how far a label moves from a prompted frame."""
-    near = [
-        one
-        if reach == math.inf and kept.prompted
-        else one + _window(keys.side, reach if kept.prompted else NEAR, one.device)
-        for kept, one in zip(references, alike, strict=True)
-    ]
-    best = torch.cat(near, 1).topk(min(CANDIDATES, math.ceil(len(keys.coarse) / 8)), 1).indices  # [L, R*L] -> [L, m]
+def _read(keys: Keys, references: list[Reference], before: dict[int, Motion], drift: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels of P objects on a frame, [P, L, FINE*FINE], and how far the background moves, [2], from references and
+    the motion of each object `before`."""
+    cells, none = _cells(keys.side, keys.coarse.device), torch.zeros_like(keys.fine[..., 0])
+    absent = torch.tensor([motion.absent > 0 for motion in before.values()], device=cells.device)
+    labels, places, costs, scores = [], [], [], []
+    for kept in references:
+        label = torch.stack([kept.labels.get(number, none) for number in before], -1)  # [L, p, P]
+        place, prompted = _moved(kept, label.mean(1), before, drift), bool(kept.prompted)
+        width = max(NEAR[prompted] * keys.side, 1.0)
+        distance = torch.cdist(cells, place) / width
+        cost = distance.square() * TEMPERATURE / 2  # that of a normal distribution
+        cost[distance > FARTHEST] = OUT
+        cost -= BONUS * prompted
+        gone = (label.mean(1)[:, absent] > PRESENT).any(1)  # cells of absent objects
+        cost = torch.where(gone, cost.clamp(max=ANYWHERE), cost)
+        labels.append(label)
+        places.append(place)
+        costs.append(cost)
+        scores.append(keys.coarse @ kept.keys.coarse.T - cost)
+    best = torch.cat(scores, 1).topk(min(CANDIDATES, math.ceil(len(cells) / 8)), 1).indices  # [L, R*L] -> [L, m]
+    cost = torch.cat(costs, 1).gather(1, best)
     fine = torch.cat([kept.keys.fine for kept in references])  # [R*L, p, D]
-    none = torch.zeros_like(fine[: len(best), :, 0])  # [L, p]
-    labels = torch.cat(
-        [torch.stack([kept.labels.get(number, none) for number in numbers], -1) for kept in references]
-    )  # [R*L, p, P]
-    known = torch.tensor([[number in kept.labels for number in numbers] for kept in references], device=best.device)
-    shares = []
-    for cells, part in zip(best.split(CHUNK), keys.fine.split(CHUNK), strict=True):  # [l, m], [l, p, D]
-        weight = (part @ fine[cells].flatten(1, 2).mT / TEMPERATURE).softmax(-1)  # [l, p, D] @ [l, D, m*p]
-        share = weight @ labels[cells].flatten(1, 2)  # [l, p, m*p] @ [l, m*p, P] -> [l, p, P]
+    label, place = torch.cat(labels), torch.cat(places)  # [R*L, p, P], [R*L, 2]
+    bare = 1 - label.sum(-1)  # [R*L, p]
+    known = torch.tensor([[number in kept.labels for number in before] for kept in references], device=cells.device)
+    shares, step, mass = [], cells.new_zeros(2), cells.new_tensor(LEAST)
+    for at in torch.arange(len(cells), device=cells.device).split(CHUNK):
+        one, parts = best[at], none.shape[1]  # [l, m]
+        alike = keys.fine[at] @ fine[one].flatten(1, 2).mT  # [l, p, D] @ [l, D, m*p]
+        weight = ((alike - cost[at].repeat_interleave(parts, 1)[:, None]) / TEMPERATURE).softmax(-1)
+        share = weight @ label[one].flatten(1, 2)  # [l, p, m*p] @ [l, m*p, P] -> [l, p, P]
         if not known.all():  # references from before an object was there do not count
-            owner = cells // len(keys.coarse)  # the reference of each candidate, [l, m]
-            counted = known[owner].float().repeat_interleave(none.shape[-1], 1)  # [l, m, P] -> [l, m*p, P]
+            owner = one // len(cells)  # the reference of each candidate, [l, m]
+            counted = known[owner].float().repeat_interleave(parts, 1)  # [l, m, P] -> [l, m*p, P]
             share = share / (weight @ counted).clamp(min=LEAST)
         shares.append(share)
-    return torch.cat(shares).permute(2, 0, 1)
+        behind = (weight.sum(1) * bare[one].flatten(1)).unflatten(1, (-1, parts)).sum(-1)  # [l, m*p] -> [l, m]
+        step += (behind[..., None] * (cells[at, None] - place[one])).sum((0, 1))
+        mass += behind.sum()
+    return torch.cat(shares).permute(2, 0, 1), step / mass
+
+
+def _moved(kept: Reference, label: Tensor, before: dict[int, Motion], drift: Tensor) -> Tensor:
+    """Where the cells of a reference are expected now, [L, 2]: those of objects, and of their border, have moved along
+    with them, and all others with the background. label: the share of each cell that P objects cover, [L, P]."""
+    side = kept.keys.side
+    cells = _cells(side, label.device)
+    image = label.T.unflatten(1, (side, side))  # [P, h, w]
+    width = round(BORDER * side)
+    border = F.max_pool2d(image, 2 * width + 1, 1, width).flatten(1).T
+    border = border / border.sum(1, keepdim=True).clamp(min=1)
+    share = torch.where(label.sum(1, keepdim=True) > PRESENT, label, border)
+    place = cells + (1 - share.sum(1, keepdim=True)) * (drift - kept.drift)
+    for (number, motion), own in zip(before.items(), share.T, strict=True):
+        if number in kept.motions:
+            place += own[:, None] * (motion.expected - kept.motions[number].centre)
+    return place
 
 
 def frame_keys(features: OVSamFeatures) -> Keys:
@@ -166,18 +222,22 @@ def cover(masks: Tensor, side: int) -> Tensor:
     return torch.stack([nest(one)[..., 0] for one in small])
 
 
+def spread(label: Tensor, side: int) -> Tensor:
+    """A label [L, FINE*FINE] -> image [h*FINE, w*FINE]"""
+    cells = label.unflatten(1, (FINE, FINE)).unflatten(0, (side, side))  # [h, w, FINE, FINE]
+    return cells.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
 def to_masks(labels: Tensor, side: int, size: int) -> TrackedMasks:
     """Labels [P, L, FINE*FINE] -> logits [1, P, size, size], and whether any part is covered."""
-    cells = labels.unflatten(2, (FINE, FINE)).unflatten(1, (side, side))  # [P, h, w, FINE, FINE]
-    image = cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # -> [P, h*FINE, w*FINE]
+    image = torch.stack([spread(label, side) for label in labels])
     image = F.interpolate(image[None], (size, size), mode="bilinear", align_corners=False).clamp(LEAST, 1 - LEAST)
     most = labels.flatten(1).amax(1).clamp(LEAST, 1 - LEAST)
     return TrackedMasks(masks=image.logit(), iou=most[None], object_logits=most.logit()[None, :, None])
 
 
 @lru_cache(maxsize=2)
-def _window(side: int, radius: float, device: torch.device) -> Tensor:
-    """What is added to the likeness of two cells, [L, L]: nothing within the radius, and enough to rule out beyond."""
+def _cells(side: int, device: torch.device) -> Tensor:
+    """Row and column of each cell, [L, 2]."""
     line = torch.arange(side, device=device)
-    places = torch.cartesian_prod(line, line).float()  # row, column
-    return torch.where(torch.cdist(places, places) <= radius * side, 0.0, -9.0)
+    return torch.cartesian_prod(line, line).float()
