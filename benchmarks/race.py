@@ -412,10 +412,11 @@ def picture(stored: dict[str, Any], path: Path) -> None:
         ticks = sorted({x for points in curves.values() for x, _ in points})
         panel.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
         panel.minorticks_off()
-        low, high = panel.get_ylim()
+        low, high = min(0.8, panel.get_ylim()[0]), max(4, panel.get_ylim()[1])  # no small difference fills a panel
+        panel.set_ylim(low, high)
         marks = [mark for mark in (0.5, 1, 2, 3, 5, 10, 20, 50, 100) if low <= mark <= high]
         panel.set_yticks(marks, labels=[f"{mark:g} x" for mark in marks])
-        panel.legend(fontsize=7, frameon=False)
+        panel.legend(fontsize=8, frameon=False)
     panels[0].set_ylabel("CPU time of the other / ours")
     figure.savefig(path, metadata={"Date": None})
 
