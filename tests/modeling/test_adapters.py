@@ -185,3 +185,17 @@ def test_sam2clip_gives_the_maps_of_a_mask_decoder():
     assert (moved > 1e-5).all()
     moved = (other.high_res[1] - out.high_res[1]).abs().amax(1)
     assert (moved[:, :2, :2] > 1e-5).all() and moved[:, 2:, 2:].max() == 0
+
+
+@torch.no_grad()
+def test_masks_of_many_regions_equal_those_of_one_at_a_time():
+    head = build("concepts").mask_head
+    features, generator = head.features(maps()), torch.Generator().manual_seed(3)
+    corners = torch.rand(2, 21, 2, generator=generator) * 90
+    regions = torch.cat([corners, corners + 30], -1)
+    together = head(features, regions)
+    one_by_one = [head(features, region) for region in regions.split(1, 1)]
+    for masks, each in zip(together, zip(*one_by_one, strict=True), strict=True):
+        assert masks.shape[:2] == (2, 21)
+        assert_close(masks, torch.cat(each, 1), rtol=1e-4, atol=1e-5)
+    assert [list(masks.shape) for masks in head(features, regions[:, :0])] == [[2, 0, 28, 28], [2, 0, 56, 56]]
