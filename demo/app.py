@@ -36,6 +36,7 @@ def header() -> str:
 
 
 def build(model: str) -> gr.Blocks:
+    engine.models.own.add(model)
     with gr.Blocks(title="ovsam", analytics_enabled=False, delete_cache=(DELETE_EVERY, DELETE_AFTER)) as blocks:
         gr.Markdown(header(), elem_id="title")
         with gr.Tab("Image"):

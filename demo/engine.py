@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import os
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -29,6 +30,7 @@ except ImportError:
         return run
 
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 ON_SPACE = "SPACE_ID" in os.environ
 FLOOR = 0.1  # questions run down to about this score, so that the sliders need no model
 MAX_MEGABYTES = 20
@@ -42,9 +44,14 @@ AT_START = ("coco", "lvis", "imagenet21k")  # vocabularies whose embeddings are 
 
 
 class Models:
-    """Loaded models by name; the least recently used ones are dropped. Loading one does not delay the others."""
+    """Loaded models by name; the least recently used ones are dropped. Loading one does not delay the others.
+
+    Visitors choose presets and models of the Hub. `own` are the models that this server was started with, which may be
+    folders: what a visitor sends is never a path of the server.
+    """
 
     def __init__(self):
+        self.own: set[str] = set()
         self._kept: OrderedDict[str, ovsam.Segmenter] = OrderedDict()
         self._loading: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -52,9 +59,12 @@ class Models:
     def get(self, name: str) -> ovsam.Segmenter:
         name = (name or "").strip()
         if not name:
-            raise ovsam.InputError("Choose a model: a preset, a folder, or a Hub id such as ORG/NAME.")
-        if ON_SPACE and name not in PRESETS and (name.count("/") != 1 or Path(name).exists()):
-            raise ovsam.InputError("On a Space a model is a preset or a Hub id such as ORG/NAME, not a folder.")
+            raise ovsam.InputError("Choose a model: a preset, or a Hub id such as ORG/NAME.")
+        if name not in self.own and name not in PRESETS and (not HUB_ID.fullmatch(name) or os.path.exists(name)):
+            raise ovsam.InputError(
+                f"A model is a preset ({', '.join(PRESETS)}) or a Hub id such as ORG/NAME; `ovsam demo --model` takes "
+                "a folder."
+            )
         with self._lock:
             loading = self._loading.setdefault(name, threading.Lock())
         with loading:
@@ -221,7 +231,7 @@ def check_pixels(path: Path, name: str) -> None:
     try:
         with open_file(path) as picture:
             width, height = picture.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # each decoder raises errors of its own
         return
     if width * height > MAX_PIXELS:
         raise ovsam.InputError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import engine
 import gradio as gr
 from api import names, uploaded, word_list
-from engine import FLOOR, MAX_MEGABYTES, ON_SPACE
+from engine import FLOOR, MAX_MEGABYTES
 from files import FORMATS
 from gradio.utils import get_upload_folder
 from page import HERE, LONGEST_TEXT, SAVE, Page, message, script, to_url
@@ -253,7 +253,7 @@ def image_tab(model: str) -> None:
             with gr.Accordion("Model", open=False):
                 page["models"] = models = gr.Dropdown(
                     model_choices(model), value=model, allow_custom_value=True,
-                    label="A preset, or a Hub id" + ", or a folder" * (not ON_SPACE),
+                    label="A preset, or a Hub id",
                 )  # fmt: skip
                 page["last"] = last = gr.State(model)
         with gr.Column(scale=2, min_width=320):

@@ -1,6 +1,7 @@
 """Composition of whole models from parts: a SAM, a CLIP and, optionally, adapters."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from ovsam.modeling.clip.imagenet import ImageNetSide, pretrained_imagenet
 from ovsam.modeling.configuration_ovsam import OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.sam import SAM_SIDES, Sam2Side, Sam2VideoSide
+from ovsam.processing.arguments import choice, short
 from ovsam.processing.processing_ovsam import OVSamProcessor
 
 IMAGENET = "imagenet:"  # prefix of the name of a classifier of timm
@@ -108,6 +110,8 @@ def compose_model(
     Raises:
         InputError: as in `compose`.
     """
+    if composition is not None:
+        choice("composition", composition, ("dual", "clip", "sam"))
     parts = {"sam": load_sam(sam, memory), "clip": load_clip(clip)}
     given = zip(ADAPTERS, (clip2sam, sam2clip, concepts), strict=True)
     parts |= {name: load_adapter(part, name) for name, part in given if part is not None}
@@ -264,6 +268,9 @@ def build_processor(model: OVSamModel, sam: Part, clip: Part, clip_size: int | N
 
 def _open(given: str | PreTrainedModel) -> tuple[Part, PreTrainedModel | None]:
     """Return a part without its weights; and the model, if it is a whole one or in memory."""
+    if not isinstance(given, str | os.PathLike | PreTrainedModel):
+        raise InputError(f"A part is {short(given)}; it must be a folder, a Hub id or a model in memory.")
+    given = given if isinstance(given, PreTrainedModel) else os.fsdecode(given)
     if not isinstance(given, str):
         return Part(type(given).__name__, given.config, {}), given
     folder = fetch(given)

@@ -16,7 +16,7 @@ def path(name: str = EMBEDDED) -> str:
 
     Raises InputError for a name that does not come with it, or a folder that is not whole.
     """
-    if name != EMBEDDED:
+    if not isinstance(name, str) or name != EMBEDDED:
         raise InputError(f"There is no checkpoint {name!r} in the package, only {EMBEDDED}.")
     return str(find_checkpoint(name))
 

@@ -44,7 +44,7 @@ def load(
             raise InputError(f"The dtype is {dtype!r}; an exported model runs in float32.")
         from ovsam.inference.onnx import OnnxSegmenter
 
-        return OnnxSegmenter(name, str(device or "cpu"))  # type: ignore[return-value]
+        return OnnxSegmenter(name, "cpu" if device is None else str(device))  # type: ignore[return-value]
     return _load_model(name, device, dtype, memory)
 
 
@@ -90,7 +90,10 @@ def _load_model(name: str, device, dtype, memory: bool) -> "Segmenter":
     from ovsam.inference.segmenter import Segmenter
 
     name = choose_auto() if name == "auto" else name
-    target, dtype = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu")), check_dtype(dtype)
+    target, dtype = (
+        check_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device),
+        check_dtype(dtype),
+    )
     if name in PRESETS and PRESETS[name].parts:
         announce_download(name)
         parts = PRESETS[name].parts

@@ -38,8 +38,9 @@ def check_dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | None":
     import torch
 
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in (torch.float32, torch.float16, torch.bfloat16):
-        raise InputError(f"The dtype is {dtype!r}; it must be float32, float16 or bfloat16.")
+    known = (torch.float32, torch.float16, torch.bfloat16)
+    if dtype is not None and not (isinstance(found, torch.dtype) and found in known):
+        raise InputError(f"The dtype is {arguments.short(dtype)}; it must be float32, float16 or bfloat16.")
     return found
 
 
@@ -65,7 +66,8 @@ def check_share(name: str, value: Any) -> float | None:
 
 
 def check_tile(tile: Any) -> int | None:
-    return None if tile is None or tile is False or tile == 0 else arguments.whole("tile", tile, arguments.MIN_TILE)
+    none = tile is None or tile is False or isinstance(tile, int) and tile == 0
+    return None if none else arguments.whole("tile", tile, arguments.MIN_TILE)
 
 
 def check_proposer(proposer: Any) -> Any:

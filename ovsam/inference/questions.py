@@ -113,6 +113,7 @@ class Questions:
 
         Images of a list are encoded `batch_size` at a time.
         """
+        batch_size = arguments.whole("batch_size", batch_size, 1)
         image = _listed(image)
         if isinstance(image, list | tuple):
             return [one for batch in self._batches(image, batch_size) for one in batch]
@@ -275,7 +276,7 @@ class Questions:
             every = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
             per_image: dict[str, Any] = {name: given for name, given in every.items() if given is not None}
             for name, given in per_image.items():
-                if not hasattr(given, "__len__") or len(given) != len(image):
+                if arguments.length(given) != len(image):
                     raise InputError(
                         f"With a list of {len(image)} images, {name} must be a list with one entry for each; "
                         f"got {arguments.short(given)}."

@@ -42,6 +42,8 @@ def read_json(path: str | os.PathLike[str], schema: Any = Any, title: str = "fil
     Raises:
         InputError: the file is missing, unreadable, not JSON, or its content does not match the schema.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"The path of a {title} must be a string or a Path; got {type(path).__name__}.")
     if not os.path.isfile(path):  # nor are pipes and devices opened, which would block
         raise InputError(f"There is no {title} at {path}; check the path.")
     try:

@@ -4,10 +4,12 @@ The Segmenter, the processor, `Results`, the demo and the command line share the
 `InputError` with one sentence. Arrays and tensors are accepted in place of lists.
 """
 
+import contextlib
 import difflib
 import math
 import numbers
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, KeysView, Mapping, Sequence, Set, ValuesView
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,33 @@ def choice(name: str, value: Any, options: Collection[str]) -> str:
     close = difflib.get_close_matches(value, options, n=1) if isinstance(value, str) else []
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(options)}."
     raise InputError(f"There is no {name} {short(value)}; {hint}")
+
+
+def path(name: str, value: Any) -> str:
+    """The path of a file or a folder, which need not exist."""
+    if isinstance(value, str | os.PathLike):
+        with contextlib.suppress(TypeError):  # a PathLike without a path
+            return os.fsdecode(value)
+    raise InputError(f"The {name} is {short(value)}; it must be the path of a file or a folder.")
+
+
+def strings(name: str, value: Any) -> list[str]:
+    """A list of strings, or one; None means none."""
+    given = [value] if isinstance(value, str) else plain(value)
+    listable = is_stream(given) or isinstance(given, Set | KeysView | ValuesView)
+    given = [] if given is None else list(given) if listable else given
+    if not is_sequence(given) or not all(isinstance(one, str) for one in given):
+        raise InputError(f"The {name} are {short(value)}; they must be a list of strings.")
+    return list(given)
+
+
+def whole_numbers(name: str, value: Any) -> list[int]:
+    """A list or a set of whole numbers; None means none."""
+    given = plain(value)
+    given = [] if given is None else list(given) if isinstance(given, Set) else given
+    if not is_sequence(given) or not all(isinstance(one, numbers.Integral) for one in given):
+        raise InputError(f"The {name} are {short(value)}; they must be a list of whole numbers.")
+    return [int(one) for one in given]
 
 
 def points(value: Any, name: str = "points") -> list[list[float]]:
@@ -235,6 +264,12 @@ def is_number(value: Any) -> bool:
 
 def is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def length(value: Any) -> int | None:
+    """The length of a list, an array or a tensor; None for anything else."""
+    listed = getattr(value, "ndim", 0) > 0 if is_tensor(value) or isinstance(value, np.ndarray) else is_sequence(value)
+    return len(value) if listed else None
 
 
 def is_stream(value: Any) -> bool:

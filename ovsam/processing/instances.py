@@ -8,9 +8,11 @@ from torch import Tensor
 
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import OVSamOutput
+from ovsam.ops.nms import NMS
 from ovsam.ops.segments import segments_of
+from ovsam.ops.text_labels import is_per_image
 from ovsam.processing import arguments
-from ovsam.processing.inputs import check_sizes
+from ovsam.processing.inputs import check_sizes, split_queries
 from ovsam.processing.postprocessing import (
     Canvas,
     Selection,
@@ -71,6 +73,8 @@ class PostProcessing:
             negative_score.
         """
         arguments.number("mask_threshold", mask_threshold, 0, 1, inside=True)
+        arguments.flag("exclusive", exclusive)
+        arguments.flag("return_coco_annotation", return_coco_annotation)
         options = {"nms": nms, "per_word": per_word, "rescore": rescore, "top_k": top_k}
         return [
             describe(chosen, canvas, mask_threshold, exclusive, return_coco_annotation)
@@ -95,6 +99,7 @@ class PostProcessing:
             also a list of the products [H, W], 0 without any.
         """
         arguments.number("mask_threshold", mask_threshold, 0, 1, inside=True)
+        arguments.flag("return_scores", return_scores)
         maps, scores = [], []
         for chosen, canvas in self._choose(outputs, target_sizes, text_labels, threshold, nms=None):
             owners, values, _ = assign(chosen.logits, chosen.scores, canvas, mask_threshold, by_pixel=True)
@@ -123,6 +128,9 @@ class PostProcessing:
             for each image a dict of segmentation [H, W] int32, the segment id or 0, and segments_info: dicts of id,
             from 1 on, label_id, label, was_fused and score (the highest score of a fused segment).
         """
+        arguments.number("mask_threshold", mask_threshold, 0, 1, inside=True)
+        least = arguments.number("overlap_mask_area_threshold", overlap_mask_area_threshold, 0, 1)
+        fused = arguments.whole_numbers("label_ids_to_fuse", label_ids_to_fuse)
         results = []
         for chosen, canvas in self._choose(
             outputs,
@@ -133,10 +141,8 @@ class PostProcessing:
         ):
             owners, _, areas = assign(chosen.logits, chosen.scores, canvas, mask_threshold, by_pixel=True)
             left = areas_of(owners, len(areas))
-            kept = (left > overlap_mask_area_threshold * areas).tolist()
-            ids, segments = segments_of(
-                chosen.labels.tolist(), chosen.text_labels, chosen.scores.tolist(), kept, label_ids_to_fuse
-            )
+            kept = (left > least * areas).tolist()
+            ids, segments = segments_of(chosen.labels.tolist(), chosen.text_labels, chosen.scores.tolist(), kept, fused)
             segmentation = look_up(torch.tensor(ids, dtype=torch.int32, device=owners.device), owners, empty=0)
             results.append({"segmentation": segmentation, "segments_info": segments})
         return results
@@ -176,8 +182,18 @@ class PostProcessing:
         self, outputs: OVSamOutput, target_sizes, text_labels, threshold, **options
     ) -> Iterator[tuple[Selection, Canvas]]:
         """Yield for each image the instances that are kept, and the size of their masks."""
+        if getattr(outputs, "pred_masks", None) is None:
+            raise InputError(f"The outputs are {arguments.short(outputs)}; they must be those of OVSamModel.")
         threshold = arguments.optional(arguments.number, "threshold", threshold, 0, 1)
         arguments.whole("top_k", options.get("top_k", 0), 0)
+        if options.get("nms") is not None:
+            arguments.choice("NMS", options["nms"], NMS)
+        for name in ("per_word", "rescore"):
+            arguments.flag(name, options.get(name, False))
+        if text_labels is not None:
+            text_labels = split_queries(text_labels)
+            if is_per_image(text_labels) and len(text_labels) != len(outputs.pred_masks):
+                raise InputError(f"There are {len(text_labels)} text_labels for {len(outputs.pred_masks)} images.")
         sizes = check_sizes(target_sizes)
         if sizes is not None and len(sizes) != len(outputs.pred_masks):
             raise InputError(f"There are {len(sizes)} target_sizes for {len(outputs.pred_masks)} images.")

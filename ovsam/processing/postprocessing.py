@@ -140,8 +140,6 @@ def select(
 
     `outputs` is an OVSamOutput, or has its fields that are read here, as arrays.
     """
-    if nms is not None and nms not in NMS:
-        raise InputError(f"There is no NMS method {nms!r}; choose one of {', '.join(NMS)}, or None.")
     proposed = outputs.objectness is not None
     xp = namespace(outputs.valid)
     index = xp.where(outputs.valid[image])[0]  # [I]

@@ -141,10 +141,10 @@ class OVSamProcessor(PostProcessing, VideoSessions, Sam2Processor):
                 return_tensors=return_tensors,
                 **kwargs,
             )
-        except (TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"The images or prompts cannot be used: {' '.join(str(error).split())}") from error
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # the image processors of transformers raise errors of many kinds
+            raise InputError(f"The images or prompts cannot be used: {' '.join(str(error).split())[:200]}") from error
         if counts is not None:
             encoded["prompt_counts"] = torch.tensor(counts)
         elif input_points is not None:
@@ -187,7 +187,7 @@ class OVSamProcessor(PostProcessing, VideoSessions, Sam2Processor):
             masks = torch.from_numpy(arguments.masks(masks))
         if not masks.isfinite().all():
             raise InputError("The masks hold NaN or infinite values; they must be bool, or finite logits.")
-        size = arguments.whole("size", size, 4)
+        size = arguments.whole("size", size, 4, 2**16)
         logits = mask_logits(masks)
         across, down = self.picture_share(*masks.shape[1:])
         grid = round(down * size / 4), round(across * size / 4)

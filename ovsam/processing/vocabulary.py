@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ovsam.errors import InputError
-from ovsam.processing.arguments import plain, short
+from ovsam.processing.arguments import plain, short, whole
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that class names can be checked before it is loaded
     import torch
@@ -123,6 +123,11 @@ class Vocabulary:
     ) -> np.ndarray:
         """`embed` for a text tower that gives arrays; needs no torch."""
         templates = self.templates or _check_templates(templates)
+        if not callable(encode):
+            raise InputError(
+                f"The argument encode is {short(encode)}; it must be a function from sentences to embeddings."
+            )
+        chunk_size = whole("chunk_size", chunk_size, 1)
         if cache_dir is None:
             return self._compute(encode, templates, progress, chunk_size)
         if not text_hash:
@@ -223,6 +228,7 @@ def to_vocabulary(words: "Vocabulary | Sequence[str] | Mapping[str, str] | str |
 def _check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     if isinstance(templates, str):
         templates = (templates,)
+    templates = plain(templates)
     if not isinstance(templates, Iterable):
         raise InputError(f"The templates are {short(templates)}; they must be a list of sentences around {{}}.")
     templates = tuple(templates)

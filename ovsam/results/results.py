@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 
 ROOM = 256  # px; a side on which names can be read
+MOST_ZOOM = 100
 
 
 class Results(Sequence[Instance]):
@@ -65,10 +66,16 @@ class Results(Sequence[Instance]):
         presence: Mapping[str, float] | None = None,
         dropped: Sequence[dict[str, Any]] = (),
     ) -> None:
+        if not isinstance(instances, Iterable) or getattr(instances, "ndim", 1) == 0:
+            raise InputError(f"The instances are {arguments.short(instances)}; they must be a list of ovsam.Instance.")
         self.instances = list(instances)
+        if not arguments.is_sequence(size) or len(size) != 2:
+            raise InputError(f"The size is {arguments.short(size)}; it must be (height, width) in pixels.")
         self.size = size
         self.model = model
         self.file_name = file_name
+        if not isinstance(presence, Mapping | None) or not arguments.is_sequence(dropped):
+            raise InputError("The presence of labels must be {label: score}, and the dropped ones a list.")
         self.presence = dict(presence or {})
         self.dropped = list(dropped)
 
@@ -101,6 +108,16 @@ class Results(Sequence[Instance]):
         given = {"labels": labels, "label_ids": label_ids, "scores": scores, "mask_scores": mask_scores}
         for name, values in given.items():
             arguments.column(name, values, len(masks), str if name == "labels" else None)
+        if objectness is not None:
+            arguments.column("objectness", objectness, len(masks))
+        for name, found in (("prompts", prompts), ("topk", [[]] * len(masks) if topk is None else topk)):
+            if arguments.length(found) != len(masks):
+                raise InputError(f"The {name} are {arguments.short(found)}; they must be {len(masks)}, one a mask.")
+        for best in topk if topk is not None else ():
+            if not arguments.is_sequence(best) or not all(
+                isinstance(one, tuple | list) and len(one) == 2 and arguments.is_number(one[1]) for one in best
+            ):
+                raise InputError(f"The topk hold {arguments.short(best)}; each must be a list of (label, score).")
         instances = []
         extras = topk or [[]] * len(masks), [None] * len(masks) if objectness is None else objectness
         columns = zip(labels, label_ids, scores, mask_scores, prompts, *extras, strict=True)
@@ -260,6 +277,8 @@ class Results(Sequence[Instance]):
         Instances that keep at most `overlap_mask_area_threshold` of their mask are removed; those of one label in
         `label_ids_to_fuse` form one segment. See `id_map` for overlaps.
         """
+        arguments.number("overlap_mask_area_threshold", overlap_mask_area_threshold, 0, 1)
+        label_ids_to_fuse = arguments.whole_numbers("label_ids_to_fuse", label_ids_to_fuse)
         owners = self.id_map()
         left = np.bincount(owners.ravel(), minlength=len(self) + 1)[1:]
         kept = [left[i] > overlap_mask_area_threshold * one.area for i, one in enumerate(self)]
@@ -293,7 +312,7 @@ class Results(Sequence[Instance]):
         Tags need room: use `zoom` for images under about 256 pixels. Raises InputError if the image has another size
         than these results.
         """
-        return draw_overlay(self.check_picture(image), self, zoom)
+        return draw_overlay(self.check_picture(image), self, arguments.whole("zoom", zoom, 1, MOST_ZOOM))
 
     def image_of(self) -> Image.Image:
         """The image of these instances: `picture` or the file `file_name`; raises InputError where neither is here."""
@@ -313,7 +332,7 @@ class Results(Sequence[Instance]):
         picture = self.image_of() if image is None else self.check_picture(image)
         if zoom is None:
             zoom = max(1, round(ROOM / math.sqrt(picture.width * picture.height)))
-        return self.overlay(picture, arguments.whole("zoom", zoom, 1))
+        return self.overlay(picture, zoom)
 
     def show(self, image: Picture | None = None) -> None:
         """Show `plot` in the viewer of the system."""
@@ -325,6 +344,7 @@ class Results(Sequence[Instance]):
         Raises:
             InputError: another ending, or a path that cannot be written.
         """
+        path = arguments.path("path", path)
         ending = os.path.splitext(path)[1].lower()
         if ending == ".json":
             write_coco([self], path)
@@ -351,7 +371,7 @@ class Results(Sequence[Instance]):
 
     def to_coco(self, image_id: int = 1, labels: Sequence[str] = ()) -> dict[str, Any]:
         """Return this image as a COCO data set; see `ovsam.results.formats.coco.to_coco`."""
-        return to_coco([self], image_id, labels)
+        return to_coco([self], arguments.whole("image_id", image_id, 0), labels)
 
     def to_yolo(self, labels: Sequence[str] = (), tolerance: float = 0.0) -> str:
         """Return the lines of YOLO-seg; see `ovsam.results.formats.yolo.to_yolo`."""

@@ -372,7 +372,7 @@ def test_a_client_gets_the_answers_of_the_library_and_of_the_page(page, client):
         ("/what", {}, "pass points, boxes or masks"),
         ("/where", {}, "pass words or exemplars"),
         ("/everything", {"vocabulary": "/etc/passwd"}, "A vocabulary is a list of words or one of own, coco"),
-        ("/where", {"words": ["cat"], "model": "/no/model"}, "no"),
+        ("/where", {"words": ["cat"], "model": "/no/model"}, "A model is a preset"),
     ],
 )
 def test_errors_are_one_sentence(client, endpoint, asked, sentence):
@@ -584,10 +584,14 @@ def test_only_uploads_are_opened(client, page):
 
 
 @pytest.mark.weights
-def test_on_a_space_models_come_from_the_hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(engine, "ON_SPACE", True)
-    with pytest.raises(InputError, match="preset or a Hub id"):
-        engine.models.get(str(tmp_path))
+def test_a_visitor_names_no_folder_of_the_server(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in (str(tiny_folder), "/etc", "/nothing", "a/b", "../a", "~/model", "a/b/c", "a/b@/etc", "model\n"):
+        with pytest.raises(InputError, match=r"^A model is a preset \(photo, "):
+            engine.models.get(name)
+    monkeypatch.setattr(engine.models, "own", {str(tiny_folder)})  # that of `ovsam demo --model`
+    assert engine.models.get(str(tiny_folder)).name == str(tiny_folder)
     assert engine.models.get("ovsam-tiny").name == "ovsam-tiny"
 
 
@@ -627,8 +631,8 @@ def test_the_command_serves_this_machine_only_by_default(monkeypatch):
     served = []
     monkeypatch.setattr(app, "main", lambda *arguments: served.append(arguments))
     assert ovsam_cli.main(["demo"]) == 0
-    assert ovsam_cli.main(["demo", "--model", "m", "--host", "0.0.0.0", "--port", "80", "--share"]) == 0
-    assert served == [("auto", "127.0.0.1", 7860, False), ("m", "0.0.0.0", 80, True)]
+    assert ovsam_cli.main(["demo", "--model", "photo", "--host", "0.0.0.0", "--port", "80", "--share"]) == 0
+    assert served == [("auto", "127.0.0.1", 7860, False), ("photo", "0.0.0.0", 80, True)]
 
 
 def test_a_port_in_use_raises_an_error(page, capsys):

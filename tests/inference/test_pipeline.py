@@ -43,7 +43,7 @@ def test_images_come_as_lists_and_paths(segment, tmp_path):
     IMAGE.save(tmp_path / "picture.png")
     by_path = segment(str(tmp_path / "picture.png"), text="cat")
     assert [one["score"] for one in by_path] == [one["score"] for one in segment(IMAGE, text="cat")]
-    with pytest.raises(TypeError, match="words"):
+    with pytest.raises(InputError, match="words"):
         segment(IMAGE, words=["cat"])
 
 

@@ -376,7 +376,7 @@ def test_other_kinds_of_nms():
     found = own(out, threshold=0.01, text_labels=["cat", "dog"], nms="matrix")[0]
     assert found["prompt_ids"].tolist() == [1, 0] and found["objectness"].tolist() == pytest.approx([0.6, 0.2])
     assert found["scores"].tolist() == pytest.approx([second, decay * first], rel=1e-4)
-    with pytest.raises(InputError, match="no NMS method 'best'; choose one of fast, matrix"):
+    with pytest.raises(InputError, match="no NMS 'best'; there are fast, matrix"):
         post_process(out, nms="best")
 
 

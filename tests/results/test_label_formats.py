@@ -383,7 +383,7 @@ def test_formats_are_recognised(results, tmp_path):
             read_labels(tmp_path / name)
     with pytest.raises(InputError, match="There are no labels at"):
         read_labels(tmp_path / "no")
-    with pytest.raises(InputError, match="There is no label format 'voc'; choose one of coco"):
+    with pytest.raises(InputError, match="There is no label format 'voc'; there are coco"):
         write_labels([], tmp_path / "x", "voc")
     (tmp_path / "e.txt").unlink()
     with pytest.raises(InputError, match="is a folder"):

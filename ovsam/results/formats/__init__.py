@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ovsam.errors import InputError
 from ovsam.ops.schema import read_json
+from ovsam.processing import arguments
 from ovsam.results.formats.base import Labelled, LabelledImage
 from ovsam.results.formats.coco import read_coco, write_coco
 from ovsam.results.formats.cvat import read_cvat, write_cvat
@@ -33,9 +34,7 @@ FORMATS = {  # format -> ending of its file, or "" for a folder
 
 def check_format(name: str) -> str:
     """Return the name; raises InputError for an unknown format."""
-    if name not in FORMATS:
-        raise InputError(f"There is no label format {name!r}; choose one of {', '.join(FORMATS)}.")
-    return name
+    return arguments.choice("label format", name, FORMATS)
 
 
 def write_labels(
@@ -85,7 +84,7 @@ def read_labels(
     Raises:
         InputError: the format is unknown or not recognised, or the files are invalid.
     """
-    match check_format(format) if format else recognise(source):
+    match recognise(source) if format is None else check_format(format):
         case "coco":
             return read_coco(source, images)
         case "yolo":
@@ -104,7 +103,7 @@ def read_labels(
 
 def recognise(source: str | os.PathLike[str]) -> str:
     """Return the format of a label file or folder; raises InputError if it is unknown."""
-    path = Path(source)
+    path = Path(arguments.path("source", source))
     if not os.path.exists(path):
         raise InputError(f"There are no labels at {path}; check the path.")
     if os.path.isdir(path):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ovsam.errors import InputError
 from ovsam.ops import rle
 from ovsam.ops.files import only_files
+from ovsam.processing import arguments
 from ovsam.processing.images import open_file, orientation_of, stored_size
 from ovsam.results.instance import Instance
 
@@ -58,7 +59,8 @@ class Numbers(dict[str, int]):
     """Labels numbered from 0: the given ones in order, then others in order of appearance."""
 
     def __init__(self, labels: Iterable[str] = ()):
-        super().__init__({label: number for number, label in enumerate(dict.fromkeys(labels))})
+        given = dict.fromkeys(arguments.strings("labels", labels))
+        super().__init__({label: number for number, label in enumerate(given)})
 
     def of(self, label: str) -> int:
         return self.setdefault(label, len(self))
@@ -98,7 +100,7 @@ class Stems:
 def files_below(folder: str | os.PathLike[str], endings: Sequence[str]) -> list[Path]:
     """Sorted files below a folder, or the given file itself; raises InputError if there are none. Folders, pipes and
     devices of such names are skipped with a warning."""
-    path = Path(folder)
+    path = Path(arguments.path("source", folder))
     below = path.rglob("*") if os.path.isdir(path) else ()
     named = [path] if os.path.isfile(path) else sorted(one for one in below if one.suffix.lower() in endings)
     found = only_files(named, folder)

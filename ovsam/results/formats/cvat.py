@@ -14,6 +14,7 @@ from ovsam.ops import rle
 from ovsam.ops.files import write_whole
 from ovsam.ops.polygons import fill
 from ovsam.ops.schema import Coordinate, Pixels, Point, Share, Side, checked
+from ovsam.processing import arguments
 from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, visible
 from ovsam.results.instance import Instance
 
@@ -92,7 +93,7 @@ def read_cvat(path: str | os.PathLike[str]) -> list[LabelledImage]:
     Raises:
         InputError: the file is missing, has another format, or a shape does not fit its image.
     """
-    if not os.path.isfile(path):
+    if not os.path.isfile(arguments.path("path", path)):
         raise InputError(f"There is no file {path}; check the path.")
     try:
         root = ElementTree.parse(path).getroot()

@@ -1,6 +1,7 @@
 """GeoJSON (RFC 7946): a FeatureCollection for each image, in map coordinates if the image has them."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from ovsam.errors import InputError
 from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, parts
 from ovsam.ops.schema import Coordinate, Point, Share, Side, checked, place, read_json
+from ovsam.processing import arguments
 from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, visible
 
 PIXELS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -59,6 +61,11 @@ def to_geojson(
             member `crs` of its predecessor, which GIS programs read.
         tolerance: as in `ovsam.ops.polygons.to_polygon`.
     """
+    tolerance = arguments.number("tolerance", tolerance, 0, math.inf)
+    if not (crs is None or isinstance(crs, str)):
+        raise InputError(f"The crs is {arguments.short(crs)}; it must be a string such as 'EPSG:32633'.")
+    if transform is not None:
+        (transform,) = arguments.rows("transform", [transform], 6, "a, b, c, d, e, f of the map from pixels")
     a, b, c, d, e, f = transform or PIXELS
     turned = a * e - b * d < 0  # the map's y axis points up: clockwise becomes counterclockwise
 

@@ -20,6 +20,7 @@ from ovsam.ops import rle
 from ovsam.ops.files import write_text, write_whole
 from ovsam.ops.polygons import fill, to_polygon
 from ovsam.ops.schema import Coordinate, Point, Share, Side, checked, place, read_json
+from ovsam.processing import arguments
 from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, visible
 
 SHAPES = ("brush", "polygon", "rectangle")
@@ -251,5 +252,4 @@ def _file_name(data: dict[str, Any]) -> str | None:
 
 
 def _check(shape: str) -> None:
-    if shape not in SHAPES:
-        raise InputError(f"The shape for Label Studio must be one of {', '.join(SHAPES)}, not {shape!r}.")
+    arguments.choice("shape for Label Studio", shape, SHAPES)

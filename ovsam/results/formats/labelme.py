@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from ovsam.ops import rle
 from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, to_polygon
 from ovsam.ops.schema import Point, Side, checked, place, read_json
+from ovsam.processing import arguments
 from ovsam.processing.images import open_file
 from ovsam.results.formats.base import Labelled, LabelledImage, Numbers, Stems, files_below, visible
 
@@ -43,8 +45,9 @@ def to_labelme(result: Labelled, shape: str = "polygon", tolerance: float = 0.0)
 
     shape: "polygon", which every tool reads (parts and holes are connected by bridges without width), or "mask".
     """
-    if shape not in ("polygon", "mask"):
-        raise InputError(f"The shape for LabelMe must be 'polygon' or 'mask', not {shape!r}.")
+    if not isinstance(shape, str) or shape not in ("polygon", "mask"):
+        raise InputError(f"The shape for LabelMe must be 'polygon' or 'mask', not {arguments.short(shape)}.")
+    tolerance = arguments.number("tolerance", tolerance, 0, math.inf)
     height, width = result.size
     shapes = []
     for instance in visible(result):

@@ -6,6 +6,7 @@ A line holds one polygon; parts and holes are connected to it by bridges without
 
 import ast
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ovsam.errors import InputError
 from ovsam.ops.files import write_text
 from ovsam.ops.polygons import fill, to_polygon
 from ovsam.ops.schema import Share, checked, place, read_text
+from ovsam.processing import arguments
 from ovsam.results.formats.base import (
     Labelled,
     LabelledImage,
@@ -36,6 +38,7 @@ def to_yolo(result: Labelled, labels: Sequence[str] = (), tolerance: float = 0.0
         InputError: a label is missing in `labels`.
     """
     height, width = result.size
+    labels, tolerance = arguments.strings("labels", labels), arguments.number("tolerance", tolerance, 0, math.inf)
     number = {label: i for i, label in enumerate(labels)}
     lines = []
     for instance in visible(result):
@@ -75,7 +78,10 @@ def read_yolo(
     Raises:
         InputError: there are no names, an image file is missing, or a line is invalid.
     """
-    root = Path(folder)
+    root = Path(arguments.path("folder", folder))
+    if images is not None:
+        images = arguments.path("images", images)
+    labels = arguments.strings("labels", labels)
     place = root / "labels" if os.path.isdir(root / "labels") else root
     labels = labels or _names(root if place != root else root.parent)
     pictures = [Path(images)] if images is not None else [place.parent / "images", place]
