@@ -5,7 +5,8 @@ from fuzz import harness
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help=f"fuzz: {harness.LONG} times as many inputs, at random")
+    described = f"fuzz: N times as many inputs (default: {harness.LONG}), at random"
+    parser.addoption("--long", metavar="N", nargs="?", const=harness.LONG, type=int, help=described)
 
 
 @pytest.fixture(autouse=True)

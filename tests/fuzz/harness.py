@@ -1,7 +1,7 @@
 """The fuzz suite: what it counts, and how long it runs.
 
 `pytest tests/fuzz` tries a fixed set of inputs in about a minute; `pytest tests/fuzz --long` a hundred times as
-many, other ones at every run. An input is right if the call returns or raises InputError.
+many, and `--long=N` N times, other ones at every run. An input is right if the call returns or raises InputError.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ LONG = 100  # times as many inputs with --long
 COUNTS: Counter[str] = Counter()
 FAILURES: dict[tuple, str] = {}  # kind, type of the error and line -> traceback of the first
 SLOWEST = [0.0]
-TIMES = LONG if "--long" in sys.argv else 1
+TIMES = next((int(a.partition("=")[2] or LONG) for a in sys.argv if a == "--long" or a.startswith("--long=")), 0)
 
 
 def examples(count: int) -> settings:
     """Settings of a test that tries `count` inputs, the same at every run unless it is a long one."""
     return settings(
-        max_examples=count * TIMES,
-        derandomize=TIMES == 1,
+        max_examples=count * max(TIMES, 1),
+        derandomize=not TIMES,
         deadline=None,
         database=None,
         phases=[Phase.generate],

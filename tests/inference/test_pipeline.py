@@ -6,6 +6,7 @@ from common import picture
 from transformers import pipeline
 
 import ovsam
+from ovsam.errors import InputError
 
 IMAGE = picture(1, width=200, height=90)
 BOX = [30, 30, 100, 80]
