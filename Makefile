@@ -1,6 +1,6 @@
 # make try    segments a photograph of this repository by text queries
 # make test   lint, types and all tests
-# make bench  cost and recall of text queries, prompts and everything; a quarter of an hour on an idle machine
+# make bench  cost and recall of text queries, prompts and everything; about an hour on an idle machine
 # make tiny   trains the parts of ovsam-tiny that are not in runs/ yet; an interrupted run continues
 # All make .venv first. PYTHON=python3.12 chooses the interpreter; TRY_WORDS='book fork' sets the text queries.
 
