@@ -16,6 +16,7 @@ READ = {"in_channels": CHANNELS, "embed_dim": D, "width": 16}
 ADAPTERS = {
     "clip2sam": (Clip2SamAdapter, Clip2SamConfig(**READ, token_dim=C)),
     "clip2sam without tokens": (Clip2SamAdapter, Clip2SamConfig(**READ)),
+    "clip2sam with an MLP": (Clip2SamAdapter, Clip2SamConfig(**READ, mlp_dim=24)),
     "concepts": (ConceptHead, ConceptHeadConfig(**READ, mask_width=12)),
     "sam2clip": (Sam2ClipAdapter, Sam2ClipConfig(in_channels=CHANNELS, width=C, num_layers=2, num_heads=4)),
 }
@@ -104,10 +105,11 @@ def test_half_precision_works_and_keeps_boxes_exact(kind):
 # ------------------------------------------------------------------------------------------------ Clip2SamAdapter
 
 
-def test_a_new_clip2sam_adapter_returns_the_embedding_of_clip():
+@pytest.mark.parametrize("kind", ["clip2sam", "clip2sam with an MLP"])
+def test_a_new_clip2sam_adapter_returns_the_embedding_of_clip(kind):
     torch.manual_seed(0)
-    model = Clip2SamAdapter(ADAPTERS["clip2sam"][1])
-    inputs = inputs_for("clip2sam")
+    model = Clip2SamAdapter(ADAPTERS[kind][1])
+    inputs = inputs_for(kind)
     stride16, stride32 = inputs["maps"][2:]
     region = model.region.detail(stride16) + interpolate(model.region.context(stride32), scale_factor=2)
     weight = avg_pool2d(inputs["masks"], 4)  # 32 x 32 -> 8 x 8

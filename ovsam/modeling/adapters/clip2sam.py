@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 from transformers import initialization as init
 
-from ovsam.modeling.adapters.common import AdapterModel, RegionProjection, TopDown, pool_from_pyramid
+from ovsam.modeling.adapters.common import AdapterModel, RegionProjection, ResidualMlp, TopDown, pool_from_pyramid
 from ovsam.modeling.clip.base import mask_pool
 from ovsam.modeling.geometry import boxes_to_clip, maps_to_clip
 from ovsam.modeling.remote_code import RemoteCodeConfig
@@ -25,6 +25,8 @@ class Clip2SamConfig(RemoteCodeConfig):
         width: width of the adapter.
         token_dim: the mask decoder's width C, or 0 to ignore its tokens (as in the released Open-Vocabulary SAM, which
             multiplies its label token by zero).
+        mlp_dim: hidden width of a residual MLP on the class embedding, or 0 for none. A linear map of the features
+            cannot reach the text embeddings of class names that look alike and are named differently, or the reverse.
         trained_words: class names of the training data. If there are any, masks are classified by a blend of the
             adapter and CLIP itself, in which CLIP has a small weight for these class names and a large one for others.
         clip_scale, clip_shift: scale and shift of CLIP's own cosines in that blend.
@@ -37,6 +39,7 @@ class Clip2SamConfig(RemoteCodeConfig):
     embed_dim: int = 384
     width: int = 128
     token_dim: int = 0
+    mlp_dim: int = 0
     trained_words: list | tuple = ()
     clip_scale: float = 100.0
     clip_shift: float = -0.25
@@ -61,6 +64,7 @@ class Clip2SamAdapter(AdapterModel):
         self.token = nn.Linear(config.token_dim, config.width) if config.token_dim else None
         self.reads_tokens = bool(config.token_dim)
         self.embedding = nn.Linear(config.width, config.embed_dim)
+        self.mlp = ResidualMlp(config.embed_dim, config.mlp_dim) if config.mlp_dim else None
         self.log_scale = nn.Parameter(torch.tensor(2.7))
         self.logit_shift = nn.Parameter(torch.tensor(-0.7))
         self.post_init()
@@ -68,7 +72,8 @@ class Clip2SamAdapter(AdapterModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is self.embedding:  # starts as the tower's own embedding
+        if module is self.embedding or (self.mlp is not None and module is self.mlp.down):
+            # The adapter starts as the tower's own embedding.
             init.zeros_(module.weight)
         elif module is self:
             init.constant_(self.log_scale, 2.7)
@@ -100,7 +105,10 @@ class Clip2SamAdapter(AdapterModel):
         hidden = hidden.view(b, p, self.config.width)
         if self.token is not None:
             hidden = hidden + F.relu(self.token(tokens))
-        return F.normalize(pooled + self.embedding(hidden), dim=-1)
+        embeds = pooled + self.embedding(hidden)  # [B, P, D]
+        if self.mlp is not None:
+            embeds = self.mlp(embeds)
+        return F.normalize(embeds, dim=-1)
 
     def name(self, features, masks: Tensor, boxes: Tensor, tokens: Tensor | None, clip) -> Naming | BlendedNaming:
         """Return the naming of masks in a whole model.

@@ -125,3 +125,16 @@ class RegionProjection(nn.Module):
 
     def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
         return self.detail(maps[-2]) + upsample(self.context(maps[-1]))  # [B, D, H/16, W/16]
+
+
+class ResidualMlp(nn.Module):
+    """[..., width] -> [..., width]: the input plus an MLP of its normalised values."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))

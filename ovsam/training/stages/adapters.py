@@ -26,6 +26,7 @@ class AdaptersStage(ConceptsStage):
         prompts: number of objects of each image that Clip2SamAdapter classifies.
         train_clip: whether to train the image tower of the CLIP side too.
         keyword_weight: weight of its loss against keywords.
+        mlp_dim: hidden width of the MLP of Clip2SamAdapter, 0 for none.
         arguments: arguments of ConceptsStage.
     """
 
@@ -36,10 +37,11 @@ class AdaptersStage(ConceptsStage):
         prompts: int = 16,
         train_clip: bool = False,
         keyword_weight: float = 0.3,
+        mlp_dim: int = 0,
         **arguments,
     ):
         super().__init__(words, towers, **arguments)
-        self.clip2sam = start_region(Clip2SamAdapter(Clip2SamConfig(**self.size)), towers)
+        self.clip2sam = start_region(Clip2SamAdapter(Clip2SamConfig(**self.size, mlp_dim=mlp_dim)), towers)
         self.prompts, self.train_clip = prompts, train_clip
         if train_clip and self.cache:
             raise InputError("The maps of an image tower that learns cannot be kept: leave out cache or train_clip.")
