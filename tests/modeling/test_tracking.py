@@ -372,6 +372,19 @@ def test_an_object_that_is_lost_is_searched_for_in_the_whole_image_and_one_that_
     assert torch.equal(board.follow([0], [0], [2], [2, 13])[1], board.show(2)[1][1])  # not the copy of it
 
 
+def test_a_prompt_on_a_later_frame_vouches_for_its_own_object_only():
+    board, memory = Board(), LabelMemory()
+    for frame in range(5):
+        keys, shown = board.show(0, 12)
+        reference = memory.propagate(frame, keys, [1, 2][:frame])
+        if frame < 2:
+            reference.prompt(frame + 1, shown[frame + 1][:, None].repeat(1, 4).float())
+        memory.store(frame, reference)
+    assert {number: sorted(kept.labels) for number, kept in memory.frames.items()} == {
+        0: [1], 1: [2], 2: [1, 2], 3: [1, 2], 4: [1, 2],
+    }  # fmt: skip
+
+
 def test_two_objects_of_one_look_keep_their_labels_when_they_pass_each_other():
     board = Board()
     path = [(12 - x, x) for x in range(13)]  # the second passes in front of the first

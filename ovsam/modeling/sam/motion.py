@@ -15,6 +15,8 @@ PRESENT = 0.5  # share of a part from which on an object is in the image
 REACH = 4  # parts that a template moves at most from where it is expected, along each axis
 SHARP = 0.01  # temperature of the mean over positions
 VISIBLE = 0.15  # share of the template below which an object moves on at its speed
+INSIDE = 0.7  # share of the template in the image below which an object leaves it
+MARGIN = 2  # parts around the template
 FASTEST = 2.5  # cells a frame
 RENEWED = 0.1  # share of the template that is replaced a frame
 SMOOTH = 0.25  # share of the speed that is replaced a frame
@@ -48,6 +50,14 @@ class Motion:
     def expected(self) -> Tensor:
         """The centre on the next frame."""
         return self.centre + self.speed
+
+    def confine(self, mask: Tensor) -> Tensor:
+        """A mask [S, S] on the next frame without what an object that leaves the image would leave behind."""
+        now, template = (shift(self.template, centre - self.home) for centre in (self.centre, self.expected))
+        if self.absent or not template.sum() < min(now.sum(), INSIDE * self.template.sum()):
+            return mask
+        near = F.max_pool2d(template[None], 2 * MARGIN + 1, 1, MARGIN)[0]
+        return mask * near
 
     def follow(self, mask: Tensor, background: Tensor) -> "Motion":
         """The motion on the next frame, where the object has a mask [S, S] and no object covers `background` [S, S].

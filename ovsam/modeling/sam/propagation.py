@@ -27,7 +27,7 @@ RECENT = 3  # frames before this one that are references
 PROMPTED = 8  # frames with a prompt that are references, at most
 CANDIDATES = 16  # coarse cells that are compared finely, at most one in eight of a frame
 CHUNK = 256  # coarse cells whose candidates are gathered at a time
-TEMPERATURE = 0.05
+TEMPERATURE = 0.06
 NEAR = {False: 4 / 32, True: 2 / 32}  # deviation of places, of recent and of prompted frames, as a share of the side
 FARTHEST = 3.0  # deviations that a cell moves at most
 OUT = 9.0  # what is beyond costs
@@ -80,6 +80,9 @@ class LabelMemory:
     def store(self, frame: int, reference: Reference) -> None:
         """Keep a frame, and drop what is a reference no more."""
         self.frames[frame] = reference
+        for number, kept in self.frames.items():
+            if abs(frame - number) >= RECENT:  # what was tracked there may be wrong
+                kept.labels = {one: label for one, label in kept.labels.items() if one in kept.prompted}
         for number in [n for n, kept in self.frames.items() if not kept.prompted and abs(frame - n) >= RECENT]:
             del self.frames[number]
         prompted = sorted(number for number, kept in self.frames.items() if kept.prompted)
@@ -119,7 +122,9 @@ class LabelMemory:
         before = {number: next(kept.motions[number] for kept in near if number in kept.motions) for number in numbers}
         references = [kept for kept in near if kept.labels.keys() & before.keys()]
         labels, moved = _read(keys, references, before, drift)
-        masks = torch.stack([spread(label, keys.side) for label in labels])
+        masks = torch.stack(
+            [motion.confine(spread(label, keys.side)) for motion, label in zip(before.values(), labels, strict=True)]
+        )
         found = Reference(keys, drift=drift + moved)
         background = (1 - masks.sum(0)).clamp(min=0)
         for (number, motion), mask in zip(before.items(), masks, strict=True):
@@ -134,25 +139,28 @@ def _read(keys: Keys, references: list[Reference], before: dict[int, Motion], dr
     the motion of each object `before`."""
     cells, none = _cells(keys.side, keys.coarse.device), torch.zeros_like(keys.fine[..., 0])
     absent = torch.tensor([motion.absent > 0 for motion in before.values()], device=cells.device)
-    labels, places, costs, scores = [], [], [], []
-    for kept in references:
-        label = torch.stack([kept.labels.get(number, none) for number in before], -1)  # [L, p, P]
-        place, prompted = _moved(kept, label.mean(1), before, drift), bool(kept.prompted)
-        width = max(NEAR[prompted] * keys.side, 1.0)
-        distance = torch.cdist(cells, place) / width
-        cost = distance.square() * TEMPERATURE / 2  # that of a normal distribution
-        cost[distance > FARTHEST] = OUT
-        cost -= BONUS * prompted
-        gone = (label.mean(1)[:, absent] > PRESENT).any(1)  # cells of absent objects
-        cost = torch.where(gone, cost.clamp(max=ANYWHERE), cost)
-        labels.append(label)
-        places.append(place)
-        costs.append(cost)
-        scores.append(keys.coarse @ kept.keys.coarse.T - cost)
+    labels = [torch.stack([kept.labels.get(number, none) for number in before], -1) for kept in references]  # [L, p, P]
+    places = [_moved(kept, label.mean(1), before, drift) for kept, label in zip(references, labels, strict=True)]
+    gone = [(label.mean(1)[:, absent] > PRESENT).any(1) for label in labels]  # cells of absent objects, [L]
+    scores = []
+    for kept, place, free in zip(references, places, gone, strict=True):
+        # One product of matrices: likeness - steep * distance**2 + bonus
+        steep, bonus = _steepness(kept), BONUS * bool(kept.prompted)
+        square, one = place.square().sum(1, keepdim=True), torch.ones_like(place[:, :1])
+        query = torch.cat([keys.coarse, cells, one, cells.square().sum(1, keepdim=True)], 1)
+        key = torch.cat([kept.keys.coarse, 2 * steep * place, bonus - steep * square, -steep * one], 1)
+        score = query @ key.T
+        score[:, free] = score[:, free].maximum(keys.coarse @ kept.keys.coarse[free].T - ANYWHERE)
+        scores.append(score)
     best = torch.cat(scores, 1).topk(min(CANDIDATES, math.ceil(len(cells) / 8)), 1).indices  # [L, R*L] -> [L, m]
-    cost = torch.cat(costs, 1).gather(1, best)
-    fine = torch.cat([kept.keys.fine for kept in references])  # [R*L, p, D]
     label, place = torch.cat(labels), torch.cat(places)  # [R*L, p, P], [R*L, 2]
+    owner = best // len(cells)  # the reference of each candidate, [L, m]
+    steep = cells.new_tensor([_steepness(kept) for kept in references])[owner]
+    cost = steep * (cells[:, None] - place[best]).square().sum(-1)  # [L, m]
+    cost[cost > FARTHEST**2 * TEMPERATURE / 2] = OUT
+    cost -= cells.new_tensor([BONUS * bool(kept.prompted) for kept in references])[owner]
+    cost = torch.where(torch.cat(gone)[best], cost.clamp(max=ANYWHERE), cost)
+    fine = torch.cat([kept.keys.fine for kept in references])  # [R*L, p, D]
     bare = 1 - label.sum(-1)  # [R*L, p]
     known = torch.tensor([[number in kept.labels for number in before] for kept in references], device=cells.device)
     shares, step, mass = [], cells.new_zeros(2), cells.new_tensor(LEAST)
@@ -162,14 +170,19 @@ def _read(keys: Keys, references: list[Reference], before: dict[int, Motion], dr
         weight = ((alike - cost[at].repeat_interleave(parts, 1)[:, None]) / TEMPERATURE).softmax(-1)
         share = weight @ label[one].flatten(1, 2)  # [l, p, m*p] @ [l, m*p, P] -> [l, p, P]
         if not known.all():  # references from before an object was there do not count
-            owner = one // len(cells)  # the reference of each candidate, [l, m]
-            counted = known[owner].float().repeat_interleave(parts, 1)  # [l, m, P] -> [l, m*p, P]
+            counted = known[owner[at]].float().repeat_interleave(parts, 1)  # [l, m, P] -> [l, m*p, P]
             share = share / (weight @ counted).clamp(min=LEAST)
         shares.append(share)
         behind = (weight.sum(1) * bare[one].flatten(1)).unflatten(1, (-1, parts)).sum(-1)  # [l, m*p] -> [l, m]
         step += (behind[..., None] * (cells[at, None] - place[one])).sum((0, 1))
         mass += behind.sum()
     return torch.cat(shares).permute(2, 0, 1), step / mass
+
+
+def _steepness(kept: Reference) -> float:
+    """What the square of a distance to a place in a reference costs: places have a normal distribution."""
+    width = max(NEAR[bool(kept.prompted)] * kept.keys.side, 1.0)
+    return TEMPERATURE / (2 * width**2)
 
 
 def _moved(kept: Reference, label: Tensor, before: dict[int, Motion], drift: Tensor) -> Tensor:
