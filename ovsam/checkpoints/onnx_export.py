@@ -36,7 +36,7 @@ from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.outputs import ClipFeatures, ConceptOutput, DecodedMasks, OVSamFeatures, SamFeatures
 from ovsam.modeling.scoring import BlendedNaming, FusedNaming
 from ovsam.ops.files import check_new_folder
-from ovsam.ops.masks import add_prior, mean_masks
+from ovsam.ops.masks import add_prior, follow_clicks, mean_masks
 from ovsam.processing.processing_ovsam import OVSamProcessor
 
 OPSET = 20  # the first one with GELU
@@ -181,6 +181,7 @@ class MaskGraph(Graph):
         if self.corrects:
             masks = F.interpolate(masks, input_masks.shape[-2:], mode="bilinear")
             masks = add_prior(masks[:, :, None], input_masks, self.model.config.mask_head_weight)[:, :, 0]
+            masks = follow_clicks(masks, points * (masks.shape[-1] / sam.image_size), labels)
         return masks, decoded.iou[:, :, 0], decoded.tokens[:, :, 0]
 
     def _decode_some_masks(

@@ -38,7 +38,7 @@ from ovsam.modeling.scoring import (
     mean_logits,
 )
 from ovsam.ops.boxes import masks_to_boxes
-from ovsam.ops.masks import add_prior, mask_overlap, mean_masks
+from ovsam.ops.masks import add_prior, follow_clicks, mask_overlap, mean_masks
 from ovsam.ops.nms import fast_box_nms, suppress
 from ovsam.ops.scores import calibrated, instance_scores
 
@@ -296,6 +296,8 @@ class OVSamModel(OVSamPreTrainedModel):
             decoded.masks, decoded.iou = rough[:, :, None], None
         elif prior is not None:
             decoded.masks = add_prior(decoded.masks, prior, self.config.mask_head_weight)
+            if prompts["input_points"] is not None:
+                decoded.masks = self._follow_clicks(decoded.masks, prompts["input_points"], prompts["input_labels"])
         score = decoded.masks.new_zeros(decoded.masks.shape[:3]) if decoded.iou is None else decoded.iou
         best = score.argmax(-1, keepdim=True)  # [B, P, 1]; the mask that is classified
         masks, tokens = decoded.masks.take_along_dim(best[..., None, None], 2)[:, :, 0], None  # [B, P, H/4, W/4]
@@ -455,6 +457,11 @@ class OVSamModel(OVSamPreTrainedModel):
         labels = torch.ones_like(points[..., 0]) if labels is None else labels
         masks, agreed = self.concepts.point_masks(concepts, points, labels, self.sam.image_size, features.clip_frame)
         return masks if given is None else mean_masks(given, masks, agreed)
+
+    def _follow_clicks(self, masks: Tensor, points: Tensor, labels: Tensor | None) -> Tensor:
+        """Masks [B, P, 1, h, w] that contain the positive clicks and not the negative ones."""
+        labels = torch.ones_like(points[..., 0]) if labels is None else labels
+        return follow_clicks(masks[:, :, 0], points / self._mask_stride(masks), labels)[:, :, None]
 
     def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor | None) -> AnyNaming:
         """Class embedding of each mask: from the adapter, else from the best-matching locations, else from CLIP's own

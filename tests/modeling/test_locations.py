@@ -138,6 +138,16 @@ def test_a_given_mask_is_corrected(model, features):
 
 
 @torch.no_grad()
+def test_masks_contain_positive_clicks_and_not_negative_ones(model, features):
+    points = torch.tensor([[[[85.0, 40.0], [20.0, 90.0]], [[20.0, 90.0], [85.0, 40.0]]]])
+    labels = torch.tensor([[[1, 0], [1, 0]]])
+    masks = model(features=features, input_points=points, input_labels=labels).pred_masks[0, :, 0]
+    at = (points[0] * masks.shape[-1] / SIZE).long()
+    clicked = torch.stack([mask[row[:, 1], row[:, 0]] for mask, row in zip(masks, at, strict=True)])
+    assert (clicked[:, 0] > 0).all() and (clicked[:, 1] < 0).all()
+
+
+@torch.no_grad()
 def test_three_masks_of_a_click_are_those_of_the_decoder(model, features):
     click = {"features": features, "input_points": torch.tensor([[[[85.0, 12.0]]]]), "multimask_output": True}
     plain = model(**click).pred_masks
