@@ -6,6 +6,17 @@ parser, `PARSER`; `check(args)`, which raises InputError for invalid input and m
 that help and errors appear at once; a command whose run needs no torch either has `LIGHT = True`.
 """
 
+# ruff: noqa: E402, I001
+import signal
+import sys
+
+# Ctrl-C ends a command without a traceback, also during the imports below; `main` has a handler of its own.
+# As `python -m ovsam_cli`, argv[0] is still "-m" here; only this thread can be the main one of a program that starts.
+_STARTING = sys.argv[:1] == ["-m"] or sys.argv[:1] and sys.argv[0].endswith(("/ovsam", "\\ovsam.exe"))
+_STARTING = _STARTING and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _STARTING:
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
+
 import argparse
 import contextlib
 import difflib
@@ -14,12 +25,12 @@ import importlib
 import importlib.util
 import io
 import os
-import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from typing import NoReturn
+
+if _STARTING:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COMMANDS = {
     "segment": "segment objects in images: by text queries, points or boxes, or all of them",
@@ -39,6 +50,7 @@ COMMANDS = {
 }
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 LESS_MEMORY = "use smaller images or a smaller model"
 
 _bare: set[str] = set()  # packages imported without running their __init__
@@ -108,7 +120,7 @@ def _print(argv: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail("The output cannot be written: its reader has closed the pipe; keep the reader running.")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF) or error.filename:
+        if error.errno not in DISK_ERRORS or error.filename:
             raise
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -209,6 +221,8 @@ def _finish_import(name: str) -> None:
 
 
 def _read_version() -> str:
+    from importlib import metadata
+
     try:
         return metadata.version("ovsam")
     except metadata.PackageNotFoundError:

@@ -25,7 +25,7 @@ from ovsam.evaluation.tasks import Examiner
 from ovsam.evaluation.timing import measure_time
 from ovsam.inference.loading import load
 from ovsam.inference.segmenter import Segmenter
-from ovsam.ops.files import write_text
+from ovsam.ops.files import refused, write_text
 
 QUESTIONS = ("prompts", "words", "everything")
 TASKS = (*QUESTIONS, "time")
@@ -151,7 +151,7 @@ def _answers(
             if file is None:
                 yield record
                 continue
-            with file.open("a", encoding="utf-8") as lines:
+            with refused(file), file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record) + "\n")
             done[image_id] = record
         yield done[image_id]

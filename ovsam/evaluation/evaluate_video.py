@@ -22,6 +22,7 @@ from ovsam.inference.segmenter import Segmenter
 from ovsam.inference.video import Prompt, VideoSegmenter
 from ovsam.ops import rle
 from ovsam.ops.boxes import masks_to_boxes
+from ovsam.ops.files import refused
 from ovsam.processing.images import open_image
 
 GIVEN = ("mask", "box")
@@ -59,7 +60,7 @@ def measure_videos(
             records = _measure(segmenter, video, given, baselines, tracker, words)
             done[video.name] = {"video": video.name, "records": records}
             if file is not None:
-                with file.open("a", encoding="utf-8") as lines:
+                with refused(file), file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(done[video.name]) + "\n")
     return [record for video in videos for record in done[video.name]["records"]]
 

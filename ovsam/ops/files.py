@@ -24,6 +24,7 @@ READER_SECONDS = 5.0  # how long to wait for a reader of a pipe
 REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space or write elsewhere",
     errno.EDQUOT: "the disk quota is exceeded; free some space or write elsewhere",
+    errno.EFBIG: "files may not be larger here; write elsewhere",
     errno.EROFS: "the disk is read-only; write elsewhere",
     errno.EACCES: "permission is denied; write elsewhere",
     errno.EPERM: "permission is denied; write elsewhere",

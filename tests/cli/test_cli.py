@@ -1,5 +1,6 @@
 """The command line with a stub of the model: questions, outputs, and errors before loading."""
 
+import errno
 import io
 import json
 import os
@@ -472,3 +473,14 @@ def test_json_on_stdout_is_all_there_is_on_stdout(folder, loaded, capfd):
 def test_words_split_as_people_write_them(folder, loaded):
     assert run(["segment", "a.png", "--text", "dog, red ball", "cat . cow", '"salt, pepper"']) == 0
     assert loaded[0][0].asked[0][1] == ["dog", "red ball", "cat", "cow", "salt, pepper"]
+
+
+def test_a_full_disk_without_a_file_name_is_one_sentence(monkeypatch, capsys):
+    """As writers of other libraries raise it."""
+
+    def fails(args):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr("ovsam_cli.models.run", fails)
+    assert run("models") == 2
+    assert capsys.readouterr().err == "ovsam: error: The output cannot be written (File too large).\n"

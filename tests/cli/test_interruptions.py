@@ -18,11 +18,11 @@ from ovsam_cli import LESS_MEMORY
 RECIPE = ROOT / "adapters" / "finetune" / "recipe.toml"
 COMMANDS = {  # name -> its arguments, and the function that does the work
     "segment": ("a.png --text dog", "ovsam.load"),
-    "label": ("a.png --text dog -o out --format coco --model m", "ovsam.load"),
+    "label": ("a.png --text dog -o out --format coco --model photo", "ovsam.load"),
     "video": ("a.png --text dog --json a.json", "ovsam.load_video"),
     "eval": (".", "ovsam.evaluation.evaluate.run_eval"),
     "train": (str(RECIPE), "ovsam.training.engine.train_recipe"),
-    "demo": ("--model m", "app.main"),
+    "demo": ("--model photo", "app.main"),
 }
 
 
@@ -39,6 +39,7 @@ def run(tmp_path, monkeypatch, capsys):
     """Run a command whose work is replaced; returns the exit code and stderr."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 48)).save("a.png")
+    (tmp_path / "annotations.json").touch()
 
     def run(name, work):
         arguments, target = COMMANDS[name]

@@ -166,7 +166,7 @@ def test_moving_scenes_are_drawn_and_measured_with_class_names(monkeypatch):
     names = list(video.words.values())
 
     def where(encoded, words, **_):  # answers with the truth, except for the first object
-        assert set(words) == {*names, *video.absent}
+        assert set(words.prompts) == {*names, *video.absent}
         frame = where.asked
         where.asked += 1
         shown = [(mask, video.words[number]) for number, mask in truth[frame].items() if number > 1]

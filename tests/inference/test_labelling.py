@@ -261,7 +261,7 @@ def test_errors_are_raised_before_the_model_is_loaded(photos, monkeypatch, capsy
     assert label(photos, out="s3://bucket/out") == 2 and "-o s3://bucket/out is an address" in capsys.readouterr().err
     assert label(photos, out="file") == 2 and "-o file is a file" in capsys.readouterr().err
     for out in ("file/out", "/proc/out"):  # which no user can write into
-        assert label(photos, out=out) == 2 and f"{out} cannot be written to" in capsys.readouterr().err
+        assert label(photos, out=out) == 2 and f"{out} cannot be written: " in capsys.readouterr().err
 
 
 def test_ray_is_asked_for_before_the_model(photos, monkeypatch, capsys):
