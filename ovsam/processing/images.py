@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+import time
 import warnings
 from typing import IO, TYPE_CHECKING, Union
 
@@ -23,6 +24,7 @@ URLS = ("http://", "https://")
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags
 MAX_DOWNLOAD = 256 * 2**20  # bytes of an image behind a URL
 DOWNLOAD_SECONDS = 30.0  # without a response
+DOWNLOAD_AT_MOST = 300.0  # seconds of a whole download, since a server may send a byte from time to time
 
 Picture = Union[str, os.PathLike[str], bytes, IO[bytes], Image.Image, np.ndarray, "torch.Tensor"]
 
@@ -162,13 +164,15 @@ def _decode(name: str, source: str | os.PathLike[str] | IO[bytes]) -> Image.Imag
 def _download(url: str) -> bytes:
     import httpx
 
-    shown = _shown(url)
+    shown, end = _shown(url), time.monotonic() + DOWNLOAD_AT_MOST
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=DOWNLOAD_SECONDS) as answer:
             answer.raise_for_status()
             content = bytearray()
             for chunk in answer.iter_bytes():
                 content += chunk
+                if time.monotonic() > end:
+                    raise InputError(f"{shown} takes more than {DOWNLOAD_AT_MOST:.0f} s; download it first.")
                 if len(content) > MAX_DOWNLOAD:
                     raise InputError(f"{shown} has more than {MAX_DOWNLOAD // 2**20} MB; download and shrink it first.")
     except httpx.HTTPStatusError as error:

@@ -1,8 +1,12 @@
 """Images of every kind open as upright RGB, or raise an error of one sentence."""
 
+import contextlib
 import io
 import os
+import socketserver
 import struct
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -12,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from web import serve
 
 from ovsam.errors import InputError
+from ovsam.processing import images
 from ovsam.processing.images import MIN_SIDE, open_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -237,3 +242,54 @@ def test_what_holds_no_pixels_is_one_short_sentence(image):
     with pytest.raises(InputError) as error:
         open_image(image)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+RESPONSES = {  # path -> what a server sends, and the sentence
+    "/missing.png": (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "the server answers 404"),
+    "/broken.png": (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", "the server answers 500"),
+    "/loop.png": (
+        b"HTTP/1.1 302 Found\r\nConnection: close\r\nLocation: /loop.png\r\nContent-Length: 0\r\n\r\n",
+        "redirect",
+    ),
+    "/file.png": (b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n", "cannot be down"),
+    "/noise.png": (b"\0\xff\0\r\n\r\n", "cannot be downloaded"),
+    "/nothing.png": (b"", "cannot be downloaded"),
+    "/cut.png": (b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\nshort", "cannot be downloaded"),
+    "/empty.png": (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "is empty"),
+    "/page.png": (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>", "is not an image"),
+    "/gzip.png": (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\nno gzip", "cannot be downloaded"),
+    "/endless.png": (b"HTTP/1.1 200 OK\r\n\r\n" + bytes(3 * 2**20), "has more than 1 MB"),
+    "/slow.png": (b"HTTP/1.1 200 OK\r\n\r\n", "takes more than 1 s"),
+    "/silent.png": (None, "cannot be downloaded"),
+}
+
+
+@pytest.fixture(scope="module")
+def strange_server():
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            path = self.request.recv(10_000).split()[1].decode()
+            answer, _ = RESPONSES[path]
+            with contextlib.suppress(OSError):
+                self.request.sendall(answer or b"")
+                for _ in range(40 if path == "/slow.png" else 0):
+                    time.sleep(0.1)
+                    self.request.sendall(b"x")
+                if answer is None:
+                    time.sleep(2)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("path", RESPONSES)
+def test_what_a_server_may_answer(strange_server, monkeypatch, path):
+    monkeypatch.setattr(images, "MAX_DOWNLOAD", 2**20)
+    monkeypatch.setattr(images, "DOWNLOAD_SECONDS", 1.0)
+    monkeypatch.setattr(images, "DOWNLOAD_AT_MOST", 1.0)
+    with pytest.raises(InputError, match=RESPONSES[path][1]) as error:
+        open_image(strange_server + path)
+    assert "\n" not in str(error.value)
