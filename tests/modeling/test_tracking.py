@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenc
 
 import ovsam
 from ovsam.errors import InputError
+from ovsam.modeling.sam.motion import Motion
 from ovsam.modeling.sam.propagation import Keys, LabelMemory, Reference
 from ovsam.modeling.tracking import OVSamVideoSession, VideoPrompt
 from tests.common import SIZE, picture, tiny_config, tiny_model, tiny_processor, tiny_video_model
@@ -383,6 +385,19 @@ def test_a_prompt_on_a_later_frame_vouches_for_its_own_object_only():
     assert {number: sorted(kept.labels) for number, kept in memory.frames.items()} == {
         0: [1], 1: [2], 2: [1, 2], 3: [1, 2], 4: [1, 2],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("x", "kept"), [(4, True), (24, False)])
+def test_an_object_that_leaves_the_image_leaves_no_label_behind(x, kept):
+    mask = torch.zeros(32, 32)
+    mask[8:16, x : x + 8] = 1
+    motion = replace(Motion.of_mask(mask), speed=torch.tensor([0.0, 2.0]))  # four parts to the right
+    later, background = torch.zeros(32, 32), torch.zeros(32, 32)
+    later[8:16, x : x + 12] = 1  # the object and what it leaves behind
+    assert bool(motion.confine(later)[10, x].item()) == kept
+    assert motion.confine(later)[10, x + 6] == 1
+    moved = motion.follow(motion.confine(later), background)
+    assert moved.centre[1] > motion.centre[1] and moved.absent == 0
 
 
 def test_two_objects_of_one_look_keep_their_labels_when_they_pass_each_other():
