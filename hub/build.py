@@ -72,6 +72,8 @@ def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
         clip2sam_config=Clip2SamConfig(**read, trained_words=sorted({word.lower() for word in trained}), **CONSE),
         concepts_config=ConceptHeadConfig(**read, strides=[8, 16, 32], mask_stride=2),
         vocabulary="coco",
+        id2label=dict(enumerate(coco)),
+        label2id={word: number for number, word in enumerate(coco)},
         mask_head_weight=MASK_HEAD_WEIGHT,
         refine_boxes=False,  # the decoder does not improve them (docs/measurements.md)
         exemplar_scale=1.0,  # class embeddings were trained to be text embeddings, so that an exemplar is like a word
@@ -263,7 +265,9 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="output folder of `ovsam train`")
     parser.add_argument("--folder", type=Path, default=MIRROR)
     parser.add_argument("--cards", action="store_true", help="write only the cards")
-    parser.add_argument("--check", action="store_true", help="change nothing, and fail if a mirror differs from its sources")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, and fail if a mirror differs from its sources"
+    )
     arguments = parser.parse_args()
     if arguments.check:
         sys.exit("\n".join(differences(arguments.folder)) or None)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils.generic import can_return_tuple
 
 from ovsam.errors import InputError
 from ovsam.modeling.adapters import CLIP2SAM_ADAPTERS, SAM2CLIP_ADAPTERS, ConceptHead, ConceptOutput
@@ -188,6 +189,7 @@ class OVSamModel(OVSamPreTrainedModel):
 
     # ---- the figure -------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     def forward(
         self,
         *,

@@ -230,9 +230,13 @@ def check_inside(
 
 def prompts(name: str, value: Any, depth: int, width: int | None, form: str) -> Any:
     """Prompts per image as transformers' processors take them, as nested lists: `depth` levels of lists around rows of
-    `width` finite numbers (None: plain numbers). None in place of the list of an image means no prompt."""
+    `width` finite numbers (None: plain numbers). None in place of the list of an image means no prompt.
+
+    Levels may be left out: that of the objects, as in SAM's processor, and those of one image.
+    """
     if value is None:
         return None
+    value = _nested(plain(value), depth + (width is not None), between=depth == 3)
 
     def look(level: Any, left: int) -> Any:
         level = plain(level)
@@ -249,6 +253,22 @@ def prompts(name: str, value: Any, depth: int, width: int | None, form: str) -> 
         raise InputError(f"The {name} hold {short(level)}; they must be {form}.")
 
     return look(value, depth)
+
+
+def _nested(value: Any, levels: int, between: bool) -> Any:
+    """Lists with the levels that are missing above their numbers; `between`: the first one is that of the objects,
+    inside of each image."""
+    first, found = value, 0
+    while is_sequence(first):
+        found += 1
+        first = next((one for one in map(plain, first) if one is not None and not (is_sequence(one) and not one)), None)
+    if not is_number(first) or found >= levels:
+        return value
+    if between and found == levels - 1:
+        return [None if row is None else [row] for row in value]
+    for _ in range(levels - found):
+        value = [value]
+    return value
 
 
 def is_number(value: Any) -> bool:

@@ -178,6 +178,8 @@ class PostProcessing:
             )
         return results
 
+    post_process_object_detection = post_process_grounded_object_detection  # the name of OWL-ViT and DETR
+
     def _choose(
         self, outputs: OVSamOutput, target_sizes, text_labels, threshold, **options
     ) -> Iterator[tuple[Selection, Canvas]]:

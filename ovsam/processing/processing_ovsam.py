@@ -113,6 +113,7 @@ class OVSamProcessor(PostProcessing, VideoSessions, Sam2Processor):
             input_boxes: [image][prompt][x1, y1, x2, y2] in pixels of the image. Images may have different numbers of
                 prompts: shorter lists are padded, and post-processing removes the padding.
             input_masks: logits [B, P, H/4, W/4] over the model input.
+            padding, truncation, max_length: have no effect; phrases are tokenised as the text tower was trained.
 
         Returns:
             the arguments of OVSamModel. `original_sizes` are the `target_sizes` of post-processing. Negative queries
@@ -122,6 +123,8 @@ class OVSamProcessor(PostProcessing, VideoSessions, Sam2Processor):
             InputError: a text query is empty or too long for the text tower, or the number of lists of text queries is
                 not the number of images.
         """
+        for name in ("padding", "truncation", "max_length"):
+            kwargs.pop(name, None)
         images = open_pictures(images)
         sizes = check_sizes(original_sizes)
         original_sizes = original_sizes if sizes is None else sizes

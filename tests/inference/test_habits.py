@@ -250,3 +250,48 @@ def test_a_pipeline_of_another_dtype(tiny_folder, dtype):
 def test_what_cannot_work_is_one_sentence(segment, options, message):
     with pytest.raises(InputError, match=message):
         segment(IMAGE, **options)
+
+
+SAM_HABITS = {  # levels of nesting, of SAM and SAM 2 -> those that are meant
+    "points of SAM": ({"input_points": [[[50, 50]]], "input_labels": [[1]]}, {"input_points": [[[[50, 50]]]]}),
+    "points alone": ({"input_points": [[50, 50], [60, 60]]}, {"input_points": [[[[50, 50], [60, 60]]]]}),
+    "one point": ({"input_points": [50, 50], "input_labels": 1}, {"input_points": [[[[50, 50]]]]}),
+    "boxes alone": ({"input_boxes": [BOX, BOX]}, {"input_boxes": [[BOX, BOX]]}),
+    "one box": ({"input_boxes": BOX}, {"input_boxes": [[BOX]]}),
+    "padding and truncation": ({"text": WORDS, "padding": "max_length", "truncation": True}, {"text": WORDS}),
+}
+
+
+@pytest.mark.parametrize("habit", SAM_HABITS)
+def test_inputs_as_other_processors_take_them(habit):
+    given, meant = (tiny_processor()(images=IMAGE, **one) for one in SAM_HABITS[habit])
+    for name in meant:
+        if isinstance(meant[name], torch.Tensor):
+            assert torch.equal(given[name], meant[name]), name
+
+
+def test_prompts_of_several_images_without_the_level_of_objects():
+    given = tiny_processor()(images=[IMAGE, OTHER], input_points=[[[50, 50]], None], input_labels=[[1], None])
+    meant = tiny_processor()(images=[IMAGE, OTHER], input_points=[[[[50, 50]]], []], input_labels=[[[1]], []])
+    assert torch.equal(given["input_points"], meant["input_points"])
+
+
+def test_tuples_and_old_names(tiny_folder):
+    model, processor = load(tiny_folder), tiny_processor()
+    inputs = processor(images=IMAGE, text=WORDS)
+    with torch.no_grad():
+        whole, row = model(**inputs, return_dict=True), model(**inputs, return_dict=False)
+    assert isinstance(row, tuple) and any(one is not None and torch.equal(one, whole.pred_masks) for one in row[:3])
+    found = processor.post_process_object_detection(outputs=whole, threshold=0.1, target_sizes=[IMAGE.size[::-1]])
+    assert {"scores", "labels", "boxes"} <= found[0].keys()
+
+
+def test_a_list_of_class_names_is_id2label():
+    config = ovsam.OVSamConfig(vocabulary=["cat", "dog"])
+    assert config.id2label == {0: "cat", 1: "dog"} and config.label2id == {"cat": 0, "dog": 1}
+
+
+@pytest.mark.weights
+def test_the_words_of_ovsam_tiny_are_id2label():
+    config = AutoModel.from_pretrained(ovsam.path()).config
+    assert list(config.id2label.values()) == ovsam.Vocabulary("coco").labels

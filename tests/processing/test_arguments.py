@@ -85,7 +85,7 @@ def test_an_unknown_keyword_names_the_one_that_was_meant(name, hint):
 def test_prompts_of_images_without_any():
     nested = arguments.prompts("input_points", [None, [[[1, 2]]], []], 3, 2, "[image][prompt][point][x, y]")
     assert nested == [[], [[[1.0, 2.0]]], []]
-    for wrong in (5, [[[1, 2]]], [[[["a", 1]]]], [[None]], "text"):
+    for wrong in (5, [[[1, 2, 3]]], [[[["a", 1]]]], [[None]], "text"):
         with pytest.raises(InputError, match="input_points hold"):
             arguments.prompts("input_points", wrong, 3, 2, "[image][prompt][point][x, y]")
 
