@@ -45,6 +45,7 @@ MASK_HEAD_WEIGHT = 2.0  # of clicks and mask prompts; chosen on the calibration 
 VISION_SHARD = hatch_build.VISION_SHARD  # not model.safetensors, which would be taken for the whole
 DECODER_SHARD = hatch_build.DECODER_SHARD
 TRUNK = [24, 48, 120, 352]  # its channels at strides 4, 8, 16, 32
+NAME_MLP = 320  # hidden width of Clip2SamAdapter's MLP
 CHANNELS = [24, 48, 120, 1280]  # of the maps that adapters read; the last is the one that the classifier pools
 MIRROR = ROOT / "hub" / "ovsam-tiny"
 ADAPTERS = {name: ROOT / "adapters" / f"{name}-tiny" for name in adapters.ADAPTERS}
@@ -69,7 +70,9 @@ def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
         sam_config=edgetam_config(ARCHITECTURE, TRUNK, width=128, mlp_dim=512, image_size=IMAGE_SIZE),
         clip_config=image_config(),
         sam2clip_config=Sam2ClipConfig(in_channels=CHANNELS, width=128, num_layers=2, num_heads=4),
-        clip2sam_config=Clip2SamConfig(**read, trained_words=sorted({word.lower() for word in trained}), **CONSE),
+        clip2sam_config=Clip2SamConfig(
+            **read, mlp_dim=NAME_MLP, trained_words=sorted({word.lower() for word in trained}), **CONSE
+        ),
         concepts_config=ConceptHeadConfig(**read, strides=[8, 16, 32], mask_stride=2),
         vocabulary="coco",
         id2label=dict(enumerate(coco)),

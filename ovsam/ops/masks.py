@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 CHUNK = 64  # number of pixels whose distance is computed at a time
 EMPTY = -20.0  # logit of a pixel that is certainly not in the mask
 PRIOR = 5.0  # highest absolute logit of a mask that the decoder corrects
-# A click that the mask contradicts: its new logit, the width of the change in sides of the mask, and the limit of the old
-# logits. Chosen on the calibration photographs of ovsam-tiny.
+# A click that the mask contradicts: its new logit, the width of the change in sides of the mask, and the limit of the
+# old logits. Chosen on the calibration photographs of ovsam-tiny.
 CLICK_LOGIT, CLICK_WIDTH, CLICK_LIMIT = 4.0, 0.3, 8.0
 INSIDE, OUTSIDE = 10.0, -10.0  # logits of a mask that is given as bool, as SAM's mask prompts are scaled
 
@@ -96,7 +96,8 @@ def follow_clicks(masks: "Tensor", points: "Tensor", labels: "Tensor") -> "Tenso
 
     Args:
         masks: logits [B, P, h, w].
-        points: clicks [B, P, N, 2] xy in pixels of the mask; labels: [B, P, N], 1 inside, 0 outside; others are ignored.
+        points: clicks [B, P, N, 2] xy in pixels of the mask.
+        labels: [B, P, N], 1 inside, 0 outside; others are ignored.
 
     Returns:
         [B, P, h, w]; masks that agree with their clicks are unchanged.
