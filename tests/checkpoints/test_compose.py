@@ -256,7 +256,7 @@ def test_photo_equals_owlv2(photo, parts, monkeypatch):
     segmenter = ovsam.load(photo, "cpu")
     encodings = []
     for name, tower in (
-        ("sam", segmenter.model.sam.model.vision_encoder),
+        ("sam", segmenter.model.sam.model.vision_encoder.backbone.patch_embed),
         ("owlv2", segmenter.model.clip.model.owlv2.vision_model),
     ):
         tower.register_forward_hook(lambda *_, name=name: encodings.append(name))
