@@ -430,7 +430,7 @@ def test_wrong_parts_raise_an_error(parts, tiny_folder, tmp_path):
         ({"sam": str(tmp_path / "cut"), "clip": clip}, "is not a complete safetensors file"),
         ({"sam": str(tmp_path), "clip": clip}, "lacks the weight file model.safetensors"),
         ({"sam": "nowhere/at/all", "clip": clip}, "neither a folder nor the id"),
-        ({"sam": parts["sam2"], "clip": clip, "composition": "both"}, "composition is 'both'"),
+        ({"sam": parts["sam2"], "clip": clip, "composition": "both"}, "no composition 'both'"),
     ):
         with pytest.raises(ovsam.InputError, match=message):
             compose_model(**arguments)
