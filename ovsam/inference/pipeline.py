@@ -101,7 +101,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         vocabulary, everything = options.pop("vocabulary", None), options.pop("everything", False)
         prompted = any(options.get(name) is not None for name in ("input_points", "input_boxes"))
         if arguments.flag("everything", everything) or vocabulary is not None and not prompted:
-            if options.get("text") is not None or prompted:
+            if any(options.pop(name, None) is not None for name in ("text", "negative_text", *PROMPTS)):
                 raise InputError("Everything takes a vocabulary, no text and no prompts; leave them out.")
             return self._everything(images, vocabulary, **options)
         if vocabulary is not None:

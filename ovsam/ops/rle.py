@@ -18,6 +18,8 @@ def encode(mask: np.ndarray, x: int = 0, y: int = 0, size: tuple[int, int] | Non
     h, w = mask.shape
     if not (0 <= x and 0 <= y and x + w <= width and y + h <= height):
         raise InputError(f"A mask of {w}x{h} pixels at {x},{y} does not fit into an image of {width}x{height}.")
+    if height * width >= 2**32:  # COCO stores lengths of runs in 32 bits
+        raise InputError(f"An image of {width}x{height} pixels is too large for masks; it must have under 2^32 pixels.")
     padded = np.zeros((w, h + 2), dtype=bool)  # COCO counts column by column
     padded[:, 1:-1] = mask.T
     column, row = np.nonzero(padded[:, 1:] != padded[:, :-1])  # where runs begin and, one further, end; in order

@@ -82,6 +82,8 @@ def split_queries(text: Any) -> Any:
     if isinstance(text, Vocabulary):
         return text.as_mapping()
     if isinstance(text, Mapping):
+        if not all(isinstance(one, str) for pair in text.items() for one in pair):
+            raise InputError(f"The text is {arguments.short(text)}; it must map phrases to class names, both strings.")
         return dict(text)
     text = arguments.plain(text)
     if not isinstance(text, Iterable) or isinstance(text, bytes):

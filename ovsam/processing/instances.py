@@ -207,11 +207,11 @@ class PostProcessing:
                 (outputs.score_threshold or 0.0) if threshold is None else threshold,
                 **options,
             )
-            yield chosen, self._canvas(outputs, image, target_sizes)
+            yield chosen, self._canvas(outputs, image, sizes)
 
-    def _canvas(self, outputs: OVSamOutput, image: int, target_sizes) -> Canvas:
+    def _canvas(self, outputs: OVSamOutput, image: int, sizes: list[list[int]] | None) -> Canvas:
         """Size of the masks of an image: the target size, or the grid of the mask decoder."""
-        if target_sizes is None:
+        if sizes is None:
             return Canvas(*outputs.pred_masks.shape[-2:])
-        height, width = (int(side) for side in target_sizes[image])
+        height, width = sizes[image]
         return Canvas(height, width, self.picture_share(height, width))

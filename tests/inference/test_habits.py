@@ -238,6 +238,8 @@ def test_a_pipeline_of_another_dtype(tiny_folder, dtype):
         ({"candidate_labels": WORDS, "text": WORDS}, "given twice"),
         ({"text": WORDS, "vocabulary": WORDS, "input_boxes": [[BOX]]}, "given twice"),
         ({"text": WORDS, "everything": True}, "takes a vocabulary, no text"),
+        ({"negative_text": WORDS, "everything": True}, "takes a vocabulary, no text"),
+        ({"text": {"a cat": ["cat"]}}, "both strings"),
         ({"text": WORDS, "threshold": float("nan")}, "The threshold is nan"),
         ({"text": WORDS, "top_k": 0}, "The top_k is 0"),
         ({"text": WORDS, "batch_size": -1}, "The batch_size is -1"),

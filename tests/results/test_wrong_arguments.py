@@ -78,3 +78,11 @@ def test_post_processing(asked, kind):
     for argument in inspect.signature(call).parameters:
         for value in WRONG:
             answered(lambda argument=argument, value=value: call(**{"outputs": outputs} | {argument: value}))
+
+
+def test_one_target_size_may_stand_alone():
+    processor = tiny_processor()
+    with torch.no_grad():
+        outputs = tiny_model()(**processor(images=picture(1), text=["cat"]))
+    flat, nested = (processor.post_process_semantic_segmentation(outputs, size) for size in ([40, 50], [[40, 50]]))
+    assert flat[0].shape == (40, 50) and torch.equal(flat[0], nested[0])
