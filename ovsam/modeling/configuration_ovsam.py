@@ -105,7 +105,7 @@ class OVSamConfig(RemoteCodeConfig):
             pair = getattr(self, name)
             if len(pair) != 2 or not all(isinstance(one, int | float) for one in pair) or pair[0] <= 0:
                 raise InputError(f"{name} is {pair}; it must be two numbers, a positive scale and a shift.")
-        if self.id2label is None and isinstance(self.vocabulary, list | tuple):
-            self.id2label = dict(enumerate(self.vocabulary))
-            self.label2id = {word: number for number, word in self.id2label.items()}
+        if getattr(self, "id2label", None) is None and isinstance(self.vocabulary, list | tuple):
+            labels = dict(enumerate(self.vocabulary))
+            self.id2label, self.label2id = labels, {word: number for number, word in labels.items()}
         super().__post_init__(**kwargs)
