@@ -65,6 +65,7 @@ def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
     read = {"in_channels": CHANNELS, "embed_dim": 384, "width": 128}
     coco = tuple(category["name"] for category in COCO["categories"])
     trained = [*coco, *(word.name for word in all_words() if word.split == "base")]
+    words = ovsam.Vocabulary("coco").labels
     return ovsam.OVSamConfig(
         composition="clip",
         sam_config=edgetam_config(ARCHITECTURE, TRUNK, width=128, mlp_dim=512, image_size=IMAGE_SIZE),
@@ -75,8 +76,8 @@ def tiny_config(thresholds: dict) -> ovsam.OVSamConfig:
         ),
         concepts_config=ConceptHeadConfig(**read, strides=[8, 16, 32], mask_stride=2),
         vocabulary="coco",
-        id2label=dict(enumerate(coco)),
-        label2id={word: number for number, word in enumerate(coco)},
+        id2label=dict(enumerate(words)),
+        label2id={word: number for number, word in enumerate(words)},
         mask_head_weight=MASK_HEAD_WEIGHT,
         refine_boxes=False,  # the decoder does not improve them (docs/measurements.md)
         exemplar_scale=1.0,  # class embeddings were trained to be text embeddings, so that an exemplar is like a word
