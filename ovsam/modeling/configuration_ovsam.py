@@ -108,4 +108,6 @@ class OVSamConfig(RemoteCodeConfig):
         if getattr(self, "id2label", None) is None and isinstance(self.vocabulary, list | tuple):
             labels = dict(enumerate(self.vocabulary))
             self.id2label, self.label2id = labels, {word: number for number, word in labels.items()}
+        if getattr(self, "id2label", None):  # json sorts numbers as text
+            self.id2label = dict(sorted((int(number), word) for number, word in self.id2label.items()))
         super().__post_init__(**kwargs)
