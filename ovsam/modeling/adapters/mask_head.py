@@ -69,7 +69,8 @@ class MaskHead(nn.Module):
         """
         if regions.device.type != "cpu" or torch.compiler.is_compiling():
             return self._some_masks(features, regions)
-        parts = [self._some_masks(features, some) for some in regions.split(AT_ONCE, 1)]
+        maps = features[0].contiguous(), features[1].contiguous()  # RoIAlign would copy another layout for every part
+        parts = [self._some_masks(maps, some) for some in regions.split(AT_ONCE, 1)]
         first, second = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         return first, second
 
