@@ -109,10 +109,7 @@ def measure_transformers(frames: int, objects: int) -> None:
         session.add_prompt(number, 0, VideoPrompt(mask=mask))
     theirs.obj_with_new_inputs = list(range(1, objects + 1))
     seconds: dict[str, list[float]] = {"transformers": [], "ours": []}
-    busy: dict[str, list[float]] = {
-        "transformers": [],
-        "ours": [],
-    }  # processor time, which other programs hardly change
+    busy: dict[str, list[float]] = {"transformers": [], "ours": []}  # processor time; other programs hardly change it
     tracker = Tracker(
         SimpleNamespace(sam=side, device=torch.device("cpu"))
     )  # the tracker reads nothing else of a model

@@ -31,7 +31,7 @@ from ovsam.errors import InputError
 from ovsam.modeling.adapters import ADAPTERS
 from ovsam.modeling.clip import CLIP_SIDES, ClipSide, OpenClipConfig
 from ovsam.modeling.clip.imagenet import ImageNetSide, pretrained_imagenet
-from ovsam.modeling.configuration_ovsam import OVSamConfig
+from ovsam.modeling.configuration_ovsam import COMPOSITIONS, OVSamConfig
 from ovsam.modeling.modeling_ovsam import OVSamModel
 from ovsam.modeling.sam import SAM_SIDES, Sam2Side, Sam2VideoSide
 from ovsam.processing.arguments import choice, short
@@ -111,7 +111,7 @@ def compose_model(
         InputError: as in `compose`.
     """
     if composition is not None:
-        choice("composition", composition, ("dual", "clip", "sam"))
+        choice("composition", composition, COMPOSITIONS)
     parts = {"sam": load_sam(sam, memory), "clip": load_clip(clip)}
     given = zip(ADAPTERS, (clip2sam, sam2clip, concepts), strict=True)
     parts |= {name: load_adapter(part, name) for name, part in given if part is not None}

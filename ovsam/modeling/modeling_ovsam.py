@@ -257,6 +257,8 @@ class OVSamModel(OVSamPreTrainedModel):
             text_embeds = self.get_text_features(input_ids, attention_mask)
         query = TextQuery.of(text_embeds, text_labels, negative_labels)
 
+        if input_points is not None and input_labels is None:
+            input_labels = torch.ones(input_points.shape[:3], dtype=torch.long, device=input_points.device)
         prompts = {
             "input_points": input_points,
             "input_labels": input_labels,
@@ -299,7 +301,8 @@ class OVSamModel(OVSamPreTrainedModel):
         elif prior is not None:
             decoded.masks = add_prior(decoded.masks, prior, self.config.mask_head_weight)
             if prompts["input_points"] is not None:
-                decoded.masks = self._follow_clicks(decoded.masks, prompts["input_points"], prompts["input_labels"])
+                clicks = prompts["input_points"] / self._mask_stride(decoded.masks)
+                decoded.masks = follow_clicks(decoded.masks[:, :, 0], clicks, prompts["input_labels"])[:, :, None]
         score = decoded.masks.new_zeros(decoded.masks.shape[:3]) if decoded.iou is None else decoded.iou
         best = score.argmax(-1, keepdim=True)  # [B, P, 1]; the mask that is classified
         masks, tokens = decoded.masks.take_along_dim(best[..., None, None], 2)[:, :, 0], None  # [B, P, H/4, W/4]
@@ -456,14 +459,8 @@ class OVSamModel(OVSamPreTrainedModel):
         if boxes is not None:
             return self._box_masks(features, boxes)
         labels = prompts["input_labels"]
-        labels = torch.ones_like(points[..., 0]) if labels is None else labels
         masks, agreed = self.concepts.point_masks(concepts, points, labels, self.sam.image_size, features.clip_frame)
         return masks if given is None else mean_masks(given, masks, agreed)
-
-    def _follow_clicks(self, masks: Tensor, points: Tensor, labels: Tensor | None) -> Tensor:
-        """Masks [B, P, 1, h, w] that contain the positive clicks and not the negative ones."""
-        labels = torch.ones_like(points[..., 0]) if labels is None else labels
-        return follow_clicks(masks[:, :, 0], points / self._mask_stride(masks), labels)[:, :, None]
 
     def _name(self, features: OVSamFeatures, masks: Tensor, boxes: Tensor, tokens: Tensor | None) -> AnyNaming:
         """Class embedding of each mask: from the adapter, else from the best-matching locations, else from CLIP's own

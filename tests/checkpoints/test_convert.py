@@ -16,7 +16,7 @@ import ovsam.checkpoints.convert.sam
 from ovsam import InputError, OVSamVideoModel, OVSamVideoSession
 from ovsam.checkpoints.convert import KINDS, convert_checkpoint, map_tensors
 from ovsam.modeling.tracking import VideoPrompt
-from ovsam_cli import main
+from ovsam_cli import convert, main
 from tests.common import SIZE
 
 OFFICIAL = {
@@ -287,3 +287,7 @@ def test_the_command(tiny_sam, folder, capsys):
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
+
+
+def test_the_command_line_offers_every_kind():
+    assert tuple(KINDS) == convert.KINDS

@@ -145,7 +145,7 @@ def test_labelme_is_read_back(results, tmp_path, shape):
             again = np.zeros(SIZE, bool)
             again[y1 : y2 + 1, x1 : x2 + 1] = part
         np.testing.assert_array_equal(again, mask)
-    with pytest.raises(InputError, match="'polygon' or 'mask', not 'box'"):
+    with pytest.raises(InputError, match="no shape for LabelMe 'box'"):
         to_labelme(results, "box")
 
 

@@ -45,8 +45,7 @@ def to_labelme(result: Labelled, shape: str = "polygon", tolerance: float = 0.0)
 
     shape: "polygon", which every tool reads (parts and holes are connected by bridges without width), or "mask".
     """
-    if not isinstance(shape, str) or shape not in ("polygon", "mask"):
-        raise InputError(f"The shape for LabelMe must be 'polygon' or 'mask', not {arguments.short(shape)}.")
+    arguments.choice("shape for LabelMe", shape, ("polygon", "mask"))
     tolerance = arguments.number("tolerance", tolerance, 0, math.inf)
     height, width = result.size
     shapes = []
