@@ -56,3 +56,47 @@ def test_transformers_alone_does_not_make_it_slow():
         "import torch, transformers, ovsam, sys\n"
         "assert 'torchvision' not in sys.modules and 'ovsam.modeling' not in sys.modules\n"
     )
+
+
+MOVED = """
+import importlib, sys, warnings
+import ovsam
+import ovsam.results
+assert 'torch' not in sys.modules
+for old, new in ovsam._MOVED.items():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = importlib.import_module(old)
+    assert module is importlib.import_module(new) and sys.modules[old].__name__ == new, (old, new)
+    assert [str(one.message) for one in caught if one.category is DeprecationWarning] == [f"{old} is now {new}."], old
+assert ovsam.images is ovsam.processing.images
+from ovsam.sam.decode import prompts_per_chunk  # submodules move with their package, under one identity
+from ovsam.modeling.sam import decode
+assert decode.prompts_per_chunk is prompts_per_chunk and sys.modules["ovsam.sam.decode"] is decode
+for name, new in ovsam.results._MOVED.items():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = getattr(ovsam.results, name)
+    assert found is getattr(importlib.import_module(f"ovsam.results.{new}"), name)
+    assert str(caught[0].message) == f"ovsam.results.{name} is now ovsam.results.{new}.{name}."
+for name in ("ovsam.nothing", "ovsam.sam.nothing", "ovsam.nothing.images"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        pass
+    else:
+        raise SystemExit(name)
+"""
+
+
+def test_modules_are_found_under_their_earlier_names():
+    run(MOVED)
+
+
+def test_the_warning_of_an_earlier_name_is_at_the_import(tmp_path):
+    (tmp_path / "user.py").write_text("import ovsam\n\nfrom ovsam.images import open_image\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import user"
+    done = subprocess.run(
+        [sys.executable, "-W", "always::DeprecationWarning", "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "user.py:3: DeprecationWarning: ovsam.images is now" in done.stderr, done.stderr
