@@ -9,8 +9,9 @@ from typing import Any
 
 from ovsam.errors import InputError
 from ovsam.inference.loading import check_model
-from ovsam.inference.options import check_proposer_name
+from ovsam.inference.options import check_proposer_name, is_absent
 from ovsam.processing.arguments import MIN_TILE
+from ovsam.results.formats.coco_tables import check_tables
 
 DEVICES = "cpu|cuda|mps|xpu|hpu|mtia|npu|xla"
 
@@ -38,10 +39,12 @@ def check_proposer(text: str) -> None:
 
 
 def device(text: str) -> str:
-    """The name of a device; whether it is here is checked by torch."""
-    if re.fullmatch(rf"({DEVICES})(:\d{{1,3}})?", text):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not a device, such as cpu, cuda or cuda:1")
+    """The name of a device; whether it is here is checked by torch, where that is not certain without it."""
+    if not (match := re.fullmatch(rf"({DEVICES})(:\d{{1,3}})?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device, such as cpu, cuda or cuda:1")
+    if is_absent(match[1]):
+        raise argparse.ArgumentTypeError(f"The device {text!r} cannot be used here; `cpu` always works")
+    return text
 
 
 def point(text: str) -> tuple[float, float, int]:
@@ -94,13 +97,16 @@ def tile(text: str) -> int:
     return side
 
 
-def check_dataset(path: str, images: str | None, folders: bool = False) -> None:
-    """Raise InputError unless a data set is a JSON file, or a folder with annotations.json (`folders`: any folder)."""
+def check_dataset(path: str, images: str | None, videos: bool = False) -> None:
+    """Raise InputError unless a data set is a JSON file, or a folder with annotations.json, with the tables of COCO
+    (`videos`: any folder or JSON file)."""
     inside = os.path.join(path, "annotations.json") if os.path.isdir(path) else path
-    if not os.path.isfile(inside) and not (folders and os.path.isdir(path)):
+    if not os.path.isfile(inside) and not (videos and os.path.isdir(path)):
         raise InputError(f"There is no data set {path}; name a JSON file, or a folder with annotations.json.")
     if images and not os.path.isdir(images):
         raise InputError(f"There is no folder {images}; --images must be the folder of the images.")
+    if not videos:
+        check_tables(inside, images)
 
 
 WORDS: dict[str, Any] = {"metavar": "WORD", "nargs": "+", "action": "extend", "default": []}

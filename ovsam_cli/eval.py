@@ -63,8 +63,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def check(args: Namespace) -> None:
-    """Raise InputError if the data set does not exist, before torch is imported."""
-    arguments.check_dataset(args.dataset, args.images, folders=VIDEO in args.tasks)
+    """Raise InputError for an invalid data set or target, before torch is imported."""
+    arguments.check_dataset(args.dataset, args.images, videos=VIDEO in args.tasks)
     if args.output:
         check_output_folder(args.output, "--output")
     if args.json:

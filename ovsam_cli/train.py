@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ovsam.errors import InputError
 from ovsam.ops.files import check_output_folder
-from ovsam.training.recipe import parse_recipe
+from ovsam.training.recipe import check_quickly, parse_recipe
 from ovsam_cli import arguments
 
 LESS_MEMORY = "use --set optim.batch_size=1 with a larger optim.accumulate, or --set optim.gradient_checkpointing=true"
@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def check(args: Namespace) -> None:
-    """Raise InputError for invalid recipes, --data, --images, --set and --output."""
+    """Raise InputError for invalid recipes, data, --set and --output."""
     for file in args.data or ():
         if not os.path.isfile(file):
             raise InputError(f"There is no file {file}; --data must be a COCO JSON file.")
@@ -49,7 +49,8 @@ def check(args: Namespace) -> None:
             raise InputError(f"There is no folder {folder}; --images must be the folder of the images.")
     if args.output:
         check_output_folder(args.output, "--output")
-    parse_recipe(Path(args.recipe), args.steps, args.data, args.images, args.settings)
+    recipe = Path(args.recipe)
+    check_quickly(recipe, parse_recipe(recipe, args.steps, args.data, args.images, args.settings))
 
 
 def run(args: Namespace) -> int:

@@ -1,11 +1,10 @@
 """COCO JSON files: instances with polygons or run lengths. Also reads the output of `ovsam segment --json`."""
 
-import contextlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -13,22 +12,8 @@ from ovsam.data.base import make_words
 from ovsam.data.pictures import PackedList, PictureData, Record, check_pictures
 from ovsam.errors import InputError
 from ovsam.ops.outlines import check_outline, is_outline
-from ovsam.ops.schema import place, read_json
-from ovsam.results.formats.coco import CocoAnnotation, CocoCategory, CocoImage, Id
-
-
-class PartialImage(CocoImage, total=False):
-    """An image with the keys of LVIS, which restrict its annotation to some categories."""
-
-    coco_url: str | None
-    neg_category_ids: list[Id]
-    not_exhaustive_category_ids: list[Id]
-
-
-class CocoFile(TypedDict):
-    images: list[PartialImage]
-    categories: list[CocoCategory]
-    annotations: list[CocoAnnotation]
+from ovsam.ops.schema import place
+from ovsam.results.formats.coco_tables import CocoFile, guess_format, other_format, read_tables
 
 
 class Coco(PictureData):
@@ -172,10 +157,10 @@ class Coco(PictureData):
     # Overridden for LVIS.
 
     def _read(self, path: Path) -> dict:
-        content = read_coco(path, self.schema, ("COCO", "LVIS"), "COCO's instances")
+        content = read_tables(path, self.schema, ("COCO", "LVIS"), "COCO's instances")
         partial = all("file_name" in image for image in content["images"])  # images of both kinds in one file
-        if _format(content) == "LVIS" and not partial:
-            raise _other_format(path, content, "COCO's instances")
+        if guess_format(content) == "LVIS" and not partial:
+            raise other_format(path, content, "COCO's instances")
         return content
 
     def _name(self, path: Path, number: int, category: dict) -> str:
@@ -225,66 +210,3 @@ def _by_id(path: Path, kind: str, table: str, content: dict) -> dict[Any, dict]:
             where = place(f"{table}[{number}].id", path)
             raise InputError(f"{where} is {entry['id']!r}, as that of another {kind}; every {kind} needs its own.")
     return found
-
-
-def read_coco(path: Path, schema: Any, formats: Sequence[str], title: str) -> Any:
-    """Return the content of a JSON file with the tables of COCO and LVIS as `schema`.
-
-    Raises:
-        InputError: the file is missing, not JSON, has another format, which the message names, or an invalid value.
-    """
-    content = None
-    try:
-        content = read_json(path, schema, "JSON file of annotations")
-    except InputError:
-        with contextlib.suppress(InputError):
-            if _format(other := read_json(path)) not in formats:
-                content = other
-        if content is None:
-            raise
-    if _format(content) not in formats:
-        raise _other_format(path, content, title)
-    return content
-
-
-def _other_format(path: Path, content: Any, title: str) -> InputError:
-    """The error for a file that is not the wanted one of COCO and LVIS; it states the format that it looks like."""
-    found = _format(content)
-    looks = f"looks like {found}" if found else "has an unknown format"
-    remedy = '; read it with format = "lvis"' if found == "LVIS" else ""
-    remedy = '; read it with format = "coco"' if found == "COCO" else remedy
-    return InputError(f"{path} must be a JSON file of {title} (images, annotations, categories); it {looks}{remedy}.")
-
-
-def _format(content: Any) -> str:
-    if isinstance(content, list):
-        first = content[0] if content and isinstance(content[0], dict) else {}
-        if {"image_id", "score"} <= first.keys():
-            return "COCO's results, which have no images and no category names"
-        if {"data", "annotations"} <= first.keys():
-            return "an export of Label Studio (which can also export COCO)"
-        if {"image", "annotations"} <= first.keys():
-            return "Create ML's format"
-        return ""
-    if not isinstance(content, dict):
-        return ""
-    if all(isinstance(content.get(table), list) for table in ("images", "annotations", "categories")):
-        annotations, images = content["annotations"], content["images"]
-        if annotations and isinstance(annotations[0], dict) and "segments_info" in annotations[0]:
-            return "COCO's panoptic format"
-        if images and isinstance(images[0], dict) and "neg_category_ids" in images[0]:
-            return "LVIS"
-        return "COCO"
-    for keys, name in (
-        (
-            ("shapes", "imagePath"),
-            "LabelMe's format, one file for each image (`ovsam convert-labels` converts it to COCO)",
-        ),
-        (("_via_img_metadata",), "a project of the VGG Image Annotator (which can export COCO)"),
-        (("image", "annotations"), 'an image of SA-1B; read its folder with format = "sa1b"'),
-        (("features",), "GeoJSON"),
-        (("images", "annotations"), "COCO's captions, or COCO without its categories"),
-    ):
-        if all(key in content for key in keys):
-            return name
-    return ""

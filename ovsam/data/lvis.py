@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 from urllib.parse import urlparse
 
-from ovsam.data.coco import Coco, PartialImage, first_file, read_coco
+from ovsam.data.coco import Coco, first_file
 from ovsam.errors import InputError
 from ovsam.ops.schema import place
 from ovsam.results.formats.coco import CocoAnnotation, CocoCategory
+from ovsam.results.formats.coco_tables import PartialImage, read_tables
 
 # Two errors of the file, corrected as in the vocabulary "lvis".
 MENDED = {
@@ -51,7 +52,7 @@ class Lvis(Coco):
         super().__init__(annotations, images, **options)
 
     def _read(self, path: Path) -> dict:
-        return read_coco(path, self.schema, ("LVIS",), "LVIS v1")
+        return read_tables(path, self.schema, ("LVIS",), "LVIS v1")
 
     def _name(self, path: Path, number: int, category: dict) -> str:
         name = _spaced(super()._name(path, number, category))

@@ -9,13 +9,13 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from pycocotools.coco import COCO
 
-from ovsam.data.coco import PartialImage, read_coco
 from ovsam.data.lvis import MENDED
 from ovsam.errors import InputError
 from ovsam.evaluation.metrics_ap import Truth
 from ovsam.ops import outlines, rle
 from ovsam.ops.schema import place
 from ovsam.results.formats.coco import CocoAnnotation, CocoCategory
+from ovsam.results.formats.coco_tables import PartialImage, read_tables
 
 ABSENT_WORDS = 10  # absent class names queried per image besides the present ones
 
@@ -178,7 +178,7 @@ def open_set(path: str | Path, images: str | Path | None = None) -> EvalSet:
 
 def open_coco(annotations: Path) -> COCO:
     """Open a COCO JSON file; raises InputError if it is missing or invalid."""
-    content = read_coco(annotations, EvalFile, ("COCO", "LVIS"), "COCO's instances")
+    content = read_tables(annotations, EvalFile, ("COCO", "LVIS"), "COCO's instances")
     if not content["annotations"] or not content["categories"]:
         raise InputError(f"{annotations} has no annotations or no categories; it must have both.")
     _check(annotations, content)

@@ -3,7 +3,9 @@
 torch is imported by the checks that need it.
 """
 
+import glob
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,16 @@ if TYPE_CHECKING:
 
 PROPOSERS = ("concepts", "clip-dense", "grid")  # they need only the model
 LOADED_PROPOSERS = ("detector", "sam3")  # "detector:ID", loaded from a folder or the Hub
+
+# Device files of NVIDIA, WSL, AMD and Jetson; without any of them, torch finds no GPU on Linux.
+GPU_FILES = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/nvhost*", "/dev/nvmap", "/dev/nvgpu*")
+
+
+def is_absent(kind: str) -> bool:
+    """Whether there is certainly no device of a kind on this machine; needs no torch."""
+    if kind == "cuda":
+        return sys.platform == "darwin" or sys.platform == "linux" and not any(map(glob.glob, GPU_FILES))
+    return kind == "mps" and sys.platform != "darwin"
 
 
 def check_device(device: "str | torch.device") -> "torch.device":

@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +15,12 @@ from ovsam.ops.arguments import accepted_arguments, check_arguments
 from ovsam.ops.files import write_text
 from ovsam.ops.schema import Share, checked, read_json, read_text
 from ovsam.processing.arguments import short
+from ovsam.results.formats.coco_tables import check_tables
 
 CALIBRATE = "calibrate"  # the only stage that is not gradient-based (calibrate.py)
+# The names in `stages.STAGES` and `data.READERS`, which need torch.
+STAGE_NAMES = ("clip", "sam", "sam2clip", "clip2sam", "concepts", "adapters", "mae", "finetune", "memory")
+FORMATS = ("emojiscenes", "coco", "lvis", "sa1b", "folders", "huggingface", "mixture", "moving")
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 CountOrNone = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 Amount = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -134,6 +138,27 @@ def parse_recipe(
     return _checked(path, recipe, steps)
 
 
+def check_quickly(path: Path, recipe: dict[str, Any]) -> None:
+    """Find, without torch, what would otherwise be found when the stage and the data are opened: an unknown stage or
+    format, weights, folders and files that do not exist, and annotations that cannot be read."""
+    _check_stage(path, recipe, STAGE_NAMES)
+    _check_weights(path, recipe)
+    tables = [recipe["data"], recipe.get("eval", {}).get("data", {})]
+    while tables:
+        table = tables.pop()
+        kind = table.get("format", FORMATS[0])
+        if kind not in FORMATS:
+            raise InputError(f"[data] has the format {short(kind)}; choose one of {', '.join(FORMATS)}.")
+        if kind == "mixture":
+            sets = table.get("sets")
+            tables += [own for own in sets if isinstance(own, dict)] if isinstance(sets, list) else []
+        for key in ("folder", "images"):
+            if isinstance(table.get(key), str) and not os.path.isdir(table[key]):
+                raise InputError(f"There is no folder {table[key]}; `{key}` must be the folder of the images.")
+        if isinstance(table.get("annotations"), str):
+            check_tables(table["annotations"], table.get("images"))
+
+
 def _checked(path: Path, recipe: dict[str, Any], steps: int | None) -> dict[str, Any]:
     """Return a recipe with all defaults; raises InputError for unknown and missing keys and for wrong values."""
     fields = Recipe.__struct_fields__
@@ -188,8 +213,7 @@ def _check_start(path: Path, recipe: dict) -> None:
     """Check that the stage exists and takes its arguments, and that the weights it starts from exist."""
     from ovsam.training.stages import STAGES
 
-    if recipe["stage"] not in (stages := (*STAGES, CALIBRATE)):
-        raise InputError(f"{path} has the stage {short(recipe['stage'])}; choose one of {', '.join(stages)}.")
+    _check_stage(path, recipe, STAGES)
     given, model = recipe["stage_args"], recipe.get("model", {})
     if recipe["stage"] != CALIBRATE:
         accepted = accepted_arguments(STAGES[recipe["stage"]].__mro__)
@@ -208,7 +232,17 @@ def _check_start(path: Path, recipe: dict) -> None:
             raise InputError(f"{path} lacks {', '.join(sorted(missing))} in [stage_args].")
         if "towers" in accepted and not model:
             raise InputError(f"{path} lacks [model]: the towers that the stage {recipe['stage']} needs.")
-    named = [value for key, value in given.items() if key.endswith("weights") and value and isinstance(value, str)]
+    _check_weights(path, recipe)
+
+
+def _check_stage(path: Path, recipe: dict, stages: Iterable[str]) -> None:
+    if recipe["stage"] not in (known := (*stages, CALIBRATE)):
+        raise InputError(f"{path} has the stage {short(recipe['stage'])}; choose one of {', '.join(known)}.")
+
+
+def _check_weights(path: Path, recipe: dict) -> None:
+    given = recipe["stage_args"].items()
+    named = [value for key, value in given if key.endswith("weights") and value and isinstance(value, str)]
     for file in (*weight_files(recipe), *named):
         if not os.path.isfile(file):
             raise InputError(f"{path} starts from {file}, which does not exist; train that recipe first.")

@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 import ovsam
 import ovsam_cli
 from ovsam.errors import InputError
+from ovsam.inference import options
 from ovsam.results.results import Results
 
 
@@ -46,6 +47,11 @@ class FakeSegmenter:
         return self._find(image, "thing", "auto")[:0]
 
 
+DATA = {
+    "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}],
+    "categories": [{"id": 1, "name": "cat"}],
+    "annotations": [{"image_id": 1, "category_id": 1, "segmentation": [[1, 1, 30, 1, 30, 30]]}],
+}
 TSV_HEADER = "image\tlabel\tscore\tmask_score\tx1\ty1\tx2\ty2\tarea\n"
 
 
@@ -238,9 +244,11 @@ def test_eval_and_train_hand_over(monkeypatch, capsys, tmp_path):
         setattr(stand_in, function, lambda *arguments, **named: calls.append((arguments, named)))
         monkeypatch.setitem(sys.modules, module, stand_in)
     monkeypatch.chdir(tmp_path)
-    for name in ("annotations.json", "coco.json"):
-        (tmp_path / name).touch()
     (tmp_path / "pictures").mkdir()
+    for image in ("a.png", "pictures/a.png"):
+        (tmp_path / image).touch()
+    for name in ("annotations.json", "coco.json"):
+        (tmp_path / name).write_text(json.dumps(DATA))
     assert run(f"eval {here} --json figures.json --limit 5 --task words --absent all") == 0
     more = "--data coco.json --images pictures --set optim.workers=2"
     recipe = ROOT / "adapters" / "finetune" / "recipe.toml"
@@ -279,8 +287,9 @@ def test_compare_fails_unless_the_tuned_model_is_better(monkeypatch, tmp_path):
     calls = []
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    for name in ("runs/mine/config.json", "coco.json"):
+    for name in ("runs/mine/config.json", "a.png"):
         (tmp_path / name).touch()
+    (tmp_path / "coco.json").write_text(json.dumps(DATA))
     stand_in = type(sys)("ovsam.evaluation.compare")
     stand_in.run_compare = lambda *models, **named: calls.append((models, named)) or len(calls) == 1
     monkeypatch.setitem(sys.modules, "ovsam.evaluation.compare", stand_in)
@@ -304,6 +313,9 @@ def test_compare_fails_unless_the_tuned_model_is_better(monkeypatch, tmp_path):
         ["demo", "--port", "99999"],
         ["train", "nothing.toml"],
         ["train", "nothing.toml", "--set", "x"],
+        ["train", str(ROOT / "adapters/finetune/recipe.toml")],
+        ["train", str(ROOT / "adapters/finetune/recipe.toml"), "--set", "stage=dance"],
+        ["eval", str(ROOT / "tests/data/photos-val"), "--images", str(ROOT / "tests/data/readers")],
     ],
 )
 def test_help_and_errors_do_not_import_torch(arguments):
@@ -327,15 +339,22 @@ MISTAKES = {
     "segment a.png --text dog --model out": "'out' lacks config.json",
     "segment a.png --text dog --model org/nope": "the Hub does not respond",
     "segment a.png --text dog --device warp9": "'warp9' is not a device",
+    f"segment a.png --text dog --device {'cuda' if sys.platform == 'darwin' else 'mps'}": "cannot be used here",
     "segment a.png --text dog --proposer nope": "There is no proposer 'nope'",
     "segment a.png --text dog --proposer detector:org/nope": "the Hub does not respond",
     "label a.png --text dog -o a.png/labels": "a part of the path is a file",
     "label a.png --text dog -o labels --tile 3": "3 is too small",
     "label --merge out -o labels": "There is no journal in out",
     "eval out": "There is no data set out",
-    "eval words.txt --json out": "--json out is a folder",
+    "eval annotations.json --json out": "--json out is a folder",
+    "eval words.txt": "words.txt is not a JSON file",
+    "eval labelme.json": "looks like LabelMe's format",
+    "eval empty.json": "no annotations or no categories",
+    "eval broken.json": "annotations[0].segmentation of broken.json",
+    "eval lost.json --images out": "None of the 1 images of lost.json is in out",
     "compare photo nope --data words.txt": "There is no model 'nope'",
-    "compare photo photo --data words.txt --json out": "--json out is a folder",
+    "compare photo photo --data words.txt": "words.txt is not a JSON file",
+    "compare photo photo --data annotations.json --json out": "--json out is a folder",
     "compose --sam a --clip b -o new": "'a' is neither a folder nor the id of a model",
     "compose --sam full --clip ovsam-tiny -o full": "full exists already",
     "convert words.txt -o full": "full exists already",
@@ -346,6 +365,14 @@ MISTAKES = {
     "push full org/name/more": "it must be ORG/NAME",
     "train recipe.toml": "recipe.toml lacks stage",
     "train recipe.toml --data words.txt --images nowhere": "There is no folder nowhere",
+    "train good.toml --set stage=dance": "has the stage 'dance'; choose one of clip,",
+    "train good.toml --set weights=nothing.safetensors": "starts from nothing.safetensors, which does not exist",
+    "train good.toml": "There is no JSON file of annotations at nothing.json",
+    "train good.toml --data words.txt --images .": "words.txt is not a JSON file",
+    "train good.toml --data annotations.json labelme.json --images .": "looks like LabelMe's format",
+    "train good.toml --data annotations.json lost.json --images out": "None of the 1 images of lost.json is in out",
+    "train good.toml --set data.format=dance": "[data] has the format 'dance'; choose one of emojiscenes,",
+    "train good.toml --set data.images=nowhere": "There is no folder nowhere",
     "video a.png --text dog -o found.txt": "its name must end in .mp4",
     "video words.txt --text dog -o found.mp4": "cannot be read as a video",
     "video a.png --box 0:9,9,3,3 -o found.mp4": "is reversed or empty",
@@ -356,11 +383,34 @@ MISTAKES = {
     f"video {'9' * 5000} --text dog -o found.mp4": "There is no video",
 }
 
+RECIPE = """
+stage = "finetune"
+seed = 1
+[model]
+base = "ovsam-tiny"
+[data]
+format = "coco"
+annotations = "nothing.json"
+[optim]
+batch_size = 1
+steps = 1
+learning_rate = 1e-3
+"""
+
 
 def test_mistakes_of_every_command_are_found_without_torch(folder):
     (folder / "full").mkdir()
     (folder / "full" / "config.json").write_text("{}")
     (folder / "recipe.toml").write_text("seed = 1")
+    (folder / "good.toml").write_text(RECIPE)
+    for name, content in {
+        "annotations.json": DATA,
+        "broken.json": DATA | {"annotations": [DATA["annotations"][0] | {"segmentation": 5}]},
+        "lost.json": DATA | {"images": [DATA["images"][0] | {"file_name": "lost.png"}]},
+        "empty.json": DATA | {"annotations": []},
+        "labelme.json": {"shapes": [], "imagePath": "a.png"},
+    }.items():
+        (folder / name).write_text(json.dumps(content))
     (folder / "frames").mkdir()
     Image.new("RGB", (64, 48)).save("frames/0.png")
     program = (
@@ -484,3 +534,15 @@ def test_a_full_disk_without_a_file_name_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr("ovsam_cli.models.run", fails)
     assert run("models") == 2
     assert capsys.readouterr().err == "ovsam: error: The output cannot be written (File too large).\n"
+
+
+def test_a_gpu_is_absent_only_where_no_driver_has_a_device_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(options, "GPU_FILES", (str(tmp_path / "nvidia*"), str(tmp_path / "kfd")))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert options.is_absent("cuda") and options.is_absent("mps") and not options.is_absent("cpu")
+    (tmp_path / "nvidia0").touch()
+    assert not options.is_absent("cuda")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not options.is_absent("cuda")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert options.is_absent("cuda") and not options.is_absent("mps")

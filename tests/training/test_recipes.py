@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from common import SIZE, D, clip_config, randomise, sam_config
 from safetensors.torch import load_file
 
+from ovsam import data
 from ovsam.data import open_data
 from ovsam.errors import InputError
 from ovsam.modeling.adapters.concepts import ConceptHead, ConceptHeadConfig
@@ -145,6 +146,10 @@ def test_a_recipe_runs_over_tiny_towers(name, tmp_path, tiny_towers, capfd):
 def test_the_same_recipe_reads_lvis(name, tmp_path, tiny_towers):
     folder = training_run.train_recipe(miniature(name, tmp_path, data="lvis"), output=tmp_path / "out", device="cpu")
     assert (folder / "model.safetensors").is_file()
+
+
+def test_names_of_stages_and_formats_need_no_torch():
+    assert recipes.STAGE_NAMES == tuple(STAGES) and recipes.FORMATS == tuple(data.READERS)
 
 
 @pytest.mark.parametrize("name", READ)
