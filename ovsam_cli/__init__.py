@@ -7,15 +7,20 @@ that help and errors appear at once; a command whose run needs no torch either h
 """
 
 # ruff: noqa: E402, I001
+import os
 import signal
 import sys
 
-# Ctrl-C ends a command without a traceback, also during the imports below; `main` has a handler of its own.
+
+def _exit_at_once(number, frame):
+    os._exit(130)
+
+
+# Ctrl-C ends a command without a traceback, also during the imports below and after `main`, which has its own handler.
 # As `python -m ovsam_cli`, argv[0] is still "-m" here; only this thread can be the main one of a program that starts.
-_STARTING = sys.argv[:1] == ["-m"] or sys.argv[:1] and sys.argv[0].endswith(("/ovsam", "\\ovsam.exe"))
-_STARTING = _STARTING and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-if _STARTING:
-    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
+if sys.argv[:1] == ["-m"] or sys.argv[:1] and sys.argv[0].endswith(("/ovsam", "\\ovsam.exe")):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit_at_once)
 
 import argparse
 import contextlib
@@ -24,13 +29,9 @@ import errno
 import importlib
 import importlib.util
 import io
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
-
-if _STARTING:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COMMANDS = {
     "segment": "segment objects in images: by text queries, points or boxes, or all of them",
@@ -99,14 +100,15 @@ def _interruptions() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     main_thread = threading.current_thread() is threading.main_thread()  # only it may set handlers
-    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if not main_thread or before not in (signal.default_int_handler, _exit_at_once):
         yield noted
         return
     signal.signal(signal.SIGINT, note)
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def _print(argv: list[str]) -> int:

@@ -1,5 +1,6 @@
 """Ctrl-C and a lack of memory, at any moment: an exit code and at most one sentence, never a traceback."""
 
+import json
 import os
 import signal
 import subprocess
@@ -21,8 +22,13 @@ COMMANDS = {  # name -> its arguments, and the function that does the work
     "label": ("a.png --text dog -o out --format coco --model photo", "ovsam.load"),
     "video": ("a.png --text dog --json a.json", "ovsam.load_video"),
     "eval": (".", "ovsam.evaluation.evaluate.run_eval"),
-    "train": (str(RECIPE), "ovsam.training.engine.train_recipe"),
+    "train": (f"{RECIPE} --data annotations.json --images .", "ovsam.training.engine.train_recipe"),
     "demo": ("--model photo", "app.main"),
+}
+DATA = {
+    "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}],
+    "categories": [{"id": 1, "name": "dog"}],
+    "annotations": [{"image_id": 1, "category_id": 1, "segmentation": [[1, 1, 30, 1, 30, 30]]}],
 }
 
 
@@ -39,7 +45,7 @@ def run(tmp_path, monkeypatch, capsys):
     """Run a command whose work is replaced; returns the exit code and stderr."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 48)).save("a.png")
-    (tmp_path / "annotations.json").touch()
+    (tmp_path / "annotations.json").write_text(json.dumps(DATA))
 
     def run(name, work):
         arguments, target = COMMANDS[name]
@@ -104,6 +110,37 @@ sys.exit(ovsam_cli.main(sys.argv[1:]))
     command = [sys.executable, "-c", program, "segment", image, "--text", "cat", "--model", "ovsam-tiny"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)  # SIGINT is inherited
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("moment", ["import argparse", "before main", "after main", "atexit"])
+def test_ctrl_c_around_the_command(tmp_path, moment):
+    """The script of an installed package: imports, a call of `main`, the end of the interpreter."""
+    stop = "os.kill(os.getpid(), signal.SIGINT)"
+    script = tmp_path / "ovsam"
+    script.write_text(f"""
+import atexit, os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if {moment!r} == "import " + name:
+            {stop}
+
+sys.meta_path.insert(0, Interrupt())
+sys.modules.pop("argparse", None)
+from ovsam_cli import main
+
+if {moment!r} == "before main":
+    {stop}
+if {moment!r} == "atexit":
+    atexit.register(lambda: {stop})
+code = main(["convert-labels", "a", "b", "--format", "coco"])
+if {moment!r} == "after main":
+    {stop}
+sys.exit(code)
+""")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 130 and "Traceback" not in done.stderr and "KeyboardInterrupt" not in done.stderr
 
 
 def fails_with(error):
