@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from ovsam.errors import InputError
+from ovsam.modeling import check_inputs as check
 from ovsam.modeling.adapters import CLIP2SAM_ADAPTERS, SAM2CLIP_ADAPTERS, ConceptHead, ConceptOutput
 from ovsam.modeling.check_parts import check_fit
 from ovsam.modeling.clip import CLIP_SIDES
@@ -99,6 +100,7 @@ class OVSamVisionModel(OVSamPreTrainedModel):
     ) -> OVSamFeatures:
         """pixel_values [B, 3, H, W]; clip_pixel_values and clip_window only if CLIP resizes or pads images
         differently."""
+        check.tensors(pixel_values=pixel_values, clip_pixel_values=clip_pixel_values, clip_window=clip_window)
         return encode_image(self, pixel_values, clip_pixel_values, clip_window)
 
 
@@ -161,6 +163,7 @@ class OVSamModel(OVSamPreTrainedModel):
     ) -> OVSamFeatures:
         """pixel_values [B, 3, H, W] -> all features that depend on the image alone. Without `concepts`, those of the
         ConceptHead are computed when the model is first called with the features: most frames of a video need none."""
+        check.tensors(pixel_values=pixel_values, clip_pixel_values=clip_pixel_values, clip_window=clip_window)
         features = encode_image(self, pixel_values, clip_pixel_values, clip_window)
         if concepts:
             self.complete(features)
@@ -180,11 +183,13 @@ class OVSamModel(OVSamPreTrainedModel):
     def get_image_embeddings(self, pixel_values: Tensor) -> list[Tensor]:
         """Return maps at strides 4, 8 and 16, as the method of this name in SAM 2 does. They are passed back in as
         `image_embeddings` for masks without class names, as the mask-generation pipeline of transformers does."""
+        check.tensors(pixel_values=pixel_values)
         sam = encode_image(self, pixel_values).sam
         return [*sam.high_res, sam.embedding]
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [K, T] -> [K, D], L2-normalised."""
+        check.tensors(input_ids=input_ids, attention_mask=attention_mask)
         return self.clip.encode_text(input_ids, attention_mask)
 
     # ---- the figure -------------------------------------------------------------------------------------------
@@ -242,8 +247,18 @@ class OVSamModel(OVSamPreTrainedModel):
             original_sizes: ignored; part of the processor's output, so that `model(**inputs)` works.
 
         Raises:
-            InputError: neither pixels nor features are given; or no prompts are given and the model has no ConceptHead.
+            InputError: neither pixels nor features are given; an argument is no tensor of its form; or no prompts are
+                given and the model has no ConceptHead.
         """
+        prompts = {
+            "input_points": input_points,
+            "input_labels": input_labels,
+            "input_boxes": input_boxes,
+            "input_masks": input_masks,
+        }
+        check.tensors(**prompts, input_ids=input_ids, attention_mask=attention_mask, text_embeds=text_embeds)
+        check.labels(text_labels=text_labels, negative_labels=negative_labels)
+        check.options(features, image_embeddings, prompt_counts, proposal_threshold)
         if features is None and image_embeddings is not None:
             *high_res, embedding = image_embeddings
             # A ModelOutput whose only argument is a dictionary would take it for its fields, hence maps=().
@@ -258,13 +273,8 @@ class OVSamModel(OVSamPreTrainedModel):
         query = TextQuery.of(text_embeds, text_labels, negative_labels)
 
         if input_points is not None and input_labels is None:
-            input_labels = torch.ones(input_points.shape[:3], dtype=torch.long, device=input_points.device)
-        prompts = {
-            "input_points": input_points,
-            "input_labels": input_labels,
-            "input_boxes": input_boxes,
-            "input_masks": input_masks,
-        }
+            labels = torch.ones(input_points.shape[:3], dtype=torch.long, device=input_points.device)
+            prompts["input_labels"] = labels
         if any(prompt is not None for prompt in prompts.values()):
             output = self._what(features, prompts, query, multimask_output, refine)
             if prompt_counts is not None:

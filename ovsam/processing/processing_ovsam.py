@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -182,6 +183,45 @@ class OVSamProcessor(PostProcessing, VideoSessions, Sam2Processor):
             x1, y1, x2, y2 = square_window(height, width) if self.clip_images.get("do_pad") else (0.0, 0.0, 1.0, 1.0)
             rows.append([x1 * across, y1 * down, x2 * across, y2 * down])
         return torch.tensor(rows)
+
+    def post_process_masks(
+        self, masks, original_sizes, mask_threshold: float = 0.0, binarize: bool = True, **options
+    ) -> list[Tensor]:
+        """As the method of this name of SAM and SAM 2.
+
+        Args:
+            masks: logits [P, M, h, w] over the model input for each image, such as `pred_masks`.
+            original_sizes: (height, width) of each image.
+            mask_threshold: lowest logit of the pixels of a mask.
+            binarize: whether masks are bool, rather than logits.
+            options: further keywords of the image processor.
+
+        Returns:
+            for each image [P, M, H, W].
+
+        Raises:
+            InputError: masks are no floating-point tensors of that form, or their number is not that of the sizes.
+        """
+        sizes = check_sizes(original_sizes)
+        if sizes is None:
+            raise InputError("The original_sizes are None; they must be (height, width) in pixels, one for each image.")
+        arguments.number("mask_threshold", mask_threshold, -1e4, 1e4)
+        arguments.flag("binarize", binarize)
+        if not isinstance(masks, Tensor | np.ndarray | list | tuple) or not getattr(masks, "ndim", 1):
+            raise InputError(f"The masks are {arguments.short(masks)}; they must be logits [P, M, h, w] of each image.")
+        logits = [torch.from_numpy(one) if isinstance(one, np.ndarray) else one for one in masks]
+        for one in logits:
+            if not isinstance(one, Tensor) or one.ndim != 4 or not one.is_floating_point():
+                got = f"{one.dtype} {list(one.shape)}" if isinstance(one, Tensor) else arguments.short(one)
+                raise InputError(f"The masks of an image must be logits [P, M, h, w]; got {got}.")
+        if len(logits) != len(sizes):
+            raise InputError(f"There are masks of {len(logits)} images, and original_sizes of {len(sizes)}.")
+        if self.pads:
+            shares = [self.picture_share(*size) for size in sizes]
+            inputs = [[round(down * self.target_size), round(across * self.target_size)] for across, down in shares]
+            options["pad_size"] = {"height": self.target_size, "width": self.target_size}
+            return self.image_processor.post_process_masks(logits, sizes, inputs, mask_threshold, binarize, **options)
+        return super().post_process_masks(logits, sizes, mask_threshold, binarize, **options)
 
     def mask_prompts(self, masks: Tensor, size: int) -> Tensor:
         """Masks [n, H, W], bool or logits, over one image -> input_masks [1, n, size / 4, size / 4], logits."""

@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from common import picture, tiny_processor
+from common import SIZE, picture, tiny_processor
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoProcessor, pipeline
+from transformers import AutoModel, AutoProcessor, SamImageProcessor, pipeline
 from web import serve
 
 import ovsam
@@ -297,3 +297,94 @@ def test_a_list_of_class_names_is_id2label():
 def test_the_words_of_ovsam_tiny_are_id2label():
     config = AutoModel.from_pretrained(ovsam.path()).config
     assert list(config.id2label.values()) == ovsam.Vocabulary("coco").labels
+
+
+PIXELS, IDS = torch.zeros(1, 3, SIZE, SIZE), torch.ones(2, 4, dtype=torch.long)
+POINTS = torch.ones(1, 1, 1, 2)
+NO_INPUTS = {  # arguments of the model -> what the message contains
+    "an image": ({"pixel_values": IMAGE}, "pixel_values must be .*B, 3, H, W.*type Image"),
+    "an array": ({"pixel_values": PIXELS.numpy()}, "pixel_values must be .*type ndarray"),
+    "a list of images": ({"pixel_values": [IMAGE]}, "pixel_values must be .*type list"),
+    "one image": ({"pixel_values": PIXELS[0]}, r"pixel_values must be .*float32 \[3, 128, 128\]"),
+    "channels last": ({"pixel_values": torch.zeros(1, SIZE, SIZE, 3)}, "pixel_values must be"),
+    "bytes": ({"pixel_values": PIXELS.byte()}, "pixel_values must be a floating-point tensor .*uint8"),
+    "an array for CLIP": ({"pixel_values": PIXELS, "clip_pixel_values": PIXELS.numpy()}, "clip_pixel_values must be"),
+    "words": ({"pixel_values": PIXELS, "input_ids": ["cat"]}, "input_ids must be .*K, T.*type list"),
+    "fractions as tokens": ({"pixel_values": PIXELS, "input_ids": IDS.float()}, "input_ids must be a tensor of whole"),
+    "one query": ({"pixel_values": PIXELS, "input_ids": IDS[0]}, "input_ids must be"),
+    "a mask in a list": ({"pixel_values": PIXELS, "input_ids": IDS, "attention_mask": [[1]]}, "attention_mask must be"),
+    "embeddings": ({"pixel_values": PIXELS, "text_embeds": [[0.5]]}, "text_embeds must be"),
+    "a word": ({"pixel_values": PIXELS, "input_ids": IDS, "text_labels": "cat"}, "text_labels must be a list"),
+    "a number of words": ({"pixel_values": PIXELS, "input_ids": IDS, "text_labels": 2}, "text_labels must be a list"),
+    "a list of points": ({"pixel_values": PIXELS, "input_points": [[[[5, 5]]]]}, "input_points must be .*type list"),
+    "points without a level": ({"pixel_values": PIXELS, "input_points": POINTS[0]}, "input_points must be"),
+    "labels": ({"pixel_values": PIXELS, "input_points": POINTS, "input_labels": 1}, "input_labels must be"),
+    "a box": ({"pixel_values": PIXELS, "input_boxes": BOX}, "input_boxes must be .*B, P, 4"),
+    "masks of pixels": ({"pixel_values": PIXELS, "input_masks": torch.ones(1, 1, 32, 32) > 0}, "input_masks must be"),
+    "other features": ({"features": PIXELS}, "features must be those that `encode` returns"),
+    "an embedding": ({"image_embeddings": PIXELS, "input_boxes": torch.ones(1, 1, 4)}, "image_embeddings must be"),
+    "no embeddings": ({"image_embeddings": [], "input_boxes": torch.ones(1, 1, 4)}, "image_embeddings must be"),
+    "counts": ({"pixel_values": PIXELS, "input_points": POINTS, "prompt_counts": "one"}, "prompt_counts must be"),
+    "a threshold": ({"pixel_values": PIXELS, "input_ids": IDS, "proposal_threshold": "low"}, "proposal_threshold must"),
+    "nothing": ({}, "Pass pixel_values"),
+}
+
+
+@pytest.mark.parametrize("case", NO_INPUTS)
+def test_what_is_no_tensor_of_the_processor_is_one_sentence(tiny_folder, case, monkeypatch):
+    given, message = NO_INPUTS[case]
+    model = load(tiny_folder)
+    monkeypatch.setattr("ovsam.modeling.modeling_ovsam.encode_image", None)  # nothing runs
+    with pytest.raises(InputError, match=message):
+        model(**given)
+
+
+def test_other_calls_of_a_model_check_their_tensors(tiny_folder):
+    model = load(tiny_folder)
+    vision = ovsam.OVSamVisionModel.from_pretrained(tiny_folder)
+    for call in (model.encode, model.get_image_embeddings, vision):
+        with pytest.raises(InputError, match="pixel_values must be"):
+            call(IMAGE)
+    with pytest.raises(InputError, match="input_ids must be"):
+        model.get_text_features(["cat"])
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_masks_are_enlarged_as_by_sam(pads):
+    """Of an image processor of SAM 2, which stretches images, and of SAM 1, which pads them."""
+    square, small = {"height": SIZE, "width": SIZE}, {"height": SIZE // 4, "width": SIZE // 4}
+    edges = {"size": {"longest_edge": SIZE}, "mask_size": {"longest_edge": SIZE // 4}}
+    stock = (
+        SamImageProcessor(**edges, pad_size=square, mask_pad_size=small) if pads else tiny_processor().image_processor
+    )
+    processor = ovsam.OVSamProcessor(stock, tiny_processor().tokenizer, max_text_length=12)
+    masks, sizes = [torch.randn(2, 1, 32, 32), torch.randn(1, 3, 32, 32)], [(90, 200), (50, 40)]
+    further = ([(58, 128), (128, 102)],) if pads else ()
+    expected = stock.post_process_masks(list(masks), sizes, *further)
+    for given in (masks, [mask.numpy() for mask in masks], tuple(masks)):
+        for found, mask in zip(processor.post_process_masks(given, torch.tensor(sizes)), expected, strict=True):
+            assert torch.equal(found, mask)
+    logits = processor.post_process_masks(masks, sizes, binarize=False)
+    assert torch.equal(logits[1] > 0, expected[1]) and logits[1].is_floating_point()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((torch.zeros(1, 1, 1, 8, 8), None), "original_sizes are None"),
+        ((torch.zeros(1, 1, 1, 8, 8), [(8, 0)]), "whole and positive"),
+        ((torch.zeros(1, 1, 1, 8, 8), "big"), "original_sizes"),
+        ((torch.zeros(2, 1, 1, 8, 8), [(8, 8)]), "masks of 2 images, and original_sizes of 1"),
+        ((None, [(8, 8)]), "The masks are None"),
+        ((torch.tensor(1.0), [(8, 8)]), "The masks are"),
+        (("masks", [(8, 8)]), "The masks are 'masks'"),
+        ((torch.zeros(1, 8, 8), [(8, 8)]), r"logits \[P, M, h, w\]; got torch.float32 \[8, 8\]"),
+        ((torch.zeros(1, 1, 1, 8, 8) > 0, [(8, 8)]), "got torch.bool"),
+        (([IMAGE], [(8, 8)]), "must be logits"),
+        ((torch.zeros(1, 1, 1, 8, 8), [(8, 8)], float("nan")), "mask_threshold is nan"),
+        ((torch.zeros(1, 1, 1, 8, 8), [(8, 8)], 0.0, "yes"), "binarize"),
+    ],
+)
+def test_masks_that_cannot_be_enlarged_are_one_sentence(given, message):
+    with pytest.raises(InputError, match=message):
+        tiny_processor().post_process_masks(*given)
