@@ -7,7 +7,7 @@ form. Numbers of images and prompts are compared where they are used (`check_pro
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovsam.errors import InputError
 from ovsam.modeling.outputs import OVSamFeatures
@@ -39,6 +39,17 @@ def tensors(**given: Any) -> None:
         if not fits or floating is not None and floating != value.is_floating_point():
             kind = KINDS[floating]
             raise InputError(f"The {name} must be a {kind} {form}, as of the processor; got {_describe(value)}.")
+
+
+def weights(model: nn.Module) -> None:
+    """Raise InputError where accelerate has offloaded weights: modules of SAM in transformers read weights of their
+    submodules, which accelerate loads for the calls of these submodules only."""
+    if hasattr(model, "_hf_hook") and any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            "Weights of the model are offloaded to the CPU or a disk, which SAM in transformers does not support; load "
+            "the model on one device, or offload all of it by accelerate.cpu_offload(model, "
+            "preload_module_classes=['OVSamModel'])."
+        )
 
 
 def labels(**given: Any) -> None:

@@ -256,6 +256,7 @@ class OVSamModel(OVSamPreTrainedModel):
             "input_boxes": input_boxes,
             "input_masks": input_masks,
         }
+        check.weights(self)
         check.tensors(**prompts, input_ids=input_ids, attention_mask=attention_mask, text_embeds=text_embeds)
         check.labels(text_labels=text_labels, negative_labels=negative_labels)
         check.options(features, image_embeddings, prompt_counts, proposal_threshold)

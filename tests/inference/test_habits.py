@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -116,6 +117,27 @@ def test_the_labels_of_the_vocabulary_are_in_id2label(tiny_folder):
     model = load(tiny_folder)
     words = model.config.vocabulary
     assert not words or list(model.config.id2label.values()) == list(words)
+
+
+OFFLOADED = {
+    "cpu_offload": lambda folder, _: accelerate.cpu_offload(load(folder), "cpu"),
+    "disk_offload": lambda folder, disk: accelerate.disk_offload(load(folder), disk, "cpu"),
+    "device_map auto": lambda folder, disk: load(
+        folder, device_map="auto", max_memory={"cpu": "400kB"}, offload_folder=disk
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OFFLOADED)
+def test_offloaded_weights_are_refused(way, tiny_folder, tmp_path):
+    with pytest.raises(InputError, match="Weights of the model are offloaded"):
+        ask(OFFLOADED[way](tiny_folder, tmp_path / "weights"))
+
+
+def test_a_model_offloaded_as_a_whole_answers_as_the_plain_one(tiny_folder, expected):
+    model = accelerate.cpu_offload(load(tiny_folder), "cpu", preload_module_classes=["OVSamModel"])
+    alike(ask(model), expected)
+    assert next(model.parameters()).is_meta
 
 
 def test_two_threads_share_a_model(tiny_folder):
