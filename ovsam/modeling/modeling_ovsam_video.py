@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import Sam2VideoConfig
+from transformers import PreTrainedConfig, Sam2VideoConfig
 
 from ovsam.errors import InputError
 from ovsam.modeling.configuration_ovsam import OVSamConfig
@@ -17,6 +17,7 @@ from ovsam.modeling.outputs import OVSamFeatures, OVSamOutput
 from ovsam.modeling.tracking import OVSamVideoOutput, OVSamVideoSession, Tracker, VideoPrompt, VideoText
 from ovsam.ops.masks import mask_overlap
 
+TRACKERS = ("sam2_video", "edgetam_video")
 SAME = 0.5  # highest IoU of a new object with a tracked one
 
 
@@ -160,31 +161,56 @@ def _number(name: str, value: Any, most: int | None = None) -> int | None:
     raise InputError(f"{name} must be a whole number from 0{'' if most is None else f' to {most}'}; got {value!r:.60}.")
 
 
-def with_memory(model: OVSamModel, **memory: Any) -> OVSamVideoModel:
-    """Return a copy of a model whose SAM side has the memory of SAM 2, with new weights: for training it.
+def with_memory(model: OVSamModel, image_size: int | None = None, **memory: Any) -> OVSamVideoModel:
+    """Return a copy of a model whose SAM side has the memory of SAM 2: for training it.
 
     Args:
-        model: a model whose SAM side is SAM 2 or EdgeTAM, for images.
+        model: a model whose SAM side is SAM 2 or EdgeTAM. One for images gets a memory with new weights.
+        image_size: side of the images of the copy in pixels (default: as before). All weights fit any size; training
+            on small images first is faster.
         memory: fields of Sam2VideoConfig, such as num_maskmem; widths are those of the SAM side.
 
     Raises:
-        InputError: the mask decoder of the SAM side is not SAM 2's.
+        InputError: the mask decoder of the SAM side is not SAM 2's, or the size is no multiple of the stride.
     """
-    side = model.sam
-    if not any(kind in ("sam2_video", "edgetam_video") for kind in side.trackers):
-        raise InputError(
-            f"The SAM side is {model.config.sam_config.model_type!r}; a memory is added to sam2 and edgetam only."
-        )
-    image = model.config.sam_config.to_dict()
-    parts = {name: part for name, part in image.items() if name.endswith("_config")}
-    for name in ("prompt_encoder_config", "mask_decoder_config"):
-        parts[name].pop("model_type")  # the image model's
-    widths = ("memory_attention_hidden_size", "memory_encoder_hidden_size", "mask_downsampler_embed_dim")
-    settings = dict.fromkeys((*widths, "memory_fuser_embed_dim"), side.width)
-    settings |= {"image_size": side.image_size, "memory_attention_rope_feat_sizes": [side.grid] * 2}
-    settings["multimask_output_for_tracking"] = False  # a memory is no ambiguous prompt
-    config = OVSamConfig.from_dict(model.config.to_dict())
-    config.sam_config = Sam2VideoConfig(**parts, **settings | memory)
+    side, config = model.sam, OVSamConfig.from_dict(model.config.to_dict())
+    if config.sam_config.model_type not in TRACKERS:
+        if not any(kind in TRACKERS for kind in side.trackers):
+            raise InputError(
+                f"The SAM side is {config.sam_config.model_type!r}; a memory is added to sam2 and edgetam only."
+            )
+        image = config.sam_config.to_dict()
+        parts = {name: part for name, part in image.items() if name.endswith("_config")}
+        for name in ("prompt_encoder_config", "mask_decoder_config"):
+            parts[name].pop("model_type")  # the image model's
+        widths = ("memory_attention_hidden_size", "memory_encoder_hidden_size", "mask_downsampler_embed_dim")
+        settings = dict.fromkeys((*widths, "memory_fuser_embed_dim"), side.width)
+        settings["multimask_output_for_tracking"] = False  # a memory is no ambiguous prompt
+        config.sam_config = Sam2VideoConfig(**parts, **settings | memory)
+    _set_image_size(config.sam_config, image_size or side.image_size)
     whole = OVSamVideoModel(config)
-    whole.load_state_dict(model.state_dict(), strict=False)
-    return whole.to(model.device, model.dtype).train(model.training)
+    missing, _ = whole.load_state_dict(model.state_dict(), strict=False)
+    whole.to(model.device, model.dtype).train(model.training)
+    if missing:
+        _scale_recalled(whole)
+    return whole
+
+
+@torch.no_grad()
+def _scale_recalled(model: OVSamVideoModel) -> None:
+    """Scale the output of new memory attention as the image features that it replaces; the mask decoder was trained for
+    those, and their standard deviation is far from the 1 of a new layer normalisation."""
+    side = model.sam
+    noise = torch.randn(1, 3, side.image_size, side.image_size, device=model.device, dtype=model.dtype)
+    side.model.memory_attention.layer_norm.weight.mul_(model.encode(noise, concepts=False).sam.pyramid[2].std())
+
+
+def _set_image_size(config: PreTrainedConfig, size: int) -> None:
+    """Set every size that follows from the side of the square input."""
+    prompts, vision = config.prompt_encoder_config, config.vision_config
+    if size < 1 or size % (2 * prompts.patch_size):
+        raise InputError(f"image_size must be a multiple of {2 * prompts.patch_size}; got {size}.")
+    scale = size / prompts.image_size
+    vision.backbone_feature_sizes = [[round(side * scale) for side in one] for one in vision.backbone_feature_sizes]
+    prompts.image_size = config.image_size = size
+    config.memory_attention_rope_feat_sizes = [size // prompts.patch_size] * 2

@@ -11,6 +11,7 @@ import ovsam
 from ovsam.data.moving import MovingScenes
 from ovsam.errors import InputError
 from ovsam.modeling.modeling_ovsam_video import with_memory
+from ovsam.modeling.sam.memory import Recall
 from ovsam.modeling.sam.video import Sam2VideoSide
 from ovsam.modeling.tracking import OVSamVideoSession, VideoPrompt
 from ovsam.training.engine import train_recipe
@@ -116,6 +117,37 @@ def test_a_memory_is_added_to_a_model_and_changes_no_image(composition, tmp_path
     session.add_prompt(1, 0, VideoPrompt(mask=squares()["masks"][0, 0, 0]))
     for frame in torch.randn(3, 3, SIZE, SIZE):
         assert loaded(session, frame=frame).pred_masks.isfinite().all()
+
+
+def test_a_new_memory_starts_at_the_scale_of_the_features():
+    torch.manual_seed(0)
+    plain = ovsam.OVSamModel(wide(tiny_config("dual", adapters=False, sam="edgetam"), "dual")).eval()
+    with torch.no_grad():
+        for weight in plain.sam.model.vision_encoder.neck.parameters():
+            weight.mul_(30)
+        model = with_memory(plain, memory_attention_num_layers=1)
+        features = model.encode(torch.randn(1, 3, SIZE, SIZE)).sam
+        stage = MemoryStage(model)
+        stored = model.sam.memorise(features, stage._prompt(features, squares()["masks"][:1, :1, 0]), torch.ones(1) > 0)
+        recalled = model.sam.recall(
+            features, Recall((0,), (), 2), stored[:, :, None].float(), torch.zeros(1, 1, 0, 128)
+        )
+    assert 0.5 < recalled.std() / features.pyramid[2].std() < 2
+
+
+def test_images_of_another_size_take_the_same_weights():
+    torch.manual_seed(0)
+    plain = ovsam.OVSamModel(wide(tiny_config("clip", adapters=False, sam="edgetam"), "clip")).eval()
+    small = MemoryStage(plain, layers=1, image_size=SIZE // 2)
+    half = {name: part[..., ::2, ::2] if part.ndim > 3 else part for name, part in squares().items()}
+    losses = small(**half)
+    assert losses["loss"].isfinite()
+    large = MemoryStage(small.model, image_size=SIZE)
+    assert large(**squares())["loss"].isfinite()
+    for name, tensor in small.model.state_dict().items():
+        assert torch.equal(large.model.state_dict()[name], tensor), name
+    with pytest.raises(InputError, match="multiple of"):
+        with_memory(plain, 100)
 
 
 def wide(config: ovsam.OVSamConfig, composition: str) -> ovsam.OVSamConfig:

@@ -33,7 +33,8 @@ class MemoryStage(nn.Module):
         mask_share, box_share: shares of the steps in which objects are prompted by their mask and by their box; in the
             others by a click.
         layers, memories, pointers: layers of memory attention, number of spatial memories and of object pointers that
-            it reads, where the model has no memory yet.
+            it reads, where the model has no memory yet; dropout: that of memory attention.
+        image_size: side of the images in pixels (default: the model's). The result is a model for images of that size.
         train_decoder: whether to train the mask decoder too; its object score is always trained.
         focal_weight, dice_weight, score_weight: weights of the losses.
 
@@ -50,6 +51,8 @@ class MemoryStage(nn.Module):
         layers: int = 2,
         memories: int = 4,
         pointers: int = 8,
+        dropout: float = 0.1,
+        image_size: int | None = None,
         train_decoder: bool = False,
         focal_weight: float = 20.0,
         dice_weight: float = 1.0,
@@ -60,14 +63,17 @@ class MemoryStage(nn.Module):
             raise InputError(
                 f"mask_share {mask_share} and box_share {box_share} must be shares that add up to 1 or less."
             )
-        if not isinstance(model.sam, Sam2VideoSide):
+        image_size = image_size or model.sam.image_size
+        if not isinstance(model.sam, Sam2VideoSide) or image_size != model.sam.image_size:
             model = with_memory(
                 model,
+                image_size,
                 memory_attention_num_layers=layers,
                 memory_attention_feed_forward_hidden_size=4 * model.sam.width,
                 memory_fuser_intermediate_dim=4 * model.sam.width,
                 num_maskmem=memories,
                 max_object_pointers_in_encoder=pointers,
+                memory_attention_dropout=dropout,
             )
         self.model = model.requires_grad_(False)
         self.objects, self.mask_share, self.box_share = objects, mask_share, box_share
@@ -120,7 +126,7 @@ class MemoryStage(nn.Module):
         losses, ious = [], []
         for frame in range(frames):
             with torch.no_grad():
-                sam = self.model.encode(self.pixels(image[:, frame])).sam
+                sam = self.model.encode(self.pixels(image[:, frame]), concepts=False).sam
             tracked = self._prompt(sam, first) if frame == 0 else self._follow(sam, memory, frame, frames)
             target = (F.avg_pool2d(truth[:, :, frame].float(), 4) > 0.5).float()  # [B, P, S/4, S/4]
             if frame:
