@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from ovsam.errors import InputError
+from ovsam.ops.rle import PIXELS
 
 Rle = dict[str, Any]
 
@@ -34,6 +35,8 @@ def is_outline(segmentation: Any) -> bool:
 
 def check_outline(segmentation: Any, height: int, width: int) -> None:
     """Raise InputError unless this is an outline inside an image of this size; the message lacks its subject."""
+    if height * width >= PIXELS:
+        raise InputError(f"lies in an image of {width}x{height} pixels; masks need an image of under 2^32 pixels")
     if isinstance(segmentation, list):
         if not polygons(segmentation):
             raise InputError("has no polygon of three points or more")

@@ -9,6 +9,7 @@ from pycocotools import mask as coco
 from ovsam.errors import InputError
 
 RLE = dict[str, Any]
+PIXELS = 2**32  # an image must have fewer: COCO stores lengths of runs in 32 bits
 
 
 def encode(mask: np.ndarray, x: int = 0, y: int = 0, size: tuple[int, int] | None = None) -> RLE:
@@ -18,7 +19,7 @@ def encode(mask: np.ndarray, x: int = 0, y: int = 0, size: tuple[int, int] | Non
     h, w = mask.shape
     if not (0 <= x and 0 <= y and x + w <= width and y + h <= height):
         raise InputError(f"A mask of {w}x{h} pixels at {x},{y} does not fit into an image of {width}x{height}.")
-    if height * width >= 2**32:  # COCO stores lengths of runs in 32 bits
+    if height * width >= PIXELS:
         raise InputError(f"An image of {width}x{height} pixels is too large for masks; it must have under 2^32 pixels.")
     padded = np.zeros((w, h + 2), dtype=bool)  # COCO counts column by column
     padded[:, 1:-1] = mask.T
@@ -36,7 +37,9 @@ def encode(mask: np.ndarray, x: int = 0, y: int = 0, size: tuple[int, int] | Non
 
 
 def decode(segmentation: RLE) -> np.ndarray:
-    """Return the mask [H, W] as bool."""
+    """Return the mask [H, W] as bool; raises MemoryError if it does not fit into memory."""
+    height, width = segmentation["size"]
+    np.empty((height, width), dtype=np.uint8)  # pycocotools crashes where it gets no memory; NumPy raises the error
     return coco.decode(segmentation).astype(bool)
 
 

@@ -289,6 +289,20 @@ def test_labelme_of_people(tmp_path):
         Results.from_labelme(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["labelme", "label-studio"])
+def test_an_image_that_is_too_large_for_run_lengths(tmp_path, kind):
+    side, corners = 1_000_000, [[1, 1], [5, 1], [5, 5]]
+    shape = {"label": "cup", "shape_type": "polygon", "points": corners}
+    labelme = {"imagePath": "a.png", "imageHeight": side, "imageWidth": side, "shapes": [shape]}
+    value = {"points": corners, "polygonlabels": ["cup"]}
+    region = {"original_width": side, "original_height": side, "type": "polygonlabels", "value": value}
+    tasks = [{"data": {"image": "a.png"}, "annotations": [{"result": [region]}]}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(labelme if kind == "labelme" else tasks))
+    with pytest.raises(InputError, match="1000000x1000000 pixels; masks need an image of under"):
+        read_labels(path, kind)
+
+
 def test_label_studio_of_people(tmp_path):
     facts = {"original_width": 80, "original_height": 60, "from_name": "label", "to_name": "image"}
     mask = odd_masks()[0]
