@@ -322,30 +322,33 @@ def _read_memory(
     Values are averaged before they are projected, V (sum a m) = sum a (V m): memories have 64 channels, values C.
     """
     heads = attention.num_attention_heads
-    query, keys = (_heads(rows, heads) for rows in (attention.q_proj(query), attention.k_proj(keys)))
-    query, keys = _rotate(query, *cells), _rotate(keys, *turn)
-    mean = _average(query, keys, memory[:, None], attention.scaling)  # [N, heads, L, 64]
+    query, memory = _rotate(_heads(attention.q_proj(query), heads), *cells), memory[:, None]
+    if query.device.type == "cpu" and not (torch.is_grad_enabled() and query.requires_grad):
+        # One object at a time, in blocks that stay in the cache; torch's own need values as wide as the queries.
+        place = torch.complex(turn[0][..., ::2].float(), turn[1][..., ::2].float())  # [1, K, d/2]
+        mean = torch.stack(
+            [
+                _average(rows * attention.scaling, _turn(_heads(attention.k_proj(k), heads), place), m)
+                for rows, k, m in zip(query, keys, memory, strict=True)
+            ]
+        )
+    else:
+        keys = _rotate(_heads(attention.k_proj(keys), heads), *turn)
+        memory = memory.expand(-1, heads, -1, -1)
+        mean = F.scaled_dot_product_attention(query, keys, memory, scale=attention.scaling)
+    # mean [N, heads, L, 64]
     weight = attention.v_proj.weight.unflatten(0, (heads, -1))  # [heads*d, 64] -> [heads, d, 64]
     value = mean @ weight.mT + attention.v_proj.bias.view(heads, 1, -1)
     return attention.o_proj(value.transpose(1, 2).flatten(2))  # [N, heads, L, d] -> [N, L, heads*d] -> [N, L, C]
 
 
-def _average(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """softmax(query keys^T * scale) values: query [N, heads, L, d], keys [N, heads, K, d], values [N, 1, K, 64].
-
-    On a CPU in blocks whose scores stay in the cache (FlashAttention-2, Dao 2023, algorithm 1); torch's own blocks need
-    values as wide as the queries.
-    """
-    if query.device.type != "cpu" or torch.is_grad_enabled() and query.requires_grad:
-        return F.scaled_dot_product_attention(query, keys, values.expand(-1, query.shape[1], -1, -1), scale=scale)
-    objects = zip(query, keys, values, strict=True)
-    return torch.stack(
-        [torch.cat([_average_block(rows * scale, k, v) for rows in q.split(ROWS_AT_ONCE, 1)], 1) for q, k, v in objects]
-    )
+def _average(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """softmax(query keys^T) values: query [heads, L, d], keys [heads, K, d], values [1, K, 64] -> [heads, L, 64]."""
+    return torch.cat([_average_block(rows, keys, values) for rows in query.split(ROWS_AT_ONCE, 1)], 1)
 
 
 def _average_block(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """[heads, R, d], [heads, K, d], [1, K, 64] -> [heads, R, 64]"""
+    """[heads, R, d], [heads, K, d], [1, K, 64] -> [heads, R, 64] (FlashAttention-2, Dao 2023, algorithm 1)"""
     top = query.new_full((*query.shape[:2], 1), -torch.inf)
     total, mean = torch.zeros_like(top), query.new_zeros(*query.shape[:2], values.shape[-1])
     for some_keys, some_values in zip(keys.split(KEYS_AT_ONCE, 1), values.split(KEYS_AT_ONCE, 1), strict=True):
@@ -359,9 +362,15 @@ def _average_block(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:
-    """[N, L, heads*d] -> [N, heads, L, d]"""
-    return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """[..., L, heads*d] -> [..., heads, L, d]"""
+    return rows.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (rows.float() * cos + rotate_pairwise(rows.float()) * sin).type_as(rows)
+
+
+def _turn(rows: Tensor, place: Tensor) -> Tensor:
+    """`_rotate` in one pass over memory: rows [heads, K, d] as complex numbers, times their places [1, K, d/2]."""
+    turned = torch.view_as_complex(rows.float().unflatten(-1, (-1, 2))) * place
+    return torch.view_as_real(turned).flatten(-2).type_as(rows)
