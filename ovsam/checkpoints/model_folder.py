@@ -59,7 +59,9 @@ def load_folder(folder: Path, name: str) -> tuple[OVSamModel, OVSamProcessor]:
         tried = processor(images=Image.new("RGB", (32, 32)), text=["a word"])  # most wrong values fail in use only
         with torch.no_grad():  # a tokenizer may have more tokens than the text tower
             model.get_text_features(tried["input_ids"], tried["attention_mask"])
-    except Exception as error:  # likewise
+    except BaseException as error:  # likewise; a panic of the tokenizers library is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(f"{name!r} has a processor or tokenizer that cannot be used: {reason_of(error)}") from error
     return model.eval(), processor
 

@@ -92,7 +92,7 @@ def _check_setting(key: str, value: Any, part: bool) -> None:
             raise ValueError(f"image_std holds {value:g}; it must be positive")
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The first sentence of another library's error."""
     text = " ".join(str(error).split())
     if not text or isinstance(error, KeyError):  # its text is the key alone

@@ -1,5 +1,7 @@
 """OVSamConfig: the parts of a model, and the settings that concern all of them."""
 
+import math
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -15,6 +17,15 @@ from ovsam.modeling.clip import DualEncoderConfig, ImageNetConfig, OpenClipConfi
 from ovsam.modeling.remote_code import RemoteCodeConfig
 
 COMPOSITIONS = ("dual", "clip", "sam")
+SHARES = (  # settings from 0 to 1
+    "objectness_weight",
+    "nms_threshold",
+    "mask_nms_threshold",
+    "proposal_threshold",
+    "score_threshold",
+    "objectness_threshold",
+)
+AMOUNTS = ("max_locations", "max_detections", "exemplar_scale", "mask_head_weight")
 
 for _part in (
     Clip2SamConfig,
@@ -105,6 +116,12 @@ class OVSamConfig(RemoteCodeConfig):
             pair = getattr(self, name)
             if len(pair) != 2 or not all(isinstance(one, int | float) for one in pair) or pair[0] <= 0:
                 raise InputError(f"{name} is {pair}; it must be two numbers, a positive scale and a shift.")
+        for name in SHARES:
+            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value <= 1:
+                raise InputError(f"{name} is {value!r}; it must be a number from 0 to 1.")
+        for name in AMOUNTS:
+            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < math.inf:
+                raise InputError(f"{name} is {value!r}; it must be a number, 0 or more.")
         if getattr(self, "id2label", None) is None and isinstance(self.vocabulary, list | tuple):
             labels = dict(enumerate(self.vocabulary))
             self.id2label, self.label2id = labels, {word: number for number, word in labels.items()}

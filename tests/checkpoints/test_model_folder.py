@@ -59,6 +59,9 @@ def test_weights_that_do_not_fit(folder, damage, message):
     [
         {"mask_head_weight": float("nan")},
         {"max_locations": 10**12},
+        {"max_locations": None},
+        {"proposal_threshold": None},
+        {"score_threshold": 1.5},
         {"composition": 3},
         {"score_calibration": [1.0, [1, 2]]},
         {"sam_config": "x"},
@@ -95,6 +98,19 @@ def test_an_invalid_configuration(folder, content):
 )
 def test_a_processor_that_fails_in_use(folder, file, settings):
     change(folder / file, **settings)
+    with pytest.raises(InputError, match="has a processor or tokenizer that cannot be used"):
+        ovsam.load(folder, "cpu")
+
+
+def test_a_tokenizer_that_panics(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="has a processor or tokenizer that cannot be used"):
         ovsam.load(folder, "cpu")
 
