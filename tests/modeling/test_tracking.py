@@ -12,8 +12,8 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenc
 
 import ovsam
 from ovsam.errors import InputError
-from ovsam.modeling.sam.motion import Motion
-from ovsam.modeling.sam.propagation import Keys, LabelMemory, Reference
+from ovsam.modeling.sam.motion import LARGEST, Motion
+from ovsam.modeling.sam.propagation import Keys, LabelMemory, Reference, nest
 from ovsam.modeling.tracking import OVSamVideoSession, VideoPrompt
 from tests.common import SIZE, picture, tiny_config, tiny_model, tiny_processor, tiny_video_model
 
@@ -408,3 +408,60 @@ def test_two_objects_of_one_look_keep_their_labels_when_they_pass_each_other():
         for number, cells in board.show(*path[end])[1].items():
             wrong = (found[number] != cells).sum()
             assert wrong <= 2, (end, number)
+
+
+@pytest.mark.parametrize("last", [18.0, 7.0, 3.5])
+def test_the_references_of_an_object_that_becomes_larger_are_enlarged(last):
+    """A disc of parts whose radius goes from 7 parts to `last` within 40 frames, with features that grow along."""
+    torch.manual_seed(0)
+    parts, width, first, count = 64, 32, 7.0, 40
+    back = torch.randn(1, width, 1, 1) + 0.7 * torch.randn(1, width, parts, parts)
+    thing = torch.randn(1, width, 1, 1) + 0.7 * F.interpolate(torch.randn(1, width, 9, 9), (64, 64), mode="bicubic")
+    line = torch.arange(parts) - parts / 2 + 0.5
+    offset = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+    memory = LabelMemory()
+    for frame in range(count):
+        radius = first * (last / first) ** (frame / (count - 1))
+        disc = (offset.norm(dim=-1) < radius).float()
+        drawn = F.grid_sample(thing, offset[None] / radius / 1.2, align_corners=False)
+        maps = F.normalize(back * (1 - disc) + drawn * disc, dim=1)
+        coarse = F.normalize(F.avg_pool2d(maps, 2)[0].flatten(1).T, dim=1)
+        reference = memory.propagate(frame, Keys(coarse, nest(maps[0]), parts // 2), [1] if frame else [])
+        if not frame:
+            reference.prompt(1, nest(disc[None])[..., 0])
+        memory.store(frame, reference)
+    found, right = reference.labels[1] > 0.5, nest(disc[None])[..., 0] > 0.5
+    assert (found & right).sum() / (found | right).sum() > 0.8
+    # The references of one that becomes smaller stay as they are.
+    assert reference.motions[1].size == pytest.approx(max(last / first, 1.0), rel=0.2)
+
+
+def test_a_prompt_on_a_later_frame_keeps_the_size_of_its_object():
+    board, memory = Board(), LabelMemory()
+    keys, shown = board.show(4)
+    memory.store(0, Reference(keys))
+    memory.frames[0].prompt(1, shown[1][:, None].repeat(1, 4).float())
+    memory.frames[0].motions[1] = replace(memory.frames[0].motions[1], growth=0.05)
+    reference = memory.propagate(1, keys, [1])
+    size = reference.motions[1].size
+    reference.prompt(1, shown[1][:, None].repeat(1, 4).float())
+    assert reference.motions[1].size == size > 1
+
+
+def test_an_object_that_is_absent_does_not_grow():
+    mask, nothing = torch.zeros(32, 32), torch.zeros(32, 32)
+    mask[8:16, 8:16] = 1
+    motion = replace(Motion.of_mask(mask), growth=0.05)
+    for _ in range(20):
+        motion = motion.follow(nothing, nothing)
+    assert motion.size == 1 and motion.larger_than(motion) == 1
+
+
+def test_an_object_that_is_hidden_grows_on_within_limits():
+    mask, little = torch.zeros(32, 32), torch.zeros(32, 32)
+    mask[8:16, 8:16], little[8, 8:12] = 1, 1
+    motion = replace(Motion.of_mask(mask), growth=0.05)
+    assert motion.follow(little, 1 - mask).size == pytest.approx(1.05, rel=0.01)
+    for _ in range(2000):
+        motion = motion.follow(little, 1 - mask)
+    assert motion.size == LARGEST

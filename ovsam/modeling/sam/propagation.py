@@ -7,7 +7,7 @@ frame, whatever the number of objects. The references are the frames with a prom
 is kept does not grow with the length of a video.
 
 Features do not tell two objects of one look apart, so places count too: the cells of a reference are moved along with
-their objects (`ovsam.modeling.sam.motion`), and those that are near weigh more.
+their objects (`ovsam.modeling.sam.motion`), and apart where an object becomes larger; those that are near weigh more.
 
 Shapes: P objects, R reference frames, L = h*w coarse cells, each of FINE*FINE parts, D channels.
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovsam.modeling.outputs import OVSamFeatures, TrackedMasks
-from ovsam.modeling.sam.motion import FINE, PRESENT, Motion
+from ovsam.modeling.sam.motion import FINE, PRESENT, TOO_LARGE, Motion
 
 RECENT = 3  # frames before this one that are references
 PROMPTED = 8  # frames with a prompt that are references, at most
@@ -34,6 +34,7 @@ OUT = 9.0  # what is beyond costs
 BONUS = 0.2  # what likeness to a prompted frame counts more: it has no errors
 BORDER = 2 / 32  # width around an object that moves with it in references, as a share of the side
 ANYWHERE = 0.1  # the most that a place costs for an object that is absent
+MEASURED = 12  # parts of an object from which on its size is measured
 LEAST = 1e-4  # probabilities are kept this far from 0 and 1
 
 
@@ -67,7 +68,8 @@ class Reference:
     def prompt(self, number: int, label: Tensor) -> None:
         """Set the label [L, FINE*FINE] of an object that is prompted."""
         self.labels[number] = label
-        self.motions[number] = Motion.of_mask(spread(label, self.keys.side))
+        size = self.motions[number].size if number in self.motions else 1.0
+        self.motions[number] = Motion.of_mask(spread(label, self.keys.side), size)
         self.prompted.add(number)
 
 
@@ -121,31 +123,33 @@ class LabelMemory:
             return Reference(keys, drift=drift)
         before = {number: next(kept.motions[number] for kept in near if number in kept.motions) for number in numbers}
         references = [kept for kept in near if kept.labels.keys() & before.keys()]
-        labels, moved = _read(keys, references, before, drift)
+        labels, moved, errors = _read(keys, references, before, drift)
         masks = torch.stack(
             [motion.confine(spread(label, keys.side)) for motion, label in zip(before.values(), labels, strict=True)]
         )
         found = Reference(keys, drift=drift + moved)
         background = (1 - masks.sum(0)).clamp(min=0)
-        for (number, motion), mask in zip(before.items(), masks, strict=True):
-            after = motion.follow(mask, background)
+        for (number, motion), mask, error in zip(before.items(), masks, errors, strict=True):
+            after = motion.follow(mask, background, error)
             found.motions[number] = after
             found.labels[number] = nest((mask * (not after.absent))[None])[..., 0]
         return found
 
 
-def _read(keys: Keys, references: list[Reference], before: dict[int, Motion], drift: Tensor) -> tuple[Tensor, Tensor]:
-    """The labels of P objects on a frame, [P, L, FINE*FINE], and how far the background moves, [2], from references and
-    the motion of each object `before`."""
+def _read(
+    keys: Keys, references: list[Reference], before: dict[int, Motion], drift: Tensor
+) -> tuple[Tensor, Tensor, list[float]]:
+    """The labels of P objects on a frame, [P, L, FINE*FINE], how far the background moves, [2], and how much larger
+    each object is than expected, as a logarithm; from references and the motion of each object `before`."""
     cells, none = _cells(keys.side, keys.coarse.device), torch.zeros_like(keys.fine[..., 0])
     absent = torch.tensor([motion.absent > 0 for motion in before.values()], device=cells.device)
     labels = [torch.stack([kept.labels.get(number, none) for number in before], -1) for kept in references]  # [L, p, P]
-    places = [_moved(kept, label.mean(1), before, drift) for kept, label in zip(references, labels, strict=True)]
+    moved = [_moved(kept, label.mean(1), before, drift) for kept, label in zip(references, labels, strict=True)]
     gone = [(label.mean(1)[:, absent] > PRESENT).any(1) for label in labels]  # cells of absent objects, [L]
     scores = []
-    for kept, place, free in zip(references, places, gone, strict=True):
+    for kept, (place, steep), free in zip(references, moved, gone, strict=True):
         # One product of matrices: likeness - steep * distance**2 + bonus
-        steep, bonus = _steepness(kept), BONUS * bool(kept.prompted)
+        bonus = BONUS * bool(kept.prompted)
         square, one = place.square().sum(1, keepdim=True), torch.ones_like(place[:, :1])
         query = torch.cat([keys.coarse, cells, one, cells.square().sum(1, keepdim=True)], 1)
         key = torch.cat([kept.keys.coarse, 2 * steep * place, bonus - steep * square, -steep * one], 1)
@@ -153,9 +157,9 @@ def _read(keys: Keys, references: list[Reference], before: dict[int, Motion], dr
         score[:, free] = score[:, free].maximum(keys.coarse @ kept.keys.coarse[free].T - ANYWHERE)
         scores.append(score)
     best = torch.cat(scores, 1).topk(min(CANDIDATES, math.ceil(len(cells) / 8)), 1).indices  # [L, R*L] -> [L, m]
-    label, place = torch.cat(labels), torch.cat(places)  # [R*L, p, P], [R*L, 2]
+    label, place = torch.cat(labels), torch.cat([place for place, _ in moved])  # [R*L, p, P], [R*L, 2]
     owner = best // len(cells)  # the reference of each candidate, [L, m]
-    steep = cells.new_tensor([_steepness(kept) for kept in references])[owner]
+    steep = torch.cat([steep for _, steep in moved])[best, 0]
     cost = steep * (cells[:, None] - place[best]).square().sum(-1)  # [L, m]
     cost[cost > FARTHEST**2 * TEMPERATURE / 2] = OUT
     cost -= cells.new_tensor([BONUS * bool(kept.prompted) for kept in references])[owner]
@@ -164,42 +168,71 @@ def _read(keys: Keys, references: list[Reference], before: dict[int, Motion], dr
     bare = 1 - label.sum(-1)  # [R*L, p]
     known = torch.tensor([[number in kept.labels for number in before] for kept in references], device=cells.device)
     shares, step, mass = [], cells.new_zeros(2), cells.new_tensor(LEAST)
+    moments = cells.new_zeros(len(before), 7)
     for at in torch.arange(len(cells), device=cells.device).split(CHUNK):
         one, parts = best[at], none.shape[1]  # [l, m]
         alike = keys.fine[at] @ fine[one].flatten(1, 2).mT  # [l, p, D] @ [l, D, m*p]
         weight = ((alike - cost[at].repeat_interleave(parts, 1)[:, None]) / TEMPERATURE).softmax(-1)
-        share = weight @ label[one].flatten(1, 2)  # [l, p, m*p] @ [l, m*p, P] -> [l, p, P]
+        own = label[one].flatten(1, 2)  # [l, m*p, P]
+        share = weight @ own  # [l, p, m*p] @ [l, m*p, P] -> [l, p, P]
+        there = own[..., None] * place[one].repeat_interleave(parts, 1)[:, :, None]  # [l, m*p, P, 2]
+        there = (weight @ there.flatten(2)).unflatten(2, (-1, 2)) / share.clamp(min=LEAST)[..., None]  # [l, p, P, 2]
         if not known.all():  # references from before an object was there do not count
             counted = known[owner[at]].float().repeat_interleave(parts, 1)  # [l, m, P] -> [l, m*p, P]
             share = share / (weight @ counted).clamp(min=LEAST)
         shares.append(share)
+        moments += _moments(share * (share > PRESENT), cells[at, None, None].expand_as(there), there)
         behind = (weight.sum(1) * bare[one].flatten(1)).unflatten(1, (-1, parts)).sum(-1)  # [l, m*p] -> [l, m]
         step += (behind[..., None] * (cells[at, None] - place[one])).sum((0, 1))
         mass += behind.sum()
-    return torch.cat(shares).permute(2, 0, 1), step / mass
+    found = torch.cat(shares).permute(2, 0, 1)
+    measured = (found > PRESENT).sum((1, 2)) >= MEASURED
+    errors = [
+        _error(row) if sure else 0.0 for row, sure in zip(moments.tolist(), (measured & ~absent).tolist(), strict=True)
+    ]
+    return found, step / mass, errors
 
 
-def _steepness(kept: Reference) -> float:
-    """What the square of a distance to a place in a reference costs: places have a normal distribution."""
-    width = max(NEAR[bool(kept.prompted)] * kept.keys.side, 1.0)
-    return TEMPERATURE / (2 * width**2)
+def _moments(share: Tensor, here: Tensor, there: Tensor) -> Tensor:
+    """Sums of the shares [l, p, P] of P objects, of where these parts are, [l, p, P, 2], and are expected by
+    correspondence, and of the squares of both, [P, 7]."""
+    one = torch.ones_like(share)[..., None]
+    rows = torch.cat([one, here, here.square().sum(-1, keepdim=True), there, there.square().sum(-1, keepdim=True)], -1)
+    return (share[..., None] * rows).sum((0, 1))
 
 
-def _moved(kept: Reference, label: Tensor, before: dict[int, Motion], drift: Tensor) -> Tensor:
-    """Where the cells of a reference are expected now, [L, 2]: those of objects, and of their border, have moved along
-    with them, and all others with the background. label: the share of each cell that P objects cover, [L, P]."""
+def _error(moments: list[float]) -> float:
+    """How much larger an object is than expected, as a logarithm: by the spread of its parts around their mean, and the
+    spread of the places where these are expected."""
+    mass, y, x, square, expected_y, expected_x, expected_square = moments
+    here = square / mass - (y**2 + x**2) / mass**2
+    there = expected_square / mass - (expected_y**2 + expected_x**2) / mass**2
+    return math.log(here / there) / 2 - TOO_LARGE if min(here, there) > LEAST else 0.0
+
+
+def _moved(kept: Reference, label: Tensor, before: dict[int, Motion], drift: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cells of a reference are expected now, [L, 2], and what the square of a distance to it costs, [L, 1].
+
+    The cells of objects, and of their border, have moved along with them, and apart where an object has become larger;
+    all others have moved with the background. label: the share of each cell that P objects cover, [L, P].
+    """
     side = kept.keys.side
     cells = _cells(side, label.device)
     image = label.T.unflatten(1, (side, side))  # [P, h, w]
-    width = round(BORDER * side)
-    border = F.max_pool2d(image, 2 * width + 1, 1, width).flatten(1).T
+    near = round(BORDER * side)
+    border = F.max_pool2d(image, 2 * near + 1, 1, near).flatten(1).T
     border = border / border.sum(1, keepdim=True).clamp(min=1)
     share = torch.where(label.sum(1, keepdim=True) > PRESENT, label, border)
     place = cells + (1 - share.sum(1, keepdim=True)) * (drift - kept.drift)
-    for (number, motion), own in zip(before.items(), share.T, strict=True):
+    width = torch.full_like(share[:, :1], max(NEAR[bool(kept.prompted)] * side, 1.0))
+    spacing = torch.ones_like(width)
+    for (number, motion), own in zip(before.items(), share.T[..., None], strict=True):
         if number in kept.motions:
-            place += own[:, None] * (motion.expected - kept.motions[number].centre)
-    return place
+            earlier = kept.motions[number]
+            more = motion.larger_than(earlier) - 1
+            place += own * (motion.expected - earlier.centre + more * (cells - earlier.centre))
+            spacing += own * more
+    return place, TEMPERATURE / (2 * (width * spacing) ** 2)  # places have a normal distribution
 
 
 def frame_keys(features: OVSamFeatures) -> Keys:
