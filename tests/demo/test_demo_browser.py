@@ -103,6 +103,20 @@ def soon(count, locator):
     playwright.expect(locator).to_have_count(count)
 
 
+def test_a_message_moves_nothing(visitor):
+    visitor.give(EXAMPLE)
+    image, said = visitor.tab.locator("#canvas svg"), visitor.tab.locator("[role=tabpanel] .say:visible")
+    soon(0, said)
+    before = image.bounding_box()
+    for message in ('"One moment"', '{text: "Frame 1", busy: true, share: 0.5}'):
+        visitor.tab.evaluate(
+            f"document.querySelector('#canvas').dispatchEvent("
+            f"new CustomEvent('ovsam-message', {{detail: {message}, bubbles: true}}))"
+        )
+        soon(1, said)
+        assert image.bounding_box() == before
+
+
 def test_from_an_image_to_a_corrected_coco_file(visitor, page, shots, tmp_path, monkeypatch):
     segmenter, tab, words = engine.models.get("ovsam-tiny"), visitor.tab, ["cat", "remote", "couch", "tiger"]
     visitor.give(EXAMPLE)
