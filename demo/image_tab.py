@@ -240,9 +240,9 @@ def describe(model: str) -> str:
 
 
 def image_tab(model: str) -> None:
+    page = Page(message=message())
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=320):
-            page = Page(message=message())
             page["canvas"] = canvas = gr.HTML(
                 {}, html_template="", js_on_load=script("upload.js", "canvas.js"), elem_id="canvas",
                 apply_default_css=False,

@@ -124,9 +124,9 @@ def save_json(request: gr.Request):
 
 
 def video_tab(model: str) -> None:
+    page = Page(message=message())
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=320):
-            page = Page(message=message())
             page["player"] = player = gr.HTML(
                 {}, html_template="", js_on_load=script("upload.js", "player.js"), elem_id="player",
                 apply_default_css=False,
