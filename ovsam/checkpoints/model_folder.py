@@ -2,8 +2,9 @@
 weights are checked before memory is allocated for them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -42,7 +43,8 @@ def load_folder(folder: Path, name: str) -> tuple[OVSamModel, OVSamProcessor]:
             "one of a SAM and a CLIP, and ovsam-tiny is one."
         )
     _check_words(config, name)
-    _check_cover(folder, config, name)
+    blank = _without_memory(config, name)
+    _check_cover(folder, blank, name)
     try:
         model, found = OVSamModel.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
@@ -63,7 +65,8 @@ def load_folder(folder: Path, name: str) -> tuple[OVSamModel, OVSamProcessor]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{name!r} has a processor or tokenizer that cannot be used: {reason_of(error)}") from error
-    return model.eval(), processor
+    _check_runs(blank, model.eval(), tried, name)
+    return model, processor
 
 
 def _check_words(config: OVSamConfig, name: str) -> None:
@@ -79,13 +82,38 @@ def _check_words(config: OVSamConfig, name: str) -> None:
         raise InputError(f"{CONFIG} of {name!r} cannot be used: {error}") from error
 
 
-def _check_cover(folder: Path, config: OVSamConfig, name: str) -> None:
-    """Compare the headers of the weights with the model, built without memory, before any is allocated for it."""
+def _without_memory(config: OVSamConfig, name: str) -> OVSamModel:
+    """A model that has shapes and no values."""
     try:
         with torch.device("meta"):
-            expected = {key: tuple(value.shape) for key, value in OVSamModel(config).state_dict().items()}
+            return OVSamModel(config).eval()
     except Exception as error:  # a module may raise anything over sizes that do not fit each other
         raise InputError(f"{name!r} has a {CONFIG} of which no model can be built: {reason_of(error)}") from error
+
+
+def _check_runs(blank: OVSamModel, model: OVSamModel, inputs: Mapping[str, Any], name: str) -> None:
+    """Encode an image: without values, in no time; with values if that fails, as parts of others may not support it."""
+    pixels = [inputs.get(key) for key in ("pixel_values", "clip_pixel_values", "clip_window")]
+    try:
+        _encode(blank, [value if value is None else value.to("meta") for value in pixels])
+    except Exception:
+        try:
+            _encode(model, pixels)
+        except Exception as error:  # likewise
+            raise InputError(f"{name!r} has a {CONFIG} of which no model can run: {reason_of(error)}") from error
+
+
+@torch.inference_mode()
+def _encode(model: OVSamModel, pixels: list[Tensor | None]) -> None:
+    features = model.encode(*pixels)
+    if features.concepts is not None and model.concepts is not None:
+        boxes = features.concepts.boxes[:, :1]
+        model.concepts.box_masks(features.concepts, boxes, model.sam.image_size, features.clip_frame)
+
+
+def _check_cover(folder: Path, blank: OVSamModel, name: str) -> None:
+    """Compare the headers of the weights with the model, before memory is allocated for it."""
+    expected = {key: tuple(value.shape) for key, value in blank.state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
     for shard in shards_of(folder):
         with safe_open(folder / shard, framework="pt") as file:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import ovsam
 from ovsam.errors import InputError
+from ovsam.modeling.modeling_ovsam import OVSamModel
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,30 @@ def test_a_hostile_configuration(folder, settings):
     change(folder / "config.json", **settings)
     with pytest.raises(InputError, match="config.json"):
         ovsam.load(folder, "cpu")
+
+
+@pytest.mark.parametrize(("key", "value"), [("strides", "[8]"), ("mask_stride", None)])
+def test_a_configuration_whose_model_cannot_run(folder, key, value):
+    content = json.loads((folder / "config.json").read_text())
+    assert key in content["concepts_config"]
+    content["concepts_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="config.json"):
+        ovsam.load(folder, "cpu")
+
+
+def test_a_part_without_shapes_alone_is_tried_with_values(folder, monkeypatch):
+    encode, kinds = OVSamModel.encode, []
+
+    def only_values(self, pixels, *rest, **options):
+        kinds.append(pixels.device.type)
+        if kinds[-1] == "meta":
+            raise NotImplementedError("no shapes alone")
+        return encode(self, pixels, *rest, **options)
+
+    monkeypatch.setattr(OVSamModel, "encode", only_values)
+    ovsam.load(folder, "cpu")
+    assert kinds == ["meta", "cpu"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "[" * 100_000, "{", "\ud800".encode("utf-8", "surrogatepass")])

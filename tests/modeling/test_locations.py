@@ -72,7 +72,7 @@ def test_masks_of_the_head_are_added_to_the_masks_of_prompts(model, features):
     prompts = {"input_boxes": boxes, "input_masks": own}
     decoded = model.sam.select_masks(model.sam.decode(features.sam, **prompts), False).masks
     torch.testing.assert_close(masks, decoded + 0.5 * own[:, :, None].clamp(-5, 5), rtol=0, atol=1e-3)
-    with pytest.raises(InputError, match=r"input_boxes \[B, P, 4\]"):  # before anything is computed
+    with pytest.raises(InputError, match=r"input_boxes must be a tensor \[B, P, 4\]"):  # before anything is computed
         model(features=features, input_boxes=boxes[0])
 
 
