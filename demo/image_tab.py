@@ -58,10 +58,13 @@ def vocabulary(choice: str, pasted: str) -> list[str] | str | None:
 def receive(request: gr.Request, event: gr.EventData):
     """A new image: show it at once, without the words of the last one."""
     upload = uploaded(event._data)
-    updates = show_picture(sessions.get(request.session_hash, new=True), upload.path)
-    if upload.animated:
-        updates["message"] = f"{upload.name} is an animation; this is its first frame. The tab Video takes videos."
-    return updates
+    return show_picture(sessions.get(request.session_hash, new=True), upload.path) | note_on(upload)
+
+
+def note_on(upload: engine.Upload | None) -> dict:
+    if upload is None or not upload.animated:
+        return {}
+    return {"message": f"{upload.name} is an animation; this is its first frame. The tab Video takes videos."}
 
 
 def take_example(request: gr.Request, event: gr.EventData):
@@ -107,7 +110,7 @@ async def prepare(request: gr.Request, model: str, *, show):
     session = sessions.get(request.session_hash, new=True)
     if session.picture:
         await engine.ask(model, session.token, session.picture, None, show)
-    return {"status": describe(model)}
+    return {"status": describe(model)} | note_on(session.picture)
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------

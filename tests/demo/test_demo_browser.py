@@ -117,6 +117,17 @@ def test_a_message_moves_nothing(visitor):
         assert image.bounding_box() == before
 
 
+def test_an_animation_is_announced_until_the_next_question(visitor, page, tmp_path):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    visitor.give(tmp_path / "moving.gif")
+    wait_until(lambda: page.asked == ["encode"])
+    said = visitor.tab.locator("[role=tabpanel] .say:visible")
+    playwright.expect(said.get_by_role("button")).to_have_count(0)
+    visitor.tab.wait_for_timeout(1000)
+    playwright.expect(said).to_contain_text("moving.gif is an animation; this is its first frame")
+
+
 def test_from_an_image_to_a_corrected_coco_file(visitor, page, shots, tmp_path, monkeypatch):
     segmenter, tab, words = engine.models.get("ovsam-tiny"), visitor.tab, ["cat", "remote", "couch", "tiger"]
     visitor.give(EXAMPLE)
