@@ -1,4 +1,4 @@
-"""What was found in images: `results.Results`, `instance.Instance`, `tracks`, and label files in `formats`."""
+"""The instances found in images: `results.Results`, `instance.Instance`, `tracks`, and label files in `formats`."""
 
 import importlib
 import warnings
