@@ -106,9 +106,8 @@ def _check_runs(blank: OVSamModel, model: OVSamModel, inputs: Mapping[str, Any],
 @torch.inference_mode()
 def _encode(model: OVSamModel, pixels: list[Tensor | None]) -> None:
     features = model.encode(*pixels)
-    if features.concepts is not None and model.concepts is not None:
-        boxes = features.concepts.boxes[:, :1]
-        model.concepts.box_masks(features.concepts, boxes, model.sam.image_size, features.clip_frame)
+    if features.concepts is not None:
+        model._box_masks(features, features.concepts.boxes[:, :1])
 
 
 def _check_cover(folder: Path, blank: OVSamModel, name: str) -> None:
